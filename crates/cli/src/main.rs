@@ -1,0 +1,2 @@
+//! The `anser` command.
+fn main() {}

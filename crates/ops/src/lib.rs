@@ -1,0 +1,18 @@
+//! The operations of RWKV-7 and the tape that differentiates them.
+//!
+//! One folder per operation: its formula with shapes, the forward and backward pass side by side, the slow
+//! reference and the tests. This crate knows nothing of layers or checkpoints.
+//!
+//! Sequences are **ragged**: activations are matrices `[tokens, channels]`, and a list of [`Segment`]s says which
+//! rows form a sequence and where its recurrent state comes from and goes to. `[B, T]` batches, packed documents,
+//! pieces of back-propagation through time and single decoding steps are all this one form.
+
+mod params;
+mod segment;
+mod tape;
+
+pub mod wkv7;
+
+pub use params::{Group, Param, ParamSet, ParamSpec};
+pub use segment::{Segment, batch};
+pub use tape::{Backward, GradSlot, Tape, Var};

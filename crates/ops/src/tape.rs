@@ -1,0 +1,255 @@
+//! The tape: operations run at once and, while recording, note how to go back.
+//!
+//! An operation is a method on [`Tape`] (written in the operation's own folder): it computes its output and, if
+//! a gradient is needed, records one closure holding what the backward pass needs. [`Tape::backward`] runs the
+//! closures in reverse. Memory follows ownership: a value lives as long as a [`Var`] or a closure holds it.
+
+use crate::{Param, ParamSet};
+use anser_tensor::{Buf, Context};
+use std::sync::{Arc, Mutex};
+
+type Slot = Arc<Mutex<Option<Buf>>>;
+
+/// A value on the tape: a matrix [rows, cols] and, if it needs one, the place of its gradient. Cheap to clone.
+#[derive(Clone)]
+pub struct Var {
+    rows: usize,
+    cols: usize,
+    value: Arc<Buf>,
+    grad: Option<Slot>,
+}
+
+impl Var {
+    /// A value without a gradient.
+    pub fn constant(rows: usize, cols: usize, value: Buf) -> Var {
+        assert_eq!(rows * cols, value.len());
+        Var { rows, cols, value: Arc::new(value), grad: None }
+    }
+
+    /// A value whose gradient is wanted: read it with [`Var::take_grad`] after [`Tape::backward`].
+    pub fn leaf(rows: usize, cols: usize, value: Buf) -> Var {
+        Var { grad: Some(Slot::default()), ..Var::constant(rows, cols, value) }
+    }
+
+    /// The same value as a leaf of its own.
+    pub fn detached(&self) -> Var {
+        Var { grad: Some(Slot::default()), ..self.clone() }
+    }
+
+    /// Rows (tokens, or state slots).
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns (channels).
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The values, row-major. Empty in a forecast.
+    pub fn data(&self) -> &[f32] {
+        &self.value
+    }
+
+    /// Whether a gradient flows here.
+    pub fn needs_grad(&self) -> bool {
+        self.grad.is_some()
+    }
+
+    /// Takes the gradient, if one arrived.
+    pub fn take_grad(&self) -> Option<Buf> {
+        self.grad.as_ref().and_then(|s| lock(s).take())
+    }
+
+    /// Adds `g` to the gradient (nothing happens if none is needed).
+    pub fn add_grad(&self, g: Buf) {
+        let Some(slot) = &self.grad else { return };
+        assert_eq!(g.len(), self.rows * self.cols);
+        let mut slot = lock(slot);
+        match &mut *slot {
+            None => *slot = Some(g),
+            Some(sum) => sum.iter_mut().zip(g.iter()).for_each(|(s, g)| *s += g),
+        }
+    }
+
+    /// The gradient slot without the value, for closures that do not need the value: keeping it would keep its memory.
+    pub fn slot(&self) -> GradSlot {
+        GradSlot(self.grad.clone(), self.rows * self.cols)
+    }
+
+    /// The buffer itself, if nobody else holds it.
+    pub fn into_buf(self) -> Option<Buf> {
+        Arc::try_unwrap(self.value).ok()
+    }
+}
+
+/// The place of a gradient, without the value it belongs to.
+#[derive(Clone)]
+pub struct GradSlot(Option<Slot>, usize);
+
+impl GradSlot {
+    /// Whether a gradient is wanted.
+    pub fn wanted(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Takes the gradient, if one arrived.
+    pub fn take(&self) -> Option<Buf> {
+        self.0.as_ref().and_then(|s| lock(s).take())
+    }
+
+    /// Adds `g` to the gradient (nothing happens if none is wanted).
+    pub fn add(&self, g: Buf) {
+        let Some(slot) = &self.0 else { return };
+        assert_eq!(g.len(), self.1);
+        let mut slot = lock(slot);
+        match &mut *slot {
+            None => *slot = Some(g),
+            Some(sum) => sum.iter_mut().zip(g.iter()).for_each(|(s, g)| *s += g),
+        }
+    }
+}
+
+fn lock(slot: &Slot) -> std::sync::MutexGuard<'_, Option<Buf>> {
+    slot.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// What a backward closure works with.
+pub struct Backward<'a> {
+    ctx: &'a Context,
+    params: &'a ParamSet,
+    grads: &'a mut [f32],
+}
+
+impl<'a> Backward<'a> {
+    /// The context.
+    pub fn ctx(&self) -> &'a Context {
+        self.ctx
+    }
+
+    /// The values of a parameter.
+    pub fn param(&self, p: Param) -> &'a [f32] {
+        self.params.get(p)
+    }
+
+    /// The gradient of a parameter, to be added to; `None` if it is frozen.
+    pub fn param_grad(&mut self, p: Param) -> Option<&mut [f32]> {
+        let s = &self.params.specs()[p.id];
+        s.trainable.then(|| &mut self.grads[s.range.clone()])
+    }
+}
+
+type Step<'p> = Box<dyn FnOnce(&mut Backward<'_>) + 'p>;
+
+/// Runs operations and, when recording, remembers how to differentiate them.
+pub struct Tape<'p> {
+    ctx: Context,
+    params: &'p ParamSet,
+    grads: Option<&'p mut [f32]>,
+    steps: Vec<Step<'p>>,
+}
+
+impl<'p> Tape<'p> {
+    /// A tape that only computes: inference.
+    pub fn inference(ctx: &Context, params: &'p ParamSet) -> Tape<'p> {
+        Tape { ctx: ctx.clone(), params, grads: None, steps: Vec::new() }
+    }
+
+    /// A tape that records; parameter gradients are added to `grads`, laid out like the arena of `params`.
+    pub fn recording(ctx: &Context, params: &'p ParamSet, grads: &'p mut [f32]) -> Tape<'p> {
+        assert!(ctx.is_dry() || grads.len() == params.values().len());
+        Tape { ctx: ctx.clone(), params, grads: Some(grads), steps: Vec::new() }
+    }
+
+    /// The context.
+    pub fn ctx(&self) -> &Context {
+        &self.ctx
+    }
+
+    /// The parameters.
+    pub fn params(&self) -> &'p ParamSet {
+        self.params
+    }
+
+    /// The values of a parameter.
+    pub fn param(&self, p: Param) -> &'p [f32] {
+        self.params.get(p)
+    }
+
+    /// Whether operations record.
+    pub fn is_recording(&self) -> bool {
+        self.grads.is_some()
+    }
+
+    /// Whether an operation on these inputs and parameters must record a backward step.
+    pub fn needs_grad(&self, inputs: &[&Var], params: &[Param]) -> bool {
+        self.is_recording()
+            && (inputs.iter().any(|v| v.needs_grad()) || params.iter().any(|&p| self.params.is_trainable(p)))
+    }
+
+    /// The output of an operation: with a gradient slot if `needs_grad`.
+    pub fn output(&self, rows: usize, cols: usize, value: Buf, needs_grad: bool) -> Var {
+        if needs_grad { Var::leaf(rows, cols, value) } else { Var::constant(rows, cols, value) }
+    }
+
+    /// Records a backward step. It is run after those of all later operations.
+    pub fn record(&mut self, step: impl FnOnce(&mut Backward<'_>) + 'p) {
+        self.steps.push(Box::new(step));
+    }
+
+    /// Runs `compute` unless this is a forecast, in which buffers have no memory.
+    pub fn run(&self, compute: impl FnOnce()) {
+        if !self.ctx.is_dry() {
+            compute();
+        }
+    }
+
+    /// Parameter gradients during the forward pass, for an operation at the root (the loss) that makes its gradients at once.
+    pub fn with_backward<R>(&mut self, f: impl FnOnce(&mut Backward<'_>) -> R) -> Option<R> {
+        let grads = self.grads.as_deref_mut()?;
+        Some(f(&mut Backward { ctx: &self.ctx, params: self.params, grads }))
+    }
+
+    /// Back-propagates from the gradients already placed (by a loss, or with [`Var::add_grad`]).
+    pub fn backward(self) {
+        let Tape { ctx, params, grads, steps } = self;
+        let Some(grads) = grads else { return };
+        let mut b = Backward { ctx: &ctx, params, grads };
+        for step in steps.into_iter().rev() {
+            step(&mut b);
+        }
+    }
+
+    /// Runs `f` without keeping anything but its inputs and outputs, and runs it again when going back
+    /// (gradient checkpointing). `f` must be deterministic.
+    pub fn checkpoint(&mut self, inputs: &[&Var], f: impl Fn(&mut Tape<'_>, &[Var]) -> Vec<Var> + 'p) -> Vec<Var> {
+        let inputs: Vec<Var> = inputs.iter().map(|&v| v.clone()).collect();
+        if !self.is_recording() {
+            return f(self, &inputs);
+        }
+        let plain = f(&mut Tape::inference(&self.ctx, self.params), &inputs);
+        let outputs: Vec<Var> = plain.iter().map(Var::detached).collect();
+        let slots: Vec<GradSlot> = outputs.iter().map(Var::slot).collect();
+        self.record(move |b| {
+            let grads: Vec<Option<Buf>> = slots.iter().map(GradSlot::take).collect();
+            if grads.iter().all(Option::is_none) {
+                return;
+            }
+            let leaves: Vec<Var> =
+                inputs.iter().map(|v| if v.needs_grad() { v.detached() } else { v.clone() }).collect();
+            let mut tape = Tape::recording(b.ctx, b.params, b.grads);
+            for (out, g) in f(&mut tape, &leaves).iter().zip(grads) {
+                if let Some(g) = g {
+                    out.add_grad(g);
+                }
+            }
+            tape.backward();
+            for (leaf, v) in leaves.iter().zip(&inputs) {
+                if let Some(g) = leaf.take_grad() {
+                    v.add_grad(g);
+                }
+            }
+        });
+        outputs
+    }
+}

@@ -1,0 +1,1 @@
+//! WKV-7, the generalised delta rule.
