@@ -1,1 +1,42 @@
-//! (being written)
+//! The RWKV-7 model, written once over [`anser_ops`]: the same code trains, prefills and steps.
+//!
+//! `time_mix` and `channel_mix` in `rwkv7.rs` read like the equations of the paper (arXiv 2503.14456, section 4).
+//! This crate opens no files: it takes named tensors ([`anser_formats::Checkpoint`]) and gives them back.
+
+mod config;
+mod init;
+mod load;
+mod rwkv7;
+mod state;
+
+pub use config::{Config, LoraDims, PRESETS};
+pub use init::Init;
+pub use load::Load;
+pub use rwkv7::Model;
+pub use state::{LayerState, State};
+
+/// What can be wrong with a model or a checkpoint.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A dimension that no RWKV-7 model can have.
+    #[error("model configuration: {0}")]
+    Config(String),
+    /// A checkpoint that is not a RWKV-7 model.
+    #[error("checkpoint: {0}")]
+    Checkpoint(String),
+    /// A tensor that could not be read.
+    #[error(transparent)]
+    Format(#[from] anser_formats::Error),
+    /// A token that the model has no embedding for.
+    #[error(
+        "token {token} at position {position} is outside the model's vocabulary of {vocab}: use the tokenizer the model was trained with"
+    )]
+    Token {
+        /// The token.
+        token: u32,
+        /// Its index in the input.
+        position: usize,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+}

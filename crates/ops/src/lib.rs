@@ -11,8 +11,15 @@ mod params;
 mod segment;
 mod tape;
 
+pub mod cross_entropy;
+pub mod linear;
+pub mod low_rank;
 pub mod wkv7;
 
 pub use params::{Group, Param, ParamSet, ParamSpec};
 pub use segment::{Segment, batch};
 pub use tape::{Backward, GradSlot, Tape, Var};
+
+pub use cross_entropy::{CrossEntropy, Loss};
+pub use linear::Weight;
+pub use low_rank::{Activation, LowRank};

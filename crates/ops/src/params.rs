@@ -58,20 +58,26 @@ impl ParamSet {
             starts[i] = at;
             at += list[i].1.iter().product::<usize>();
         }
-        let mut handles = Vec::new();
-        let mut specs = Vec::new();
-        for (id, (name, shape, group)) in list.into_iter().enumerate() {
-            let len: usize = shape.iter().product();
-            let cols = shape.last().copied().unwrap_or(1).max(1);
-            handles.push(Param { id, rows: len / cols, cols });
-            specs.push(ParamSpec { name, shape, group, range: starts[id]..starts[id] + len, trainable: true });
-        }
-        (ParamSet { specs, values: vec![0.0; at] }, handles)
+        let spec = |(start, (name, shape, group)): (usize, (String, Vec<usize>, Group))| {
+            let range = start..start + shape.iter().product::<usize>();
+            ParamSpec { name, shape, group, range, trainable: true }
+        };
+        let specs: Vec<ParamSpec> = starts.into_iter().zip(list).map(spec).collect();
+        let set = ParamSet { specs, values: vec![0.0; at] };
+        let handles = (0..set.specs.len()).map(|id| set.handle(id)).collect();
+        (set, handles)
     }
 
     /// Specifications, in the order given to [`ParamSet::new`]; `specs()[p.id]` belongs to handle `p`.
     pub fn specs(&self) -> &[ParamSpec] {
         &self.specs
+    }
+
+    /// The handle of the parameter with index `id`.
+    pub fn handle(&self, id: usize) -> Param {
+        let shape = &self.specs[id].shape;
+        let cols = shape.last().copied().unwrap_or(1).max(1);
+        Param { id, rows: self.specs[id].range.len() / cols, cols }
     }
 
     /// Freezes or frees the parameters for which `f(name)` decides.

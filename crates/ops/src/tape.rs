@@ -36,6 +36,11 @@ impl Var {
         Var { grad: Some(Slot::default()), ..self.clone() }
     }
 
+    /// The same value without a gradient.
+    pub fn without_grad(&self) -> Var {
+        Var { grad: None, ..self.clone() }
+    }
+
     /// Rows (tokens, or state slots).
     pub fn rows(&self) -> usize {
         self.rows
@@ -93,6 +98,12 @@ impl GradSlot {
         self.0.is_some()
     }
 
+    /// Number of elements of the gradient.
+    #[allow(clippy::len_without_is_empty)] // "empty" would read as "no gradient"
+    pub fn len(&self) -> usize {
+        self.1
+    }
+
     /// Takes the gradient, if one arrived.
     pub fn take(&self) -> Option<Buf> {
         self.0.as_ref().and_then(|s| lock(s).take())
@@ -125,6 +136,18 @@ impl<'a> Backward<'a> {
     /// The context.
     pub fn ctx(&self) -> &'a Context {
         self.ctx
+    }
+
+    /// The parameters.
+    pub fn params(&self) -> &'a ParamSet {
+        self.params
+    }
+
+    /// Runs `compute` unless this is a forecast.
+    pub fn run(&mut self, compute: impl FnOnce(&mut Self)) {
+        if !self.ctx.is_dry() {
+            compute(self);
+        }
     }
 
     /// The values of a parameter.

@@ -1,0 +1,259 @@
+use crate::Error;
+use anser_ops::Group;
+use serde::{Deserialize, Serialize};
+
+/// Ranks of the low-rank maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoraDims {
+    /// Decay (w1, w2).
+    pub decay: usize,
+    /// In-context learning rate (a1, a2).
+    pub rate: usize,
+    /// Value residual (v1, v2).
+    pub value: usize,
+    /// Gate (g1, g2).
+    pub gate: usize,
+}
+
+impl LoraDims {
+    /// The ranks that the current official trainer gives a new model of width `n_embd`. Never used to load one.
+    pub fn for_width(n_embd: usize) -> LoraDims {
+        // Python's round(): halves go to the even neighbour.
+        let dim = |f: f64| ((f * (n_embd as f64).sqrt() / 32.0).round_ties_even() as usize * 32).max(32);
+        LoraDims { decay: dim(2.5), rate: dim(2.5), value: dim(1.7), gate: dim(5.0) }
+    }
+}
+
+/// The dimensions of a RWKV-7 model.
+///
+/// ```
+/// use anser_model::Config;
+/// let c = Config::preset("0.1b").unwrap();
+/// assert_eq!((c.parameters(), c.state_len()), (191_034_624, 608_256));
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Layers, L.
+    pub n_layer: usize,
+    /// Width, D or C.
+    pub n_embd: usize,
+    /// Head size, N.
+    pub head_size: usize,
+    /// Vocabulary, V.
+    pub vocab_size: usize,
+    /// Hidden width of channel mixing; 4 D in every official model.
+    pub n_hidden: usize,
+    /// Ranks of the low-rank maps.
+    pub lora: LoraDims,
+}
+
+/// A named size: (name, layers, width, ranks of released checkpoints: decay, rate, value, gate).
+type Preset = (&'static str, usize, usize, Option<[usize; 4]>);
+
+/// The named sizes: the released World models, and small ones for a CPU.
+pub const PRESETS: [Preset; 8] = [
+    ("tiny", 4, 128, None),
+    ("small", 6, 256, None),
+    ("medium", 8, 512, None),
+    ("0.1b", 12, 768, Some([64, 64, 32, 128])),
+    ("0.4b", 24, 1024, Some([64, 64, 32, 128])),
+    ("1.5b", 24, 2048, Some([96, 96, 64, 256])),
+    ("2.9b", 32, 2560, Some([96, 96, 64, 320])),
+    ("7.2b", 32, 4096, Some([128, 128, 96, 480])),
+];
+
+impl Config {
+    /// A model with the official proportions: head size 64, hidden width 4 D, ranks of the current trainer.
+    pub fn new(n_layer: usize, n_embd: usize, vocab_size: usize) -> Config {
+        let lora = LoraDims::for_width(n_embd);
+        Config { n_layer, n_embd, head_size: 64, vocab_size, n_hidden: 4 * n_embd, lora }
+    }
+
+    /// A named size ([`PRESETS`]) with the World vocabulary of 65536.
+    ///
+    /// # Errors
+    /// When there is no such size; the message lists them.
+    pub fn preset(name: &str) -> Result<Config, Error> {
+        let lower = name.to_ascii_lowercase();
+        let Some(&(_, n_layer, n_embd, ranks)) = PRESETS.iter().find(|p| p.0 == lower) else {
+            let names: Vec<&str> = PRESETS.iter().map(|p| p.0).collect();
+            return Err(Error::Config(format!("no preset {name:?}; there are {}", names.join(", "))));
+        };
+        let mut c = Config::new(n_layer, n_embd, 65536);
+        if let Some([decay, rate, value, gate]) = ranks {
+            c.lora = LoraDims { decay, rate, value, gate };
+        }
+        Ok(c)
+    }
+
+    /// Heads, H.
+    pub fn heads(&self) -> usize {
+        self.n_embd / self.head_size
+    }
+
+    /// Checks that such a model can exist.
+    ///
+    /// # Errors
+    /// Names the dimension that is wrong.
+    pub fn validate(&self) -> Result<(), Error> {
+        let err = |m: String| Err(Error::Config(m));
+        let l = self.lora;
+        let dims = [
+            ("n_layer", self.n_layer),
+            ("n_embd", self.n_embd),
+            ("head_size", self.head_size),
+            ("vocab_size", self.vocab_size),
+            ("n_hidden", self.n_hidden),
+            ("lora.decay", l.decay),
+            ("lora.rate", l.rate),
+            ("lora.value", l.value),
+            ("lora.gate", l.gate),
+        ];
+        for (name, v) in dims {
+            if v == 0 || v > 1 << 24 {
+                return err(format!("{name} = {v}: it must be between 1 and {}", 1 << 24));
+            }
+        }
+        if !self.n_embd.is_multiple_of(self.head_size) {
+            return err(format!("head_size {} does not divide n_embd {}", self.head_size, self.n_embd));
+        }
+        if ![16, 32, 64, 128].contains(&self.head_size) {
+            return err(format!("head_size {}: it must be 16, 32, 64 or 128", self.head_size));
+        }
+        Ok(())
+    }
+
+    /// Name, shape and optimiser group of every parameter, in the official order. Layer 0 has no v0, v1, v2: the
+    /// model does not use them there, and checkpoints with and without them both load.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>, Group)> {
+        let (c, v, h) = (self.n_embd, self.vocab_size, self.n_hidden);
+        let l = self.lora;
+        let mut out = Vec::new();
+        let mut add = |name: String, shape: &[usize]| {
+            let squeezed = shape.iter().filter(|&&d| d != 1).count();
+            let group = match () {
+                _ if name.ends_with("att.w0") => Group::Double,
+                _ if squeezed >= 2 && name.contains(".weight") => Group::Decay,
+                _ => Group::Plain,
+            };
+            out.push((name, shape.to_vec(), group));
+        };
+        add("emb.weight".into(), &[v, c]);
+        for i in 0..self.n_layer {
+            let mut b = |name: &str, shape: &[usize]| add(format!("blocks.{i}.{name}"), shape);
+            let norms: &[&str] = if i == 0 { &["ln0", "ln1", "ln2"] } else { &["ln1", "ln2"] };
+            for n in norms {
+                b(&format!("{n}.weight"), &[c]);
+                b(&format!("{n}.bias"), &[c]);
+            }
+            for m in ["r", "w", "k", "v", "a", "g"] {
+                b(&format!("att.x_{m}"), &[1, 1, c]);
+            }
+            let mut lora = |m: &str, rank: usize, bias: bool| {
+                if bias {
+                    b(&format!("att.{m}0"), &[1, 1, c]);
+                }
+                b(&format!("att.{m}1"), &[c, rank]);
+                b(&format!("att.{m}2"), &[rank, c]);
+            };
+            lora("w", l.decay, true);
+            lora("a", l.rate, true);
+            if i > 0 {
+                lora("v", l.value, true);
+            }
+            lora("g", l.gate, false);
+            b("att.k_k", &[1, 1, c]);
+            b("att.k_a", &[1, 1, c]);
+            b("att.r_k", &[self.heads(), self.head_size]);
+            for m in ["receptance", "key", "value", "output"] {
+                b(&format!("att.{m}.weight"), &[c, c]);
+            }
+            b("att.ln_x.weight", &[c]);
+            b("att.ln_x.bias", &[c]);
+            b("ffn.x_k", &[1, 1, c]);
+            b("ffn.key.weight", &[h, c]);
+            b("ffn.value.weight", &[c, h]);
+        }
+        add("ln_out.weight".into(), &[c]);
+        add("ln_out.bias".into(), &[c]);
+        add("head.weight".into(), &[v, c]);
+        out
+    }
+
+    /// Number of parameters the model uses.
+    pub fn parameters(&self) -> usize {
+        self.tensors().iter().map(|(_, shape, _)| shape.iter().product::<usize>()).sum()
+    }
+
+    /// Number of parameters counting layer 0's unused value-residual tensors, as some checkpoints have them.
+    pub fn parameters_with_unused(&self) -> usize {
+        self.parameters() + self.n_embd * (1 + 2 * self.lora.value)
+    }
+
+    /// Numbers in the recurrent state of one sequence.
+    pub fn state_len(&self) -> usize {
+        self.n_layer * self.n_embd * (2 + self.head_size)
+    }
+
+    /// Floating-point operations to train on one token: 6 x (parameters - embedding), the project's convention for MFU.
+    pub fn train_flops_per_token(&self) -> f64 {
+        6.0 * (self.parameters() - self.vocab_size * self.n_embd) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_are_exact() {
+        let rows = [
+            ("0.1b", 191_034_624, 191_084_544, 608_256),
+            ("0.4b", 450_767_872, 450_834_432, 1_622_016),
+            ("1.5b", 1_527_404_544, 1_527_668_736, 3_244_032),
+            ("2.9b", 2_947_735_040, 2_948_065_280, 5_406_720),
+        ];
+        for (name, used, all, state) in rows {
+            let c = Config::preset(name).unwrap();
+            assert_eq!((c.parameters(), c.parameters_with_unused(), c.state_len()), (used, all, state), "{name}");
+        }
+        let c = Config::preset("7.2B").unwrap();
+        assert_eq!((c.parameters(), c.state_len()), (7_199_141_888, 8_650_752));
+        let pile = |name, params| {
+            let c = Config { vocab_size: 50304, ..Config::preset(name).unwrap() };
+            assert_eq!(c.parameters(), params);
+        };
+        pile("0.1b", 167_638_272);
+        pile("1.5b", 1_465_014_272);
+    }
+
+    #[test]
+    fn ranks_follow_the_current_trainer() {
+        for (c, d) in [(768, [64, 64, 32, 128]), (1024, [64, 64, 64, 160]), (2048, [128, 128, 64, 224])] {
+            let l = LoraDims::for_width(c);
+            assert_eq!([l.decay, l.rate, l.value, l.gate], d, "width {c}");
+        }
+        assert_eq!(LoraDims::for_width(2560).gate, 256);
+        assert_eq!(LoraDims::for_width(4096).decay, 160);
+    }
+
+    #[test]
+    fn groups_are_the_official_ones() {
+        let mut c = Config::new(3, 128, 300);
+        c.lora = LoraDims { decay: 32, rate: 32, value: 32, gate: 64 };
+        let count = |g| c.tensors().iter().filter(|t| t.2 == g).count();
+        assert_eq!((count(Group::Double), count(Group::Decay), count(Group::Plain)), (3, 20, 79));
+    }
+
+    #[test]
+    fn impossible_models_are_named() {
+        let mut c = Config::new(2, 100, 256);
+        assert!(c.validate().unwrap_err().to_string().contains("head_size 64 does not divide n_embd 100"));
+        c.n_embd = 96;
+        c.head_size = 48;
+        assert!(c.validate().is_err());
+        assert!(Config::preset("9b").unwrap_err().to_string().contains("0.1b"));
+    }
+}

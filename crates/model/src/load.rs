@@ -1,0 +1,193 @@
+//! From named tensors to a model: dimensions from shapes, every tensor checked, each going straight to its final place.
+
+use crate::rwkv7::{Block, ChannelMix, Norm, TimeMix};
+use crate::{Config, Error, LoraDims, Model};
+use anser_formats::{Checkpoint, TensorView};
+use anser_ops::{Activation, LowRank, Param, ParamSet, Weight};
+use anser_tensor::{Context, DType, Packed};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// What a checkpoint is loaded for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Load {
+    /// f32 master weights in the parameter arena.
+    Train,
+    /// Matrices packed for inference in this type; vectors and the embedding stay f32.
+    Inference(DType),
+}
+
+impl Config {
+    /// Reads the dimensions from the shapes of a checkpoint's tensors (never from a formula).
+    ///
+    /// # Errors
+    /// When a tensor that tells a dimension is missing or has the wrong rank, or the dimensions don't fit together.
+    pub fn from_checkpoint(ckpt: &Checkpoint) -> Result<Config, Error> {
+        let shape = |name: &str, rank: usize| -> Result<Vec<usize>, Error> {
+            let shape = ckpt.shape(name).ok_or_else(|| {
+                Error::Checkpoint(format!(
+                    "tensor {name} is missing: this is not a RWKV-7 checkpoint, or it is incomplete"
+                ))
+            })?;
+            if shape.len() != rank {
+                return Err(Error::Checkpoint(format!(
+                    "tensor {name} has shape {shape:?}; expected {rank} dimensions"
+                )));
+            }
+            Ok(shape.to_vec())
+        };
+        if ckpt.names().any(|n| n.starts_with("moba.")) {
+            return Err(Error::Checkpoint(
+                "this is a RWKV-X hybrid (it has moba.* tensors); only RWKV-7 models load".into(),
+            ));
+        }
+        let layer = |n: &str| n.strip_prefix("blocks.")?.split('.').next()?.parse::<usize>().ok();
+        let n_layer = ckpt.names().filter_map(layer).max().map_or(0, |l| l + 1);
+        let emb = shape("emb.weight", 2)?;
+        let heads = shape("blocks.0.att.r_k", 2)?;
+        let rank = |name: &str| Ok::<usize, Error>(shape(name, 2)?[1]);
+        // Layer 0 has no value residual; a model of one layer has none at all.
+        let value = if n_layer > 1 { rank("blocks.1.att.v1")? } else { 32 };
+        let config = Config {
+            n_layer,
+            n_embd: emb[1],
+            head_size: heads[1],
+            vocab_size: emb[0],
+            n_hidden: shape("blocks.0.ffn.key.weight", 2)?[0],
+            lora: LoraDims {
+                decay: rank("blocks.0.att.w1")?,
+                rate: rank("blocks.0.att.a1")?,
+                value,
+                gate: rank("blocks.0.att.g1")?,
+            },
+        };
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+/// Whether inference packs this tensor, and if so whether it is stored [in, out].
+fn packed_layout(name: &str) -> Option<bool> {
+    let part = name.strip_prefix("blocks.").and_then(|s| s.split_once('.')).map_or(name, |(_, part)| part);
+    match part {
+        "head.weight" | "ffn.key.weight" | "ffn.value.weight" => Some(false),
+        "att.receptance.weight" | "att.key.weight" | "att.value.weight" | "att.output.weight" => Some(false),
+        "att.w1" | "att.w2" | "att.a1" | "att.a2" | "att.v1" | "att.v2" | "att.g1" | "att.g2" => Some(true),
+        _ => None,
+    }
+}
+
+impl Model {
+    /// Loads a checkpoint with the official tensor names. Tensors the model doesn't use are ignored.
+    ///
+    /// # Errors
+    /// When a tensor is missing, has a wrong shape or cannot be read; the message names it.
+    pub fn load(ctx: &Context, ckpt: &Checkpoint, load: Load) -> Result<Model, Error> {
+        let config = Config::from_checkpoint(ckpt)?;
+        let find = |name: &str, shape: &[usize]| -> Result<TensorView<'_>, Error> {
+            let t = ckpt.get(name)?.ok_or_else(|| Error::Checkpoint(format!("tensor {name} is missing")))?;
+            let squeezed = |s: &[usize]| s.iter().copied().filter(|&d| d != 1).collect::<Vec<_>>();
+            if squeezed(t.shape()) != squeezed(shape) {
+                let found = t.shape();
+                return Err(Error::Checkpoint(format!(
+                    "tensor {name} has shape {found:?}; this model needs {shape:?}"
+                )));
+            }
+            Ok(t)
+        };
+        let mut packed = HashMap::new();
+        let mut list = config.tensors();
+        if let Load::Inference(dtype) = load {
+            for (name, shape, _) in &list {
+                let Some(in_out) = packed_layout(name) else { continue };
+                let t = find(name, shape)?;
+                let weight = pack(ctx, dtype, &t, shape, in_out)?;
+                t.release();
+                packed.insert(name.clone(), Arc::new(weight));
+            }
+            list.retain(|(name, ..)| packed_layout(name).is_none());
+        }
+        let (mut params, handles) = ParamSet::new(list);
+        for &p in &handles {
+            let spec = params.specs()[p.id].clone();
+            let t = find(&spec.name, &spec.shape)?;
+            t.read_f32_into(params.get_mut(p))?;
+            t.release();
+            if let Some(i) = params.get(p).iter().position(|v| !v.is_finite()) {
+                let v = params.get(p)[i];
+                return Err(Error::Checkpoint(format!(
+                    "tensor {} holds {v} at element {i}: the file is damaged or the training run diverged",
+                    spec.name
+                )));
+            }
+        }
+        Ok(Model::build(config, params, &packed))
+    }
+
+    /// A trainable model over an arena laid out by [`Config::tensors`].
+    pub(crate) fn assemble(config: Config, params: ParamSet) -> Model {
+        Model::build(config, params, &HashMap::new())
+    }
+
+    fn build(config: Config, params: ParamSet, packed: &HashMap<String, Arc<Packed>>) -> Model {
+        let handles: HashMap<&str, Param> =
+            params.specs().iter().enumerate().map(|(id, s)| (s.name.as_str(), params.handle(id))).collect();
+        let param = |name: &str| handles[name];
+        let weight = |name: &str| match packed.get(name) {
+            Some(w) => Weight::Packed(w.clone()),
+            None if packed_layout(name) == Some(true) => Weight::InOut(param(name)),
+            None => Weight::OutIn(param(name)),
+        };
+        let norm = |name: &str| Norm { weight: param(&format!("{name}.weight")), bias: param(&format!("{name}.bias")) };
+        let block = |i: usize| {
+            let p = |part: &str| param(&format!("blocks.{i}.{part}"));
+            let w = |part: &str| weight(&format!("blocks.{i}.{part}"));
+            let low_rank = |m: &str, biased: bool, activation| LowRank {
+                down: w(&format!("att.{m}1")),
+                up: w(&format!("att.{m}2")),
+                bias: biased.then(|| p(&format!("att.{m}0"))),
+                activation,
+            };
+            Block {
+                ln1: norm(&format!("blocks.{i}.ln1")),
+                att: TimeMix {
+                    mix: ["r", "w", "k", "v", "a", "g"].map(|m| p(&format!("att.x_{m}"))),
+                    decay: low_rank("w", true, Activation::Tanh),
+                    rate: low_rank("a", true, Activation::Identity),
+                    value_gate: (i > 0).then(|| low_rank("v", true, Activation::Identity)),
+                    gate: low_rank("g", false, Activation::Sigmoid),
+                    k_k: p("att.k_k"),
+                    k_a: p("att.k_a"),
+                    r_k: p("att.r_k"),
+                    receptance: w("att.receptance.weight"),
+                    key: w("att.key.weight"),
+                    value: w("att.value.weight"),
+                    output: w("att.output.weight"),
+                    ln_x: norm(&format!("blocks.{i}.att.ln_x")),
+                    heads: config.heads(),
+                },
+                ln2: norm(&format!("blocks.{i}.ln2")),
+                ffn: ChannelMix { mix: p("ffn.x_k"), key: w("ffn.key.weight"), value: w("ffn.value.weight") },
+            }
+        };
+        let (emb, ln0, ln_out, head) =
+            (param("emb.weight"), norm("blocks.0.ln0"), norm("ln_out"), weight("head.weight"));
+        let blocks = (0..config.n_layer).map(block).collect();
+        Model { emb, ln0, blocks, ln_out, head, config, params }
+    }
+}
+
+/// Packs a matrix stored [out, in] or, with `in_out`, [in, out].
+fn pack(ctx: &Context, dtype: DType, t: &TensorView<'_>, shape: &[usize], in_out: bool) -> Result<Packed, Error> {
+    let (rows, cols) = (shape[0], shape[1]);
+    if in_out {
+        // Low-rank matrices are small: transpose through f32.
+        let mut m = vec![0.0; rows * cols];
+        t.read_f32_into(&mut m)?;
+        return Ok(Packed::new(dtype, cols, rows, |i| m[(i % rows) * cols + i / rows]));
+    }
+    let _ = ctx;
+    let mut m = vec![0.0; rows * cols];
+    t.read_f32_into(&mut m)?;
+    Ok(Packed::new(dtype, rows, cols, |i| m[i]))
+}

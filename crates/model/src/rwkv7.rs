@@ -1,0 +1,179 @@
+//! RWKV-7 "Goose": the equations of arXiv 2503.14456 section 4, in the form of the released code.
+
+use crate::{Config, Error, LayerState, State};
+use anser_ops::wkv7::Wkv7Inputs;
+use anser_ops::{CrossEntropy, Loss, LowRank, Param, ParamSet, Segment, Tape, Var, Weight};
+use std::sync::Arc;
+
+/// Weight and bias of a LayerNorm or GroupNorm.
+#[derive(Clone, Copy)]
+pub(crate) struct Norm {
+    pub(crate) weight: Param,
+    pub(crate) bias: Param,
+}
+
+/// Time mixing: the recurrent half of a block.
+pub(crate) struct TimeMix {
+    /// Token-shift weights x_r, x_w, x_k, x_v, x_a, x_g.
+    pub(crate) mix: [Param; 6],
+    pub(crate) decay: LowRank,
+    pub(crate) rate: LowRank,
+    /// Value residual; layer 0 has none.
+    pub(crate) value_gate: Option<LowRank>,
+    pub(crate) gate: LowRank,
+    pub(crate) k_k: Param,
+    pub(crate) k_a: Param,
+    pub(crate) r_k: Param,
+    pub(crate) receptance: Weight,
+    pub(crate) key: Weight,
+    pub(crate) value: Weight,
+    pub(crate) output: Weight,
+    pub(crate) ln_x: Norm,
+    pub(crate) heads: usize,
+}
+
+impl TimeMix {
+    /// x: [tokens, C] after ln1. Returns (output, v_first, new att_x arena, new wkv arena).
+    fn forward(
+        &self, t: &mut Tape<'_>, x: &Var, v_first: Option<&Var>, state: &LayerState, segments: &Arc<[Segment]>,
+    ) -> (Var, Var, Var, Var) {
+        let ([xr, xw, xk, xv, xa, xg], att_x) = t.token_shift(x, &state.att_x, segments, self.mix);
+        let r = t.linear(&xr, &self.receptance);
+        let w = t.low_rank(&xw, &self.decay);
+        let k = t.linear(&xk, &self.key);
+        let mut v = t.linear(&xv, &self.value);
+        let v_first = v_first.cloned().unwrap_or_else(|| v.clone());
+        if let Some(m) = &self.value_gate {
+            let gate = t.low_rank(&xv, m);
+            v = t.value_residual(&v, &v_first, &gate);
+        }
+        let rate = t.low_rank(&xa, &self.rate);
+        let gate = t.low_rank(&xg, &self.gate);
+        drop((xr, xw, xk, xv, xa, xg));
+        let key = t.key_path(&k, &rate, self.k_k, self.k_a, self.heads);
+        drop((k, rate));
+        let inputs = Wkv7Inputs { r: &r, w: &w, k: &key.k, v: &v, a: &key.a, b: &key.b };
+        let (y, wkv) = t.wkv7(inputs, &state.wkv, segments, self.heads);
+        let y = t.read_out(&y, &r, &key.k, &v, &gate, self.r_k, self.ln_x.weight, self.ln_x.bias, self.heads);
+        (t.linear(&y, &self.output), v_first, att_x, wkv)
+    }
+}
+
+/// Channel mixing: the MLP half of a block, W_v relu(W_k x_k)^2.
+pub(crate) struct ChannelMix {
+    pub(crate) mix: Param,
+    pub(crate) key: Weight,
+    pub(crate) value: Weight,
+}
+
+impl ChannelMix {
+    /// x: [tokens, C] after ln2. Returns (output, new ffn_x arena).
+    fn forward(&self, t: &mut Tape<'_>, x: &Var, last: &Var, segments: &Arc<[Segment]>) -> (Var, Var) {
+        let ([xk], ffn_x) = t.token_shift(x, last, segments, [self.mix]);
+        let k = t.linear(&xk, &self.key);
+        let k = t.relu_squared(&k);
+        (t.linear(&k, &self.value), ffn_x)
+    }
+}
+
+pub(crate) struct Block {
+    pub(crate) ln1: Norm,
+    pub(crate) att: TimeMix,
+    pub(crate) ln2: Norm,
+    pub(crate) ffn: ChannelMix,
+}
+
+impl Block {
+    /// x: [tokens, C]. Returns (x, v_first, state).
+    fn forward(
+        &self, t: &mut Tape<'_>, x: Var, v_first: Option<&Var>, state: &LayerState, segments: &Arc<[Segment]>,
+    ) -> (Var, Var, LayerState) {
+        let h = t.layer_norm(&x, self.ln1.weight, self.ln1.bias);
+        let (dx, v_first, att_x, wkv) = self.att.forward(t, &h, v_first, state, segments);
+        let x = t.add(x, &dx);
+        let h = t.layer_norm(&x, self.ln2.weight, self.ln2.bias);
+        let (dx, ffn_x) = self.ffn.forward(t, &h, &state.ffn_x, segments);
+        (t.add(x, &dx), v_first, LayerState { att_x, wkv, ffn_x })
+    }
+}
+
+/// A RWKV-7 model: its dimensions, its parameters and the equations over them.
+pub struct Model {
+    pub(crate) config: Config,
+    pub(crate) params: ParamSet,
+    pub(crate) emb: Param,
+    pub(crate) ln0: Norm,
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) ln_out: Norm,
+    pub(crate) head: Weight,
+}
+
+impl Model {
+    /// The dimensions.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The parameters. A model loaded for inference has its matrices elsewhere, packed.
+    pub fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    /// The parameters, mutable.
+    pub fn params_mut(&mut self) -> &mut ParamSet {
+        &mut self.params
+    }
+
+    /// Runs the blocks over ragged sequences: tokens [n] to hidden vectors [n, C] after ln_out, and the next state.
+    /// With `checkpointing`, a recording tape keeps only each block's input and computes the block again going back.
+    ///
+    /// # Errors
+    /// When a token is outside the vocabulary.
+    pub fn forward<'p>(
+        &'p self, t: &mut Tape<'p>, tokens: &[u32], segments: &Arc<[Segment]>, state: &State, checkpointing: bool,
+    ) -> Result<(Var, State), Error> {
+        let vocab = self.config.vocab_size;
+        if let Some(position) = tokens.iter().position(|&t| t as usize >= vocab) {
+            return Err(Error::Token { token: tokens[position], position, vocab });
+        }
+        let x = t.embedding(tokens, self.emb);
+        let mut x = t.layer_norm(&x, self.ln0.weight, self.ln0.bias);
+        let mut v_first: Option<Var> = None;
+        let mut layers = Vec::with_capacity(self.blocks.len());
+        for (i, (block, s)) in self.blocks.iter().zip(&state.layers).enumerate() {
+            // Below the lowest trainable parameter there is nothing to go back for.
+            let prefix = format!("blocks.{i}.");
+            let trainable = || self.params.specs().iter().any(|p| p.trainable && p.name.starts_with(&prefix));
+            let (next_x, next_v, next_s) = if checkpointing && t.is_recording() && (x.needs_grad() || trainable()) {
+                let segments = segments.clone();
+                let mut inputs = vec![&x, &s.att_x, &s.wkv, &s.ffn_x];
+                inputs.extend(v_first.as_ref());
+                let out = t.checkpoint(&inputs, move |t, i| {
+                    let s = LayerState { att_x: i[1].clone(), wkv: i[2].clone(), ffn_x: i[3].clone() };
+                    let (x, v, s) = block.forward(t, i[0].clone(), i.get(4), &s, &segments);
+                    vec![x, v, s.att_x, s.wkv, s.ffn_x]
+                });
+                let [x, v, att_x, wkv, ffn_x] = <[Var; 5]>::try_from(out).unwrap_or_else(|_| unreachable!());
+                (x, v, LayerState { att_x, wkv, ffn_x })
+            } else {
+                block.forward(t, x, v_first.as_ref(), s, segments)
+            };
+            // Only the first block's value is v_first; later blocks hand it on.
+            (x, v_first) = (next_x, Some(v_first.unwrap_or(next_v)));
+            layers.push(next_s);
+        }
+        Ok((t.layer_norm(&x, self.ln_out.weight, self.ln_out.bias), State { layers }))
+    }
+
+    /// Logits of hidden vectors: [n, C] to [n, V].
+    pub fn logits(&self, t: &mut Tape<'_>, hidden: &Var) -> Var {
+        t.linear(hidden, &self.head)
+    }
+
+    /// Cross entropy of hidden vectors [n, C] against targets [n] (negative: ignored); see [`Tape::cross_entropy`].
+    pub fn loss(
+        &self, t: &mut Tape<'_>, hidden: &Var, targets: &[i32], weights: Option<&[f32]>, opts: CrossEntropy,
+    ) -> Loss {
+        t.cross_entropy(hidden, &self.head, targets, weights, opts)
+    }
+}

@@ -1,0 +1,125 @@
+//! Output head and cross entropy in one operation, over chunks of rows: the whole [tokens, V] matrix of logits never exists.
+//!
+//! loss = sum_i weight_i (logsumexp(z_i) - z_i[target_i]) / divisor, with z = x W^T, over rows whose target is not ignored.
+//! dz_i = (weight_i (softmax(z_i) - onehot) + [L2Wrap] 1e-4 max(z_i) onehot(argmax z_i)) / divisor.
+//! L2Wrap (official trainer) pulls the largest logit towards 0; it changes gradients only. Of equal logits the first counts.
+//! The gradients are made at once, in the forward pass: this operation is the root.
+
+use crate::linear::Weight;
+use crate::{Tape, Var};
+use anser_tensor::{DisjointMut, math, simd::vectorize};
+
+#[cfg(test)]
+mod tests;
+
+/// Options of [`Tape::cross_entropy`].
+#[derive(Clone, Copy, Debug)]
+pub struct CrossEntropy {
+    /// What the sum is divided by: the number of targets that are not ignored in the global batch.
+    pub divisor: f64,
+    /// Whether the gradient has the L2Wrap term.
+    pub l2wrap: bool,
+}
+
+/// The loss and what it is made of.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Loss {
+    /// sum of weight x loss over the divisor. 0 in a forecast.
+    pub loss: f64,
+    /// Negative log-likelihood of each row in nats, unweighted; 0 for ignored rows.
+    pub per_token: Vec<f32>,
+}
+
+/// Logits held at a time: 4 Mi, 16 MiB.
+const CHUNK: usize = 1 << 22;
+const L2WRAP: f64 = 1e-4;
+
+/// Loss of one row and, with `grad`, its gradient in place of the logits.
+fn row(z: &mut [f32], target: usize, weight: f64, opts: CrossEntropy, grad: bool) -> f32 {
+    vectorize(|| {
+        let mut max = f32::NEG_INFINITY;
+        for &v in z.iter() {
+            max = if v > max { v } else { max };
+        }
+        // Sixteen partial sums: vectorised, and in a fixed order.
+        let mut parts = [0f32; 16];
+        let chunks = z.chunks_exact(16);
+        let rest: f32 = chunks.remainder().iter().map(|&v| math::exp(v - max)).sum();
+        for c in chunks {
+            for (p, &v) in parts.iter_mut().zip(c) {
+                *p += math::exp(v - max);
+            }
+        }
+        let sum = parts.iter().map(|&p| p as f64).sum::<f64>() + rest as f64;
+        let lse = max as f64 + sum.ln();
+        let loss = (lse - z[target] as f64) as f32;
+        if grad {
+            let first_max = z.iter().position(|&v| v == max);
+            let scale = (weight / opts.divisor / sum) as f32;
+            for v in z.iter_mut() {
+                *v = math::exp(*v - max) * scale;
+            }
+            z[target] -= (weight / opts.divisor) as f32;
+            if let (true, Some(i)) = (opts.l2wrap, first_max) {
+                z[i] += (L2WRAP * max as f64 / opts.divisor) as f32;
+            }
+        }
+        loss
+    })
+}
+
+impl<'p> Tape<'p> {
+    /// Cross entropy of x [tokens, C] through the head [V, C] against `targets` [tokens] (negative: ignored), with
+    /// optional `weights` [tokens]. When recording, the gradients of x and of the head are added at once.
+    pub fn cross_entropy(
+        &mut self, x: &Var, head: &Weight, targets: &[i32], weights: Option<&[f32]>, opts: CrossEntropy,
+    ) -> Loss {
+        let (rows, cols, vocab) = (x.rows(), x.cols(), head.outputs());
+        assert_eq!(targets.len(), rows);
+        assert!(weights.is_none_or(|w| w.len() == rows));
+        let ctx = self.ctx().clone();
+        let params = self.params();
+        let grad = self.needs_grad(&[x], head.param().as_slice());
+        let chunk = (CHUNK / vocab).clamp(1, rows.max(1));
+        let mut z = ctx.alloc(chunk * vocab);
+        let mut dx = (grad && x.needs_grad()).then(|| ctx.alloc(rows * cols));
+        let mut out = Loss { loss: 0.0, per_token: vec![0.0; rows] };
+        if ctx.is_dry() {
+            if let Some(dx) = dx {
+                x.add_grad(dx);
+            }
+            return out;
+        }
+        for start in (0..rows).step_by(chunk) {
+            let n = chunk.min(rows - start);
+            let z = &mut z[..n * vocab];
+            let xs = &x.data()[start * cols..(start + n) * cols];
+            head.product(&ctx, params, xs, z);
+            let (zs, losses) = (DisjointMut::new(z), DisjointMut::new(&mut out.per_token[start..start + n]));
+            ctx.threads().run(n, |i| {
+                // SAFETY: each task has its own row.
+                let (z, loss) = unsafe { (zs.get(i * vocab..(i + 1) * vocab), &mut losses.get(i..i + 1)[0]) };
+                match usize::try_from(targets[start + i]) {
+                    Ok(target) => {
+                        let weight = weights.map_or(1.0, |w| w[start + i] as f64);
+                        *loss = row(z, target, weight, opts, grad);
+                    }
+                    Err(_) if grad => z.fill(0.0),
+                    Err(_) => {}
+                }
+            });
+            if let Some(dx) = &mut dx {
+                head.input_grad(&ctx, params, z, &mut dx[start * cols..(start + n) * cols]);
+            }
+            if grad {
+                self.with_backward(|b| head.add_weight_grad(b, xs, z));
+            }
+        }
+        if let Some(dx) = dx {
+            x.add_grad(dx);
+        }
+        let weighted = |(i, &l): (usize, &f32)| weights.map_or(1.0, |w| w[i] as f64) * l as f64;
+        out.loss = out.per_token.iter().enumerate().map(weighted).sum::<f64>() / opts.divisor;
+        out
+    }
+}

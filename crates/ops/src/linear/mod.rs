@@ -1,0 +1,125 @@
+//! Linear maps: `y = x W^T` for a weight [out, in] (official `*.weight` matrices) or `y = x W` for one stored
+//! [in, out] (the official low-rank matrices).
+//!
+//! Backward: `dx = dy W`, `dW += dy^T x`.
+
+use crate::{Backward, Param, ParamSet, Tape, Var};
+use anser_tensor::gemm::{Trans, gemm};
+use anser_tensor::{Context, Packed};
+use std::sync::Arc;
+
+#[cfg(test)]
+mod tests;
+
+/// The weight of a linear map. Models call [`Tape::linear`] with one and never look inside.
+#[derive(Clone)]
+pub enum Weight {
+    /// f32 master weights in the arena, [out, in]: trainable.
+    OutIn(Param),
+    /// f32 master weights in the arena, [in, out]: trainable.
+    InOut(Param),
+    /// Tiled f32, f16 or bf16: inference only.
+    Packed(Arc<Packed>),
+}
+
+impl Weight {
+    /// Outputs.
+    pub fn outputs(&self) -> usize {
+        match self {
+            Weight::OutIn(p) => p.rows,
+            Weight::InOut(p) => p.cols,
+            Weight::Packed(w) => w.n(),
+        }
+    }
+
+    /// Inputs.
+    pub fn inputs(&self) -> usize {
+        match self {
+            Weight::OutIn(p) => p.cols,
+            Weight::InOut(p) => p.rows,
+            Weight::Packed(w) => w.k(),
+        }
+    }
+
+    /// The parameter, if it is one.
+    pub fn param(&self) -> Option<Param> {
+        match self {
+            Weight::OutIn(p) | Weight::InOut(p) => Some(*p),
+            Weight::Packed(_) => None,
+        }
+    }
+
+    /// `y = x W^T` for x [rows, in], y [rows, out].
+    pub(crate) fn product(&self, ctx: &Context, params: &ParamSet, x: &[f32], y: &mut [f32]) {
+        let (n, k) = (self.outputs(), self.inputs());
+        let rows = y.len() / n;
+        match self {
+            Weight::OutIn(p) => gemm(ctx, Trans::N, Trans::T, rows, n, k, x, params.get(*p), false, y),
+            Weight::InOut(p) => gemm(ctx, Trans::N, Trans::N, rows, n, k, x, params.get(*p), false, y),
+            Weight::Packed(w) => w.matmul(ctx, x, y),
+        }
+    }
+
+    /// `dx = dy W` for dy [rows, out], dx [rows, in].
+    ///
+    /// # Panics
+    /// For packed weights, which have no backward pass.
+    pub(crate) fn input_grad(&self, ctx: &Context, params: &ParamSet, dy: &[f32], dx: &mut [f32]) {
+        let (n, k) = (self.outputs(), self.inputs());
+        let rows = dy.len() / n;
+        match self {
+            Weight::OutIn(p) => gemm(ctx, Trans::N, Trans::N, rows, k, n, dy, params.get(*p), false, dx),
+            Weight::InOut(p) => gemm(ctx, Trans::N, Trans::T, rows, k, n, dy, params.get(*p), false, dx),
+            Weight::Packed(_) => panic!("packed weights are for inference: load the model for training"),
+        }
+    }
+
+    /// `dW += dy^T x`; nothing if the weight is frozen.
+    pub(crate) fn add_weight_grad(&self, b: &mut Backward<'_>, x: &[f32], dy: &[f32]) {
+        let (n, k, ctx) = (self.outputs(), self.inputs(), b.ctx());
+        let rows = dy.len() / n;
+        match self {
+            Weight::OutIn(p) => {
+                if let Some(dw) = b.param_grad(*p) {
+                    gemm(ctx, Trans::T, Trans::N, n, k, rows, dy, x, true, dw);
+                }
+            }
+            Weight::InOut(p) => {
+                if let Some(dw) = b.param_grad(*p) {
+                    gemm(ctx, Trans::T, Trans::N, k, n, rows, x, dy, true, dw);
+                }
+            }
+            Weight::Packed(_) => {}
+        }
+    }
+}
+
+impl<'p> Tape<'p> {
+    /// `y = x W^T`: x [tokens, in] to y [tokens, out].
+    pub fn linear(&mut self, x: &Var, w: &Weight) -> Var {
+        assert_eq!(x.cols(), w.inputs());
+        let mut y = self.ctx().alloc(x.rows() * w.outputs());
+        self.run(|| w.product(self.ctx(), self.params(), x.data(), &mut y));
+        let param = w.param();
+        let needs = self.needs_grad(&[x], param.as_slice());
+        let out = self.output(x.rows(), w.outputs(), y, needs);
+        if needs {
+            let (dy, dx, w) = (out.slot(), x.slot(), w.clone());
+            // The weight gradient alone needs x.
+            let kept = param.is_some_and(|p| self.params().is_trainable(p)).then(|| x.clone());
+            self.record(move |b| {
+                let Some(dy) = dy.take() else { return };
+                let ctx = b.ctx();
+                if let Some(x) = kept {
+                    b.run(|b| w.add_weight_grad(b, x.data(), &dy));
+                }
+                if dx.wanted() {
+                    let mut g = ctx.alloc(dx.len());
+                    b.run(|b| w.input_grad(ctx, b.params(), &dy, &mut g));
+                    dx.add(g);
+                }
+            });
+        }
+        out
+    }
+}
