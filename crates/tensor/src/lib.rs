@@ -4,6 +4,7 @@
 //! memory pool and its threads. All higher crates get memory and parallelism from a `Context` and from nowhere
 //! else, which is what makes the memory forecast ([`Context::forecast`]) and a second device possible.
 
+pub mod bench;
 mod buf;
 mod context;
 mod dtype;

@@ -1,24 +1,56 @@
-//! Weights repacked for inference: f32, f16 or bf16, tiled so that a product with 1 or 1000 rows streams them once.
+//! Weights repacked for inference: f32, f16 or bf16, in panels of 16 outputs with k contiguous, so that a product with 1 or
+//! 1000 rows streams them once and in order.
 
-use crate::{Context, DType};
+use crate::gemm::{MR, pack, tile};
+use crate::{Context, DType, DisjointMut};
+use half::{bf16, f16};
+
+const NR: usize = crate::gemm::NR;
+/// k block of products with many rows: 16 x KC f32 (16 KiB) are converted at a time.
+const KC: usize = 256;
+/// Panels of one task.
+const GROUP: usize = 8;
 
 /// A weight matrix [n, k] (outputs x inputs) in tiles.
 pub struct Packed {
     n: usize,
     k: usize,
-    dtype: DType,
-    f32: Vec<f32>,
+    data: Data,
+}
+
+/// [n / 16][k][16], padded with zeros.
+enum Data {
+    F32(Vec<f32>),
+    F16(Vec<u16>),
+    BF16(Vec<u16>),
 }
 
 impl Packed {
-    /// Packs a row-major [n, k] matrix whose element (i, j) is `get(i * k + j)`, rounding to `dtype`.
-    pub fn new(dtype: DType, n: usize, k: usize, get: impl Fn(usize) -> f32 + Sync) -> Packed {
-        let round = |x: f32| match dtype {
-            DType::F32 => x,
-            DType::F16 => half::f16::from_f32(x).to_f32(),
-            DType::BF16 => half::bf16::from_f32(x).to_f32(),
+    /// Packs a row-major [n, k] matrix whose element (i, j) is `get(i * k + j)`, rounding to `dtype` (to nearest, ties to even).
+    pub fn new(ctx: &Context, dtype: DType, n: usize, k: usize, get: impl Fn(usize) -> f32 + Sync) -> Packed {
+        fn fill<T: Copy + Default + Send>(
+            ctx: &Context, n: usize, k: usize, get: impl Fn(usize) -> f32 + Sync, round: impl Fn(f32) -> T + Sync,
+        ) -> Vec<T> {
+            let panels = n.div_ceil(NR);
+            let mut out = vec![T::default(); panels * k * NR];
+            let shared = DisjointMut::new(&mut out);
+            ctx.threads().run(panels, |p| {
+                // SAFETY: each panel is filled by one task.
+                let panel = unsafe { shared.get(p * k * NR..(p + 1) * k * NR) };
+                for i in p * NR..n.min((p + 1) * NR) {
+                    for j in 0..k {
+                        panel[j * NR + i % NR] = round(get(i * k + j));
+                    }
+                }
+            });
+            out
+        }
+        let data = match dtype {
+            DType::F32 => Data::F32(fill(ctx, n, k, get, |v| v)),
+            DType::F16 => Data::F16(fill(ctx, n, k, get, |v| f16::from_f32(v).to_bits())),
+            DType::BF16 => Data::BF16(fill(ctx, n, k, get, |v| bf16::from_f32(v).to_bits())),
         };
-        Packed { n, k, dtype, f32: (0..n * k).map(|i| round(get(i))).collect() }
+        Packed { n, k, data }
     }
 
     /// Outputs.
@@ -33,18 +65,254 @@ impl Packed {
 
     /// Element type.
     pub fn dtype(&self) -> DType {
-        self.dtype
+        match self.data {
+            Data::F32(_) => DType::F32,
+            Data::F16(_) => DType::F16,
+            Data::BF16(_) => DType::BF16,
+        }
     }
 
     /// Bytes of the packed form.
     pub fn bytes(&self) -> usize {
-        self.f32.len() * self.dtype.size()
+        self.n.div_ceil(NR) * NR * self.k * self.dtype().size()
     }
 
     /// `y = x w^T`: x [m, k], y [m, n]. A row of y is bitwise the same for every m, and the same as
     /// [`crate::gemm::gemm`] gives for the rounded weights.
     pub fn matmul(&self, ctx: &Context, x: &[f32], y: &mut [f32]) {
-        use crate::gemm::{Trans, gemm};
-        gemm(ctx, Trans::N, Trans::T, x.len() / self.k, self.n, self.k, x, &self.f32, false, y);
+        let m = if self.n == 0 { 0 } else { y.len() / self.n };
+        assert!(x.len() == m * self.k && y.len() == m * self.n);
+        if self.k == 0 {
+            return y.fill(0.0);
+        }
+        match &self.data {
+            Data::F32(w) => product::<F32>(ctx, w, (m, self.n, self.k), x, y),
+            Data::F16(w) => product::<F16>(ctx, w, (m, self.n, self.k), x, y),
+            Data::BF16(w) => product::<BF16>(ctx, w, (m, self.n, self.k), x, y),
+        }
+    }
+}
+
+/// A stored type: how sixteen of them become f32.
+trait Stored {
+    type Bits: Copy + Sync;
+    fn one(bits: Self::Bits) -> f32;
+    /// # Safety
+    /// `p` points to 16 elements; AVX2, FMA and F16C are there.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn sixteen(p: *const Self::Bits) -> [std::arch::x86_64::__m256; 2];
+}
+
+struct F32;
+struct F16;
+struct BF16;
+
+impl Stored for F32 {
+    type Bits = f32;
+    fn one(bits: f32) -> f32 {
+        bits
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn sixteen(p: *const f32) -> [std::arch::x86_64::__m256; 2] {
+        use std::arch::x86_64::*;
+        // SAFETY: by the caller's promise.
+        unsafe { [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))] }
+    }
+}
+
+impl Stored for F16 {
+    type Bits = u16;
+    fn one(bits: u16) -> f32 {
+        f16::from_bits(bits).to_f32()
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn sixteen(p: *const u16) -> [std::arch::x86_64::__m256; 2] {
+        use std::arch::x86_64::*;
+        // SAFETY: by the caller's promise.
+        unsafe { [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast()))] }
+    }
+}
+
+impl Stored for BF16 {
+    type Bits = u16;
+    fn one(bits: u16) -> f32 {
+        bf16::from_bits(bits).to_f32()
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn sixteen(p: *const u16) -> [std::arch::x86_64::__m256; 2] {
+        use std::arch::x86_64::*;
+        // SAFETY: by the caller's promise.
+        let widen = |q: *const u16| unsafe {
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(q.cast()))))
+        };
+        // SAFETY: the second half of 16 elements.
+        [widen(p), widen(unsafe { p.add(8) })]
+    }
+}
+
+fn product<S: Stored>(ctx: &Context, w: &[S::Bits], (m, n, k): (usize, usize, usize), x: &[f32], y: &mut [f32]) {
+    let panels = n.div_ceil(NR);
+    let y = DisjointMut::new(y);
+    // Two tasks a thread even for narrow matrices.
+    let group = GROUP.min(panels.div_ceil(2 * ctx.threads().len())).max(1);
+    if m <= MR {
+        ctx.threads().run(panels.div_ceil(group), |t| {
+            for p in t * group..panels.min((t + 1) * group) {
+                let panel = &w[p * k * NR..(p + 1) * k * NR];
+                let mut acc = [[0.0; NR]; MR];
+                few::<S>(panel, x, m, k, &mut acc);
+                for (r, acc) in acc.iter().enumerate().take(m) {
+                    let cols = NR.min(n - p * NR);
+                    // SAFETY: this task alone writes these columns.
+                    unsafe { y.get(r * n + p * NR..r * n + p * NR + cols) }.copy_from_slice(&acc[..cols]);
+                }
+            }
+        });
+        return;
+    }
+    // Many rows: pack x once, convert each panel once per k block.
+    let tiles = m.div_ceil(MR);
+    let mut px = ctx.alloc(tiles * MR * k);
+    {
+        let px = DisjointMut::new(&mut px);
+        ctx.threads().run(tiles, |i| {
+            for k0 in (0..k).step_by(KC) {
+                let kc = KC.min(k - k0);
+                let at = tiles * MR * k0 + i * MR * kc;
+                // SAFETY: each tile is packed by one task.
+                pack::<MR>(x, (k, 1), i * MR, m, k0, kc, unsafe { px.get(at..at + MR * kc) });
+            }
+        });
+    }
+    ctx.threads().run(panels.div_ceil(group), |t| {
+        let mut b = [0f32; KC * NR];
+        for p in t * group..panels.min((t + 1) * group) {
+            let cols = NR.min(n - p * NR);
+            for k0 in (0..k).step_by(KC) {
+                let kc = KC.min(k - k0);
+                convert::<S>(&w[(p * k + k0) * NR..][..kc * NR], &mut b[..kc * NR]);
+                for i in 0..tiles {
+                    let a = &px[tiles * MR * k0 + i * MR * kc..][..MR * kc];
+                    let rows = MR.min(m - i * MR);
+                    // SAFETY: this task alone writes these columns; rows are separate ranges.
+                    let out: [&mut [f32]; MR] = std::array::from_fn(|r| unsafe {
+                        let at = (i * MR + r) * n + p * NR;
+                        if r < rows { y.get(at..at + cols) } else { y.get(0..0) }
+                    });
+                    tile(a, &b[..kc * NR], out, rows, cols, k0 > 0);
+                }
+            }
+        }
+    });
+}
+
+fn convert<S: Stored>(from: &[S::Bits], to: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if crate::simd::has_avx2() {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn fast<S: Stored>(from: &[S::Bits], to: &mut [f32]) {
+            for (f, t) in from.chunks_exact(NR).zip(to.chunks_exact_mut(NR)) {
+                // SAFETY: both have 16 elements, and the features are there.
+                unsafe {
+                    let [a, b] = S::sixteen(f.as_ptr());
+                    std::arch::x86_64::_mm256_storeu_ps(t.as_mut_ptr(), a);
+                    std::arch::x86_64::_mm256_storeu_ps(t.as_mut_ptr().add(8), b);
+                }
+            }
+        }
+        // SAFETY: the features are there.
+        return unsafe { fast::<S>(from, to) };
+    }
+    from.iter().zip(to).for_each(|(f, t)| *t = S::one(*f));
+}
+
+/// acc[r] = x[r] panel for m <= 6 rows.
+fn few<S: Stored>(panel: &[S::Bits], x: &[f32], m: usize, k: usize, acc: &mut [[f32; NR]; MR]) {
+    #[cfg(target_arch = "x86_64")]
+    if crate::simd::has_avx2() {
+        // SAFETY: the features are there; the panel holds k x 16 elements and x m x k.
+        return unsafe {
+            match m {
+                0 => {}
+                1 => few_avx2::<S, 1>(panel, x, k, acc),
+                2 => few_avx2::<S, 2>(panel, x, k, acc),
+                3 => few_avx2::<S, 3>(panel, x, k, acc),
+                4 => few_avx2::<S, 4>(panel, x, k, acc),
+                5 => few_avx2::<S, 5>(panel, x, k, acc),
+                _ => few_avx2::<S, 6>(panel, x, k, acc),
+            }
+        };
+    }
+    for (l, w) in panel.chunks_exact(NR).enumerate() {
+        for r in 0..m {
+            for j in 0..NR {
+                acc[r][j] = x[r * k + l].mul_add(S::one(w[j]), acc[r][j]);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// AVX2, FMA and F16C are there; `panel` holds k x 16 elements, `x` at least M x k.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn few_avx2<S: Stored, const M: usize>(panel: &[S::Bits], x: &[f32], k: usize, acc: &mut [[f32; NR]; MR]) {
+    use std::arch::x86_64::*;
+    debug_assert!(panel.len() == k * NR && x.len() >= M * k);
+    // SAFETY: all loads are inside panel and x; prefetching beyond is harmless.
+    unsafe {
+        let mut s = [[_mm256_setzero_ps(); 2]; M];
+        let (mut p, x) = (panel.as_ptr(), x.as_ptr());
+        for l in 0..k {
+            // 2 KiB ahead: the hardware prefetcher stops at page boundaries.
+            _mm_prefetch::<_MM_HINT_T0>(p.cast::<i8>().wrapping_add(2048));
+            let w = S::sixteen(p);
+            for (r, s) in s.iter_mut().enumerate() {
+                let x = _mm256_broadcast_ss(&*x.add(r * k + l));
+                s[0] = _mm256_fmadd_ps(x, w[0], s[0]);
+                s[1] = _mm256_fmadd_ps(x, w[1], s[1]);
+            }
+            p = p.add(NR);
+        }
+        for (s, acc) in s.iter().zip(acc) {
+            _mm256_storeu_ps(acc.as_mut_ptr(), s[0]);
+            _mm256_storeu_ps(acc.as_mut_ptr().add(8), s[1]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gemm::{Trans, gemm};
+
+    #[test]
+    fn every_row_count_equals_gemm_bitwise() {
+        let value = |i: usize| ((i * 7919 % 1009) as f32 - 504.0) / 300.0;
+        for (n, k) in [(1, 1), (16, 3), (37, 300), (130, 64), (5, 0)] {
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                let round = |v: f32| match dtype {
+                    DType::F32 => v,
+                    DType::F16 => f16::from_f32(v).to_f32(),
+                    DType::BF16 => bf16::from_f32(v).to_f32(),
+                };
+                let w: Vec<f32> = (0..n * k).map(|i| round(value(i))).collect();
+                for threads in [1, 3] {
+                    let ctx = Context::cpu(threads);
+                    let packed = Packed::new(&ctx, dtype, n, k, value);
+                    assert_eq!((packed.n(), packed.k(), packed.dtype()), (n, k, dtype));
+                    for m in [0, 1, 2, 5, 6, 7, 12, 40] {
+                        let x: Vec<f32> = (0..m * k).map(|i| value(i + 11) * 0.7).collect();
+                        let (mut y, mut want) = (vec![1.0; m * n], vec![2.0; m * n]);
+                        packed.matmul(&ctx, &x, &mut y);
+                        gemm(&ctx, Trans::N, Trans::T, m, n, k, &x, &w, false, &mut want);
+                        assert!(y == want, "{m} x {n} x {k} {dtype}");
+                    }
+                }
+            }
+        }
     }
 }

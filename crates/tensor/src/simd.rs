@@ -1,12 +1,21 @@
-//! Run-time choice of the instruction set for code that the compiler vectorises.
+//! Run-time choice of the instruction set.
 
-/// Runs `f` compiled for the best instruction set of this machine (AVX2 + FMA where present).
+/// Whether this machine has AVX2, FMA and F16C.
+#[inline(always)]
+pub fn has_avx2() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
+}
+
+/// Runs `f` compiled for the best instruction set of this machine: the compiler vectorises its loops with AVX2 and FMA where present.
 ///
 /// Mark what `f` calls `#[inline(always)]`, or it stays compiled for the baseline.
 #[inline(always)]
 pub fn vectorize<R>(f: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+    if has_avx2() {
         // SAFETY: the features are there.
         return unsafe { avx2(f) };
     }

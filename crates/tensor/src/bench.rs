@@ -1,0 +1,39 @@
+//! What this machine can do: the figures that speeds are quoted against.
+
+use crate::Context;
+use crate::gemm::{Trans, gemm};
+use std::time::Instant;
+
+/// Best of `n` runs, in seconds.
+fn best(n: usize, mut f: impl FnMut()) -> f64 {
+    let time = |_| {
+        let start = Instant::now();
+        f();
+        start.elapsed().as_secs_f64()
+    };
+    (0..n).map(time).fold(f64::INFINITY, f64::min)
+}
+
+/// Speed of a large f32 matrix product (1024 x 1024 x 1024), in floating-point operations per second.
+pub fn gemm_peak(ctx: &Context) -> f64 {
+    let n = 1024;
+    let (a, b, mut c) = (vec![0.5; n * n], vec![0.25; n * n], vec![0.0; n * n]);
+    let seconds = best(8, || gemm(ctx, Trans::N, Trans::T, n, n, n, &a, &b, false, &mut c));
+    2.0 * (n * n * n) as f64 / seconds
+}
+
+/// Speed of reading memory on all threads, in bytes per second.
+pub fn read_bandwidth(ctx: &Context) -> f64 {
+    let data = vec![1u64; 1 << 25];
+    let parts = 64;
+    let sums: Vec<std::sync::atomic::AtomicU64> = (0..parts).map(|_| Default::default()).collect();
+    let seconds = best(5, || {
+        ctx.threads().run(parts, |i| {
+            let part = &data[i * data.len() / parts..(i + 1) * data.len() / parts];
+            let sum = crate::simd::vectorize(|| part.iter().fold(0u64, |s, v| s.wrapping_add(*v)));
+            sums[i].store(sum, std::sync::atomic::Ordering::Relaxed);
+        });
+    });
+    std::hint::black_box(&sums);
+    (data.len() * 8) as f64 / seconds
+}
