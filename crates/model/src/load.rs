@@ -184,10 +184,9 @@ fn pack(ctx: &Context, dtype: DType, t: &TensorView<'_>, shape: &[usize], in_out
         // Low-rank matrices are small: transpose through f32.
         let mut m = vec![0.0; rows * cols];
         t.read_f32_into(&mut m)?;
-        return Ok(Packed::new(dtype, cols, rows, |i| m[(i % rows) * cols + i / rows]));
+        return Ok(Packed::new(ctx, dtype, cols, rows, |i| m[(i % rows) * cols + i / rows]));
     }
-    let _ = ctx;
     let mut m = vec![0.0; rows * cols];
     t.read_f32_into(&mut m)?;
-    Ok(Packed::new(dtype, rows, cols, |i| m[i]))
+    Ok(Packed::new(ctx, dtype, rows, cols, |i| m[i]))
 }

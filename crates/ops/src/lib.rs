@@ -8,12 +8,24 @@
 //! pieces of back-propagation through time and single decoding steps are all this one form.
 
 mod params;
+mod rows;
 mod segment;
 mod tape;
+#[cfg(test)]
+mod testing;
 
+pub mod add;
 pub mod cross_entropy;
+pub mod embedding;
+pub mod key_path;
+pub mod layer_norm;
 pub mod linear;
 pub mod low_rank;
+pub mod read_out;
+pub mod relu_squared;
+pub mod token_shift;
+pub mod value_residual;
+
 pub mod wkv7;
 
 pub use params::{Group, Param, ParamSet, ParamSpec};

@@ -30,7 +30,10 @@ pub fn read_bandwidth(ctx: &Context) -> f64 {
     let seconds = best(5, || {
         ctx.threads().run(parts, |i| {
             let part = &data[i * data.len() / parts..(i + 1) * data.len() / parts];
-            let sum = crate::simd::vectorize(|| part.iter().fold(0u64, |s, v| s.wrapping_add(*v)));
+            let sum = crate::simd::vectorize(
+                #[inline(always)]
+                || part.iter().fold(0u64, |s, v| s.wrapping_add(*v)),
+            );
             sums[i].store(sum, std::sync::atomic::Ordering::Relaxed);
         });
     });

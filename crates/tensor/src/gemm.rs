@@ -41,13 +41,14 @@ pub fn gemm(
         return;
     }
     let (mp, np) = (m.div_ceil(MR), n.div_ceil(NR));
-    let mut pa = ctx.alloc(mp * MR * k.min(KC));
-    let mut pb = ctx.alloc(np * NR * k.min(KC));
+    let (len_a, len_b) = (mp * MR * k.min(KC), np * NR * k.min(KC));
+    let mut scratch = Scratch::new(len_a + len_b);
+    let (pa, pb) = scratch.split_at_mut(len_a);
     let c = DisjointMut::new(c);
     for k0 in (0..k).step_by(KC) {
         let kc = KC.min(k - k0);
         {
-            let (da, db) = (DisjointMut::new(&mut pa), DisjointMut::new(&mut pb));
+            let (da, db) = (DisjointMut::new(pa), DisjointMut::new(pb));
             let (ga, gb) = (mp.div_ceil(16), np.div_ceil(8));
             ctx.threads().run(ga + gb, |t| {
                 if t < ga {
@@ -66,7 +67,7 @@ pub fn gemm(
             });
         }
         let (tm, tn) = (m.div_ceil(MC), n.div_ceil(NC));
-        let (pa, pb) = (&pa[..], &pb[..]);
+        let (pa, pb) = (&*pa, &*pb);
         ctx.threads().run(tm * tn, |t| {
             let (i0, j0) = (t / tn * MC, t % tn * NC);
             for j in (j0..n.min(j0 + NC)).step_by(NR) {
@@ -81,6 +82,46 @@ pub fn gemm(
                 }
             }
         });
+    }
+}
+
+/// Room for packed operands, kept by the thread between calls. It is not part of a context's memory: its size is a
+/// few operands, and a forecast runs no products.
+pub(crate) struct Scratch {
+    data: Vec<f32>,
+    len: usize,
+}
+
+thread_local! {
+    static KEPT: std::cell::Cell<Vec<f32>> = const { std::cell::Cell::new(Vec::new()) };
+}
+
+impl Scratch {
+    pub(crate) fn new(len: usize) -> Scratch {
+        let mut data = KEPT.take();
+        if data.len() < len {
+            data.resize(len, 0.0);
+        }
+        Scratch { data, len }
+    }
+}
+
+impl std::ops::Deref for Scratch {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        &self.data[..self.len]
+    }
+}
+
+impl std::ops::DerefMut for Scratch {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.data[..self.len]
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        KEPT.set(std::mem::take(&mut self.data));
     }
 }
 
@@ -112,10 +153,15 @@ pub(crate) fn pack<const W: usize>(
             }
         }
     } else {
-        for (l, o) in out.chunks_exact_mut(W).enumerate() {
+        for (l, o) in out.as_chunks_mut::<W>().0.iter_mut().enumerate() {
             let s = &src[(k0 + l) * sl + i0..][..w];
-            o[..w].copy_from_slice(s);
-            o[w..].fill(0.0);
+            match s.first_chunk::<W>() {
+                Some(s) => *o = *s,
+                None => {
+                    o[..w].copy_from_slice(s);
+                    o[w..].fill(0.0);
+                }
+            }
         }
     }
 }

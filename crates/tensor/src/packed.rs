@@ -1,7 +1,7 @@
 //! Weights repacked for inference: f32, f16 or bf16, in panels of 16 outputs with k contiguous, so that a product with 1 or
 //! 1000 rows streams them once and in order.
 
-use crate::gemm::{MR, pack, tile};
+use crate::gemm::{MR, Scratch, pack, tile};
 use crate::{Context, DType, DisjointMut};
 use half::{bf16, f16};
 
@@ -80,7 +80,7 @@ impl Packed {
     /// `y = x w^T`: x [m, k], y [m, n]. A row of y is bitwise the same for every m, and the same as
     /// [`crate::gemm::gemm`] gives for the rounded weights.
     pub fn matmul(&self, ctx: &Context, x: &[f32], y: &mut [f32]) {
-        let m = if self.n == 0 { 0 } else { y.len() / self.n };
+        let m = y.len().checked_div(self.n).unwrap_or(0);
         assert!(x.len() == m * self.k && y.len() == m * self.n);
         if self.k == 0 {
             return y.fill(0.0);
@@ -175,7 +175,7 @@ fn product<S: Stored>(ctx: &Context, w: &[S::Bits], (m, n, k): (usize, usize, us
     }
     // Many rows: pack x once, convert each panel once per k block.
     let tiles = m.div_ceil(MR);
-    let mut px = ctx.alloc(tiles * MR * k);
+    let mut px = Scratch::new(tiles * MR * k);
     {
         let px = DisjointMut::new(&mut px);
         ctx.threads().run(tiles, |i| {

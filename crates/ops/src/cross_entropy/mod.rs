@@ -36,36 +36,39 @@ const L2WRAP: f64 = 1e-4;
 
 /// Loss of one row and, with `grad`, its gradient in place of the logits.
 fn row(z: &mut [f32], target: usize, weight: f64, opts: CrossEntropy, grad: bool) -> f32 {
-    vectorize(|| {
-        let mut max = f32::NEG_INFINITY;
-        for &v in z.iter() {
-            max = if v > max { v } else { max };
-        }
-        // Sixteen partial sums: vectorised, and in a fixed order.
-        let mut parts = [0f32; 16];
-        let chunks = z.chunks_exact(16);
-        let rest: f32 = chunks.remainder().iter().map(|&v| math::exp(v - max)).sum();
-        for c in chunks {
-            for (p, &v) in parts.iter_mut().zip(c) {
-                *p += math::exp(v - max);
+    vectorize(
+        #[inline(always)]
+        || {
+            let mut max = f32::NEG_INFINITY;
+            for &v in z.iter() {
+                max = if v > max { v } else { max };
             }
-        }
-        let sum = parts.iter().map(|&p| p as f64).sum::<f64>() + rest as f64;
-        let lse = max as f64 + sum.ln();
-        let loss = (lse - z[target] as f64) as f32;
-        if grad {
-            let first_max = z.iter().position(|&v| v == max);
-            let scale = (weight / opts.divisor / sum) as f32;
-            for v in z.iter_mut() {
-                *v = math::exp(*v - max) * scale;
+            // Sixteen partial sums: vectorised, and in a fixed order.
+            let mut parts = [0f32; 16];
+            let chunks = z.chunks_exact(16);
+            let rest: f32 = chunks.remainder().iter().map(|&v| math::exp(v - max)).sum();
+            for c in chunks {
+                for (p, &v) in parts.iter_mut().zip(c) {
+                    *p += math::exp(v - max);
+                }
             }
-            z[target] -= (weight / opts.divisor) as f32;
-            if let (true, Some(i)) = (opts.l2wrap, first_max) {
-                z[i] += (L2WRAP * max as f64 / opts.divisor) as f32;
+            let sum = parts.iter().map(|&p| p as f64).sum::<f64>() + rest as f64;
+            let lse = max as f64 + sum.ln();
+            let loss = (lse - z[target] as f64) as f32;
+            if grad {
+                let first_max = z.iter().position(|&v| v == max);
+                let scale = (weight / opts.divisor / sum) as f32;
+                for v in z.iter_mut() {
+                    *v = math::exp(*v - max) * scale;
+                }
+                z[target] -= (weight / opts.divisor) as f32;
+                if let (true, Some(i)) = (opts.l2wrap, first_max) {
+                    z[i] += (L2WRAP * max as f64 / opts.divisor) as f32;
+                }
             }
-        }
-        loss
-    })
+            loss
+        },
+    )
 }
 
 impl<'p> Tape<'p> {

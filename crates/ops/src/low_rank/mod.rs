@@ -26,8 +26,14 @@ impl Activation {
     fn apply(self, h: &mut [f32]) {
         match self {
             Activation::Identity => {}
-            Activation::Tanh => vectorize(|| h.iter_mut().for_each(|h| *h = math::tanh(*h))),
-            Activation::Sigmoid => vectorize(|| h.iter_mut().for_each(|h| *h = math::sigmoid(*h))),
+            Activation::Tanh => vectorize(
+                #[inline(always)]
+                || h.iter_mut().for_each(|h| *h = math::tanh(*h)),
+            ),
+            Activation::Sigmoid => vectorize(
+                #[inline(always)]
+                || h.iter_mut().for_each(|h| *h = math::sigmoid(*h)),
+            ),
         }
     }
 

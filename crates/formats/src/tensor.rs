@@ -1,0 +1,222 @@
+use crate::{Entry, Error};
+use half::{bf16, f16};
+use memmap2::Mmap;
+use std::fmt;
+
+/// Element types that files hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    /// 64-bit float.
+    F64,
+    /// 32-bit float.
+    F32,
+    /// 16-bit IEEE float.
+    F16,
+    /// bfloat16.
+    BF16,
+    /// 64-bit integer.
+    I64,
+    /// 32-bit integer.
+    I32,
+    /// 16-bit integer.
+    I16,
+    /// 8-bit integer.
+    I8,
+    /// Unsigned byte.
+    U8,
+    /// Truth value, one byte.
+    Bool,
+}
+
+impl Dtype {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            Dtype::F64 | Dtype::I64 => 8,
+            Dtype::F32 | Dtype::I32 => 4,
+            Dtype::F16 | Dtype::BF16 | Dtype::I16 => 2,
+            Dtype::I8 | Dtype::U8 | Dtype::Bool => 1,
+        }
+    }
+
+    /// The name that safetensors uses.
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::F64 => "F64",
+            Dtype::F32 => "F32",
+            Dtype::F16 => "F16",
+            Dtype::BF16 => "BF16",
+            Dtype::I64 => "I64",
+            Dtype::I32 => "I32",
+            Dtype::I16 => "I16",
+            Dtype::I8 => "I8",
+            Dtype::U8 => "U8",
+            Dtype::Bool => "BOOL",
+        }
+    }
+
+    pub(crate) fn from_name(name: &str) -> Option<Dtype> {
+        use Dtype::*;
+        [F64, F32, F16, BF16, I64, I32, I16, I8, U8, Bool].into_iter().find(|d| d.name() == name)
+    }
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A tensor in a mapped file.
+#[derive(Clone, Copy)]
+pub struct TensorView<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) entry: &'a Entry,
+    pub(crate) map: &'a Mmap,
+}
+
+impl<'a> TensorView<'a> {
+    /// Name.
+    pub fn name(&self) -> &'a str {
+        self.name
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> Dtype {
+        self.entry.dtype
+    }
+
+    /// Shape.
+    pub fn shape(&self) -> &'a [usize] {
+        &self.entry.shape
+    }
+
+    /// The bytes (little-endian, row-major), straight from the map; `None` if the tensor is not contiguous in the file.
+    pub fn bytes(&self) -> Option<&'a [u8]> {
+        let e = self.entry;
+        e.strides.is_none().then(|| &self.map[e.start..e.start + e.elements() * e.dtype.size()])
+    }
+
+    /// Reads the tensor as f32 into `out`, row-major.
+    ///
+    /// # Errors
+    /// When `out` has another number of elements or the element type is no float.
+    pub fn read_f32_into(&self, out: &mut [f32]) -> Result<(), Error> {
+        let e = self.entry;
+        let error = |reason: String| Error::Tensor { name: self.name.into(), reason };
+        if out.len() != e.elements() {
+            return Err(error(format!("{:?} has {} elements, not {}", e.shape, e.elements(), out.len())));
+        }
+        let data = &self.map[e.start..e.end];
+        let size = e.dtype.size();
+        let at = |i: usize| &data[i * size..(i + 1) * size];
+        let get: &dyn Fn(usize) -> f32 = match e.dtype {
+            Dtype::F64 => &|i| f64::from_le_bytes(at(i).try_into().unwrap_or_default()) as f32,
+            Dtype::F32 => &|i| f32::from_le_bytes(at(i).try_into().unwrap_or_default()),
+            Dtype::F16 => &|i| f16::from_le_bytes(at(i).try_into().unwrap_or_default()).to_f32(),
+            Dtype::BF16 => &|i| bf16::from_le_bytes(at(i).try_into().unwrap_or_default()).to_f32(),
+            other => return Err(error(format!("it holds {other}; weights must be floating-point numbers"))),
+        };
+        match (&e.strides, e.dtype) {
+            // The common cases without a call per element.
+            (None, Dtype::F32) => {
+                out.iter_mut().zip(data.as_chunks::<4>().0).for_each(|(o, b)| *o = f32::from_le_bytes(*b))
+            }
+            (None, Dtype::BF16) => {
+                out.iter_mut().zip(data.as_chunks::<2>().0).for_each(|(o, b)| *o = bf16::from_le_bytes(*b).to_f32())
+            }
+            (None, _) => out.iter_mut().enumerate().for_each(|(i, o)| *o = get(i)),
+            (Some(strides), _) => {
+                let mut index = vec![0usize; e.shape.len()];
+                for o in out {
+                    *o = get(index.iter().zip(strides).map(|(i, s)| i * s).sum());
+                    for d in (0..index.len()).rev() {
+                        index[d] += 1;
+                        if index[d] < e.shape[d] {
+                            break;
+                        }
+                        index[d] = 0;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The tensor as f32.
+    ///
+    /// # Errors
+    /// As [`TensorView::read_f32_into`].
+    pub fn to_f32_vec(&self) -> Result<Vec<f32>, Error> {
+        let mut out = vec![0.0; self.entry.elements()];
+        self.read_f32_into(&mut out)?;
+        Ok(out)
+    }
+
+    /// Tells the system that the tensor's pages are no longer needed, after it has been read.
+    pub fn release(&self) {
+        #[cfg(target_os = "linux")]
+        {
+            // Whole pages inside the tensor only; the edges belong to neighbours too.
+            const PAGE: usize = 4096;
+            let (start, end) = (self.entry.start.next_multiple_of(PAGE), self.entry.end / PAGE * PAGE);
+            if start < end {
+                // SAFETY: the map is read-only and backed by a file: dropped pages are read again if touched. Failure
+                // only means that they stay, which is no error.
+                let _ =
+                    unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
+            }
+        }
+    }
+}
+
+/// A tensor to be written: f32 values given on demand, stored as `dtype` (F32, F16 or BF16, rounded to nearest even).
+pub struct Source<'a> {
+    /// Name.
+    pub name: String,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// Stored type.
+    pub dtype: Dtype,
+    /// Gives the values, row-major; called when their turn comes.
+    pub values: Box<dyn Fn() -> Result<std::borrow::Cow<'a, [f32]>, Error> + 'a>,
+}
+
+impl<'a> Source<'a> {
+    /// A tensor whose values are at hand.
+    pub fn new(name: impl Into<String>, shape: &[usize], dtype: Dtype, values: &'a [f32]) -> Source<'a> {
+        Source { name: name.into(), shape: shape.into(), dtype, values: Box::new(move || Ok(values.into())) }
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.size()
+    }
+
+    /// The stored bytes, handed out in pieces.
+    pub(crate) fn write(
+        &self, mut out: impl FnMut(&[u8]) -> std::io::Result<()>,
+    ) -> Result<std::io::Result<()>, Error> {
+        let values = (self.values)()?;
+        if values.len() * self.dtype.size() != self.bytes() {
+            let reason = format!("shape {:?} does not fit {} values", self.shape, values.len());
+            return Err(Error::Tensor { name: self.name.clone(), reason });
+        }
+        let mut buffer = Vec::with_capacity(1 << 16);
+        for piece in values.chunks(1 << 14) {
+            buffer.clear();
+            match self.dtype {
+                Dtype::F32 => piece.iter().for_each(|v| buffer.extend(v.to_le_bytes())),
+                Dtype::F16 => piece.iter().for_each(|v| buffer.extend(f16::from_f32(*v).to_le_bytes())),
+                Dtype::BF16 => piece.iter().for_each(|v| buffer.extend(bf16::from_f32(*v).to_le_bytes())),
+                other => {
+                    let reason = format!("cannot be written as {other}: use F32, F16 or BF16");
+                    return Err(Error::Tensor { name: self.name.clone(), reason });
+                }
+            }
+            if let Err(e) = out(&buffer) {
+                return Ok(Err(e));
+            }
+        }
+        Ok(Ok(()))
+    }
+}

@@ -1,0 +1,109 @@
+//! The removal and replacement keys. With a = sigmoid(rate) the in-context learning rate, per head
+//! u = k k_k / max(||k k_k||, 1e-12): replacement key k (1 + (a - 1) k_a), and the removal pair (-u, u a) for WKV-7.
+//!
+//! Backward, with gradients dk~, da~, db~ of the three: d = a db~ - da~; dz = (d - u (u . d)) / ||k k_k|| (without the projection below
+//! the floor); dk = dk~ (1 - (1 - a) k_a) + dz k_k; drate = (dk~ k k_a + db~ u) a (1 - a); dk_k = sum dz k; dk_a = -sum dk~ k (1 - a).
+
+use crate::rows::{blocks, param_sums, row, sum};
+use crate::{Param, Tape, Var};
+use anser_tensor::{Buf, DisjointMut, math, simd::vectorize};
+
+#[cfg(test)]
+mod tests;
+
+/// What [`Tape::key_path`] gives, each [tokens, C].
+pub struct KeyPath {
+    /// Replacement key.
+    pub k: Var,
+    /// Minus the removal key.
+    pub a: Var,
+    /// Removal key times the in-context learning rate.
+    pub b: Var,
+}
+
+impl<'p> Tape<'p> {
+    /// Keys from k [tokens, C] and the logits `rate` [tokens, C] of the in-context learning rate.
+    pub fn key_path(&mut self, k: &Var, rate: &Var, k_k: Param, k_a: Param, heads: usize) -> KeyPath {
+        let (rows, c) = (k.rows(), k.cols());
+        let n = c / heads;
+        let ctx = self.ctx().clone();
+        let mut o: [Buf; 3] = std::array::from_fn(|_| ctx.alloc(rows * c));
+        let (pk, pa) = (self.param(k_k), self.param(k_a));
+        self.run(|| {
+            let o = o.each_mut().map(|o| DisjointMut::new(&mut o[..]));
+            blocks(&ctx, rows, |_, r| {
+                for i in r {
+                    let [ko, ao, bo] = o.each_ref().map(|o| row(o, i, c));
+                    for h in 0..heads {
+                        let q = h * n..(h + 1) * n;
+                        let (k, z) = (&k.data()[i * c..][q.clone()], &rate.data()[i * c..][q.clone()]);
+                        let (pk, pa, ko, ao, bo) =
+                            (&pk[q.clone()], &pa[q.clone()], &mut ko[q.clone()], &mut ao[q.clone()], &mut bo[q]);
+                        vectorize(
+                            #[inline(always)]
+                            || {
+                                let inv = 1.0 / sum(n, |j| k[j] * pk[j] * (k[j] * pk[j])).sqrt().max(1e-12);
+                                for j in 0..n {
+                                    let (u, a) = (k[j] * pk[j] * inv, math::sigmoid(z[j]));
+                                    ko[j] = k[j] * (1.0 + (a - 1.0) * pa[j]);
+                                    ao[j] = -u;
+                                    bo[j] = u * a;
+                                }
+                            },
+                        );
+                    }
+                }
+            })
+        });
+        let needs = self.needs_grad(&[k, rate], &[k_k, k_a]);
+        let [ko, ao, bo] = o.map(|o| self.output(rows, c, o, needs));
+        let out = KeyPath { k: ko, a: ao, b: bo };
+        if needs {
+            let slots = [out.k.slot(), out.a.slot(), out.b.slot()];
+            let (k, rate) = (k.clone(), rate.clone());
+            self.record(move |b| {
+                let d = slots.map(|s| s.take().unwrap_or_else(|| ctx.zeros(rows * c)));
+                let (mut dk, mut dz) = (ctx.alloc(rows * c), ctx.alloc(rows * c));
+                let (pk, pa) = (b.param(k_k), b.param(k_a));
+                let (gk, gz) = (DisjointMut::new(&mut dk), DisjointMut::new(&mut dz));
+                param_sums(b, [k_k, k_a], rows, |r, [dkk, dka]| {
+                    for i in r {
+                        let (gk, gz) = (row(&gk, i, c), row(&gz, i, c));
+                        for h in 0..heads {
+                            let q = h * n..(h + 1) * n;
+                            let (k, z) = (&k.data()[i * c..][q.clone()], &rate.data()[i * c..][q.clone()]);
+                            let [d0, d1, d2] = d.each_ref().map(|d| &d[i * c..][q.clone()]);
+                            let (pk, pa) = (&pk[q.clone()], &pa[q.clone()]);
+                            let (gk, gz, dkk, dka) =
+                                (&mut gk[q.clone()], &mut gz[q.clone()], &mut dkk[q.clone()], &mut dka[q]);
+                            vectorize(
+                                #[inline(always)]
+                                || {
+                                    let norm = sum(n, |j| k[j] * pk[j] * (k[j] * pk[j])).sqrt();
+                                    let inv = 1.0 / norm.max(1e-12);
+                                    let along = if norm > 1e-12 {
+                                        sum(n, |j| k[j] * pk[j] * inv * (math::sigmoid(z[j]) * d2[j] - d1[j]))
+                                    } else {
+                                        0.0
+                                    };
+                                    for j in 0..n {
+                                        let (a, na) = (math::sigmoid(z[j]), math::sigmoid(-z[j]));
+                                        let u = k[j] * pk[j] * inv;
+                                        let du = (a * d2[j] - d1[j] - u * along) * inv;
+                                        gk[j] = d0[j] * (1.0 - na * pa[j]) + du * pk[j];
+                                        gz[j] = (d0[j] * k[j] * pa[j] + d2[j] * u) * a * na;
+                                        dkk[j] += du * k[j];
+                                        dka[j] -= d0[j] * k[j] * na;
+                                    }
+                                },
+                            );
+                        }
+                    }
+                });
+                k.add_grad(dk);
+                rate.add_grad(dz);
+            });
+        }
+        out
+    }
+}
