@@ -153,6 +153,21 @@ impl<'a> TensorView<'a> {
         Ok(out)
     }
 
+    /// The tensor as token ids.
+    ///
+    /// # Errors
+    /// When it doesn't hold contiguous 32- or 64-bit integers, or one is negative or above u32.
+    pub fn to_u32_vec(&self) -> Result<Vec<u32>, Error> {
+        let error = |reason: String| Error::Tensor { name: self.name.into(), reason };
+        let bytes = self.bytes().ok_or_else(|| error("it is not contiguous".into()))?;
+        let id = |v: i64| u32::try_from(v).map_err(|_| error(format!("{v} is no token id")));
+        match self.entry.dtype {
+            Dtype::I32 => bytes.as_chunks::<4>().0.iter().map(|b| id(i32::from_le_bytes(*b).into())).collect(),
+            Dtype::I64 => bytes.as_chunks::<8>().0.iter().map(|b| id(i64::from_le_bytes(*b))).collect(),
+            other => Err(error(format!("it holds {other}; token ids must be I32 or I64"))),
+        }
+    }
+
     /// Tells the system that the tensor's pages are no longer needed, after it has been read.
     pub fn release(&self) {
         #[cfg(target_os = "linux")]

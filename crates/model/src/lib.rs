@@ -9,6 +9,7 @@ mod load;
 mod rwkv7;
 mod state;
 
+pub use anser_ops::ParamSpec;
 pub use config::{Config, LoraDims, PRESETS};
 pub use init::Init;
 pub use load::Load;

@@ -1,0 +1,186 @@
+//! AdamW over the flat arenas: one pass over values, gradients and both moments.
+
+use anser_ops::{Group, ParamSet};
+use anser_tensor::{Context, DisjointMut, simd::vectorize};
+use std::ops::Range;
+
+/// Hyper-parameters of [`AdamW`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Hyper {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay of the `Decay` group.
+    pub weight_decay: f64,
+}
+
+impl Default for Hyper {
+    /// The official trainer's, with its weight decay for large data.
+    fn default() -> Hyper {
+        Hyper { beta1: 0.9, beta2: 0.99, eps: 1e-18, weight_decay: 0.1 }
+    }
+}
+
+/// The optimiser's state: moments laid out like the parameter arena, and the number of steps taken.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct AdamW {
+    /// First moment.
+    pub m: Vec<f32>,
+    /// Second moment.
+    pub v: Vec<f32>,
+    /// Steps taken.
+    pub steps: u64,
+}
+
+/// Elements of one task.
+const PIECE: usize = 1 << 14;
+
+/// `range` in pieces.
+fn pieces(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    range.step_by(PIECE).map(move |i| i..end.min(i + PIECE))
+}
+
+impl AdamW {
+    /// Zero moments for an arena of `len` parameters.
+    pub fn new(len: usize) -> AdamW {
+        AdamW { m: vec![0.0; len], v: vec![0.0; len], steps: 0 }
+    }
+
+    /// One step with learning rate `lr` (2x for the `Double` group), gradients multiplied by `scale` (clipping). Frozen
+    /// parameters and their moments stay as they are.
+    pub fn step(&mut self, ctx: &Context, params: &mut ParamSet, grads: &[f32], hyper: Hyper, lr: f64, scale: f64) {
+        assert!(grads.len() == self.m.len() && params.values().len() == self.m.len());
+        self.steps += 1;
+        let mut tasks = Vec::new();
+        for s in params.specs().iter().filter(|s| s.trainable) {
+            tasks.extend(pieces(s.range.clone()).map(|r| (r, s.group)));
+        }
+        let t = self.steps.min(i32::MAX as u64) as i32;
+        let (b1, b2) = (hyper.beta1 as f32, hyper.beta2 as f32);
+        let (n1, n2) = ((1.0 - hyper.beta1) as f32, (1.0 - hyper.beta2) as f32);
+        let root = (1.0 / (1.0 - hyper.beta2.powi(t)).sqrt()) as f32;
+        let (eps, scale) = (hyper.eps as f32, scale as f32);
+        let (values, ms, vs) =
+            (DisjointMut::new(params.values_mut()), DisjointMut::new(&mut self.m), DisjointMut::new(&mut self.v));
+        ctx.threads().run(tasks.len(), |i| {
+            let (range, group) = tasks[i].clone();
+            let lr = if group == Group::Double { 2.0 * lr } else { lr };
+            let decay = if group == Group::Decay { hyper.weight_decay } else { 0.0 };
+            let keep = (1.0 - lr * decay) as f32;
+            let rate = (lr / (1.0 - hyper.beta1.powi(t))) as f32;
+            // SAFETY: tasks are disjoint pieces of the arenas.
+            let (p, m, v) = unsafe { (values.get(range.clone()), ms.get(range.clone()), vs.get(range.clone())) };
+            let g = &grads[range];
+            vectorize(
+                #[inline(always)]
+                || {
+                    for j in 0..g.len() {
+                        let g = g[j] * scale;
+                        m[j] = b1 * m[j] + n1 * g;
+                        v[j] = b2 * v[j] + n2 * g * g;
+                        p[j] = p[j] * keep - rate * m[j] / (v[j].sqrt() * root + eps);
+                    }
+                },
+            );
+        });
+    }
+}
+
+/// Euclidean norm of the gradients of all trainable parameters, in f64 over fixed pieces in order.
+pub fn grad_norm(ctx: &Context, params: &ParamSet, grads: &[f32]) -> f64 {
+    let tasks: Vec<_> = params.specs().iter().filter(|s| s.trainable).flat_map(|s| pieces(s.range.clone())).collect();
+    let mut sums = vec![0f64; tasks.len()];
+    let shared = DisjointMut::new(&mut sums);
+    ctx.threads().run(tasks.len(), |i| {
+        let mut parts = [0f64; 8];
+        for c in grads[tasks[i].clone()].chunks(8) {
+            for (p, &g) in parts.iter_mut().zip(c) {
+                *p += g as f64 * g as f64;
+            }
+        }
+        // SAFETY: every task has its own sum.
+        let sum = unsafe { shared.get(i..i + 1) };
+        sum[0] = parts.iter().sum();
+    });
+    sums.iter().sum::<f64>().sqrt()
+}
+
+/// What gradients of norm `norm` are multiplied by so that the norm is at most `max` (0: no limit).
+pub fn clip(norm: f64, max: f64) -> f64 {
+    if max > 0.0 { (max / (norm + 1e-6)).min(1.0) } else { 1.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set() -> ParamSet {
+        let list = [("a", Group::Plain), ("b", Group::Decay), ("c", Group::Double)];
+        let (mut set, _) = ParamSet::new(list.map(|(n, g)| (n.into(), vec![40000], g)).to_vec());
+        set.values_mut().iter_mut().enumerate().for_each(|(i, v)| *v = (i as f32).sin());
+        set
+    }
+
+    /// One parameter, step by step, in f64 as in the paper.
+    fn reference(mut p: f64, g: f64, lr: f64, wd: f64, h: Hyper, steps: i32) -> f64 {
+        let (mut m, mut v) = (0.0, 0.0);
+        for t in 1..=steps {
+            m = h.beta1 * m + (1.0 - h.beta1) * g;
+            v = h.beta2 * v + (1.0 - h.beta2) * g * g;
+            p -= lr * wd * p;
+            p -= lr * (m / (1.0 - h.beta1.powi(t))) / ((v / (1.0 - h.beta2.powi(t))).sqrt() + h.eps);
+        }
+        p
+    }
+
+    #[test]
+    fn groups_clipping_and_threads() {
+        let hyper = Hyper { eps: 1e-8, ..Hyper::default() };
+        let grads: Vec<f32> = (0..120_000).map(|i| (i as f32 * 0.7).cos()).collect();
+        let run = |threads| {
+            let (ctx, mut p) = (Context::cpu(threads), set());
+            let mut adam = AdamW::new(120_000);
+            let norm = grad_norm(&ctx, &p, &grads);
+            for _ in 0..3 {
+                adam.step(&ctx, &mut p, &grads, hyper, 1e-2, clip(norm, 1.0));
+            }
+            (p, norm)
+        };
+        let (p, norm) = run(2);
+        assert!(p.values() == run(1).0.values() && norm == run(3).1);
+        let exact = grads.iter().map(|&g| (g as f64).powi(2)).sum::<f64>().sqrt();
+        assert!((norm / exact - 1.0).abs() < 1e-12 && (clip(norm, 1.0) * norm - 1.0).abs() < 1e-6);
+        assert_eq!((clip(0.5, 1.0), clip(100.0, 0.0)), (1.0, 1.0));
+        let start = set();
+        for s in p.specs() {
+            let (lr, wd) = match s.group {
+                Group::Double => (2e-2, 0.0),
+                Group::Decay => (1e-2, 0.1),
+                Group::Plain => (1e-2, 0.0),
+            };
+            for i in [s.range.start, s.range.end - 1] {
+                let g = grads[i] as f64 * clip(norm, 1.0);
+                let want = reference(start.values()[i] as f64, g, lr, wd, hyper, 3);
+                assert!((p.values()[i] as f64 - want).abs() < 1e-6, "{} {} {want}", s.name, p.values()[i]);
+            }
+        }
+    }
+
+    #[test]
+    fn frozen_parameters_stay() {
+        let (ctx, mut p) = (Context::cpu(1), set());
+        p.set_trainable(|n| n != "b");
+        let grads = vec![1.0; 120_000];
+        assert!((grad_norm(&ctx, &p, &grads) - 80_000f64.sqrt()).abs() < 1e-9);
+        AdamW::new(120_000).step(&ctx, &mut p, &grads, Hyper::default(), 1e-2, 1.0);
+        let start = set();
+        for s in p.specs() {
+            let same = p.values()[s.range.clone()] == start.values()[s.range.clone()];
+            assert_eq!(same, s.name == "b");
+        }
+    }
+}
