@@ -1,1 +1,30 @@
-//! (being written)
+//! Running a model: sessions with their recurrent state, sampling, state files.
+
+mod sampler;
+mod session;
+
+pub use sampler::{Sampler, Sampling};
+pub use session::Session;
+
+/// What can go wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A sampling option outside its range.
+    #[error("{0}")]
+    Sampling(String),
+    /// The model gave logits that are not numbers.
+    #[error("the model's logits are not finite: the weights are damaged or the training run diverged")]
+    NotFinite,
+    /// Nothing was fed yet.
+    #[error("the session has no prediction yet: feed at least one token")]
+    Empty,
+    /// A state file that doesn't belong to the model.
+    #[error("state file: {0}")]
+    State(String),
+    /// From the model.
+    #[error(transparent)]
+    Model(#[from] anser_model::Error),
+    /// From reading or writing a file.
+    #[error(transparent)]
+    Format(#[from] anser_formats::Error),
+}

@@ -177,3 +177,15 @@ impl Model {
         t.cross_entropy(hidden, &self.head, targets, weights, opts)
     }
 }
+
+impl Model {
+    /// A number that tells models apart: a hash of the dimensions and of the parameters kept in the arena.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = 0xcbf2_9ce4_8422_2325u64;
+        let mut add = |word: u64| hash = (hash ^ word).wrapping_mul(0x0100_0000_01b3);
+        let c = &self.config;
+        [c.n_layer, c.n_embd, c.head_size, c.vocab_size, c.n_hidden].iter().for_each(|&d| add(d as u64));
+        self.params.values().iter().for_each(|v| add(v.to_bits().into()));
+        format!("{hash:016x}")
+    }
+}

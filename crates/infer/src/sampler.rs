@@ -1,0 +1,185 @@
+use crate::Error;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use std::collections::BTreeMap;
+
+/// How the next token is chosen. Applied in this order: penalties, top-k, top-p, min-p, temperature (RWKV's order: the cuts
+/// are made on the probabilities at temperature 1, which are then raised to 1/T).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0: always the most probable token.
+    pub temperature: f32,
+    /// Keeps the most probable tokens that together reach this probability; tokens as probable as the last one stay.
+    pub top_p: f32,
+    /// Keeps this many tokens; 0: all.
+    pub top_k: usize,
+    /// Drops tokens below this share of the highest probability.
+    pub min_p: f32,
+    /// Subtracted from the logits of tokens that occurred.
+    pub presence_penalty: f32,
+    /// Subtracted times the decayed count of the token.
+    pub frequency_penalty: f32,
+    /// Factor on all counts at each step.
+    pub penalty_decay: f32,
+    /// Seed of the random numbers.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Sampling {
+        Sampling {
+            temperature: 1.0,
+            top_p: 0.85,
+            top_k: 0,
+            min_p: 0.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            penalty_decay: 0.996,
+            seed: 0,
+        }
+    }
+}
+
+/// Chooses tokens from logits and remembers what it chose.
+pub struct Sampler {
+    options: Sampling,
+    counts: BTreeMap<u32, f32>,
+    rng: ChaCha8Rng,
+}
+
+impl Sampler {
+    /// A sampler.
+    ///
+    /// # Errors
+    /// When an option is outside its range.
+    pub fn new(options: Sampling) -> Result<Sampler, Error> {
+        let check = |name: &str, v: f32, low: f32, high: f32| match (low..=high).contains(&v) {
+            true => Ok(()),
+            false => Err(Error::Sampling(format!("{name} = {v}: it must be between {low} and {high}"))),
+        };
+        check("temperature", options.temperature, 0.0, 100.0)?;
+        check("top-p", options.top_p, 0.0, 1.0)?;
+        check("min-p", options.min_p, 0.0, 1.0)?;
+        check("presence penalty", options.presence_penalty, -100.0, 100.0)?;
+        check("frequency penalty", options.frequency_penalty, -100.0, 100.0)?;
+        check("penalty decay", options.penalty_decay, 0.0, 1.0)?;
+        let rng = ChaCha8Rng::seed_from_u64(options.seed);
+        Ok(Sampler { options, counts: BTreeMap::new(), rng })
+    }
+
+    /// Chooses the next token.
+    ///
+    /// # Errors
+    /// When a logit is NaN or infinite.
+    pub fn sample(&mut self, logits: &[f32]) -> Result<u32, Error> {
+        if logits.is_empty() || logits.iter().any(|l| !l.is_finite()) {
+            return Err(Error::NotFinite);
+        }
+        let o = &self.options;
+        let mut logits = logits.to_vec();
+        for (&token, &count) in &self.counts {
+            if let Some(l) = logits.get_mut(token as usize) {
+                *l -= o.presence_penalty + o.frequency_penalty * count;
+            }
+        }
+        let best = (0..logits.len()).fold(0, |b, i| if logits[i] > logits[b] { i } else { b });
+        let token = if o.temperature == 0.0 || o.top_k == 1 { best } else { self.draw(&logits, logits[best]) } as u32;
+        self.counts.values_mut().for_each(|c| *c *= self.options.penalty_decay);
+        *self.counts.entry(token).or_default() += 1.0;
+        Ok(token)
+    }
+
+    fn draw(&mut self, logits: &[f32], max: f32) -> usize {
+        let o = &self.options;
+        let weight = |i: usize| ((logits[i] - max) as f64).exp();
+        let total: f64 = (0..logits.len()).map(weight).sum();
+        // What cannot survive the cuts is not sorted: below 1e-7 of the maximum a token is out of reach of top-p < 1.
+        let floor = if o.top_p < 1.0 { (o.min_p as f64).max(1e-7) } else { o.min_p as f64 };
+        let mut kept: Vec<(f64, usize)> = (0..logits.len()).map(|i| (weight(i), i)).filter(|w| w.0 >= floor).collect();
+        kept.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        if o.top_k > 0 {
+            kept.truncate(o.top_k);
+        }
+        let mut sum = 0.0;
+        let reach = kept.iter().position(|(w, _)| {
+            sum += w / total;
+            sum >= o.top_p as f64
+        });
+        if let Some(last) = reach {
+            let limit = kept[last].0;
+            kept.retain(|(w, _)| *w >= limit);
+        }
+        let power = 1.0 / o.temperature as f64;
+        kept.iter_mut().for_each(|(w, _)| *w = w.powf(power));
+        let total: f64 = kept.iter().map(|(w, _)| w).sum();
+        let mut left = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * total;
+        for (w, i) in &kept {
+            left -= w;
+            if left < 0.0 {
+                return *i;
+            }
+        }
+        kept.first().map_or(0, |k| k.1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn share(options: Sampling, logits: &[f32], n: usize) -> Vec<f64> {
+        let mut counts = vec![0.0; logits.len()];
+        for seed in 0..n {
+            let mut s = Sampler::new(Sampling { seed: seed as u64, ..options.clone() }).unwrap();
+            counts[s.sample(logits).unwrap() as usize] += 1.0 / n as f64;
+        }
+        counts
+    }
+
+    #[test]
+    fn cuts_and_temperature() {
+        // Probabilities 0.5, 0.25, 0.125, 0.125.
+        let logits = [3.0, 2.0, 1.0, 1.0].map(|x| x * std::f32::consts::LN_2);
+        let plain = Sampling { top_p: 1.0, ..Sampling::default() };
+        let close = |got: Vec<f64>, want: [f64; 4]| {
+            assert!(got.iter().zip(want).all(|(g, w)| (g - w).abs() < 0.03), "{got:?} {want:?}")
+        };
+        close(share(plain.clone(), &logits, 4000), [0.5, 0.25, 0.125, 0.125]);
+        close(share(Sampling { top_p: 0.6, ..plain.clone() }, &logits, 4000), [2.0 / 3.0, 1.0 / 3.0, 0.0, 0.0]);
+        // The third reaches 0.8; the fourth is as probable and stays.
+        close(share(Sampling { top_p: 0.8, ..plain.clone() }, &logits, 4000), [0.5, 0.25, 0.125, 0.125]);
+        close(share(Sampling { top_k: 2, ..plain.clone() }, &logits, 4000), [2.0 / 3.0, 1.0 / 3.0, 0.0, 0.0]);
+        close(share(Sampling { min_p: 0.4, ..plain.clone() }, &logits, 4000), [2.0 / 3.0, 1.0 / 3.0, 0.0, 0.0]);
+        close(share(Sampling { temperature: 0.5, ..plain.clone() }, &logits, 4000), [0.727, 0.182, 0.045, 0.045]);
+        close(share(Sampling { temperature: 0.0, ..plain }, &logits, 10), [1.0, 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn penalties_decay_and_seeds_repeat() {
+        let greedy =
+            Sampling { temperature: 0.0, presence_penalty: 0.5, frequency_penalty: 1.0, ..Sampling::default() };
+        let mut s = Sampler::new(Sampling { penalty_decay: 0.5, ..greedy }).unwrap();
+        let mut next = || s.sample(&[2.0, 1.0, 0.0]).unwrap();
+        // 2 - 0.5 - 1 < 1; then 0 has count 0.5 (2 - 0.5 - 0.5 = 1) and 1 has count 1: a tie with nothing above 1.
+        assert_eq!([next(), next(), next()], [0, 1, 0]);
+        let run = |seed| {
+            let mut s = Sampler::new(Sampling { seed, ..Sampling::default() }).unwrap();
+            (0..50).map(|_| s.sample(&[0.1, 0.2, 0.3, 0.4]).unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(run(3), run(3));
+        assert_ne!(run(3), run(4));
+    }
+
+    #[test]
+    fn bad_input_is_an_error() {
+        assert!(
+            Sampler::new(Sampling { top_p: 1.5, ..Sampling::default() })
+                .err()
+                .unwrap()
+                .to_string()
+                .contains("top-p = 1.5")
+        );
+        assert!(Sampler::new(Sampling { temperature: f32::NAN, ..Sampling::default() }).is_err());
+        assert!(Sampler::new(Sampling::default()).unwrap().sample(&[0.0, f32::NAN]).is_err());
+    }
+}

@@ -1,0 +1,152 @@
+use crate::Error;
+use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
+use anser_model::{Model, State};
+use anser_ops::{Tape, batch};
+use anser_tensor::Context;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Tokens of one piece of a prompt.
+const PIECE: usize = 256;
+const FORMAT: &str = "anser.state";
+
+/// One sequence being read and written: the recurrent state after its tokens and the logits for the next.
+pub struct Session<'m> {
+    ctx: Context,
+    model: &'m Model,
+    state: State,
+    logits: Vec<f32>,
+}
+
+impl<'m> Session<'m> {
+    /// An empty session.
+    pub fn new(ctx: &Context, model: &'m Model) -> Session<'m> {
+        Session { ctx: ctx.clone(), model, state: State::zeros(ctx, model.config(), 1), logits: Vec::new() }
+    }
+
+    /// Reads tokens; long prompts in pieces, so that memory stays bounded.
+    ///
+    /// # Errors
+    /// When a token is outside the vocabulary; the session is then as before that piece.
+    pub fn feed(&mut self, tokens: &[u32]) -> Result<(), Error> {
+        for piece in tokens.chunks(PIECE) {
+            let mut tape = Tape::inference(&self.ctx, self.model.params());
+            let segments = batch(1, piece.len(), true).into();
+            let (hidden, state) = self.model.forward(&mut tape, piece, &segments, &self.state, false)?;
+            let c = hidden.cols();
+            let last = self.ctx.copy_of(&hidden.data()[(piece.len() - 1) * c..]);
+            let logits = self.model.logits(&mut tape, &anser_ops::Var::constant(1, c, last));
+            self.logits = logits.data().to_vec();
+            self.state = state;
+        }
+        Ok(())
+    }
+
+    /// Logits for the next token, [V].
+    ///
+    /// # Errors
+    /// Before the first token.
+    pub fn logits(&self) -> Result<&[f32], Error> {
+        if self.logits.is_empty() { Err(Error::Empty) } else { Ok(&self.logits) }
+    }
+
+    /// A second session that goes on from here.
+    pub fn fork(&self) -> Session<'m> {
+        Session { ctx: self.ctx.clone(), model: self.model, state: self.state.clone(), logits: self.logits.clone() }
+    }
+
+    /// Writes the session to a file: everything that is needed to go on later.
+    ///
+    /// # Errors
+    /// When writing fails.
+    pub fn save(&self, path: &Path) -> Result<(), Error> {
+        let vars: Vec<_> = self.state.vars().collect();
+        let mut sources: Vec<Source<'_>> = vars
+            .iter()
+            .enumerate()
+            .map(|(i, v)| Source::new(name(i), &[v.rows(), v.cols()], Dtype::F32, v.data()))
+            .collect();
+        sources.push(Source::new("logits", &[self.logits.len()], Dtype::F32, &self.logits));
+        let metadata = BTreeMap::from([
+            (FORMAT.to_string(), "1".to_string()),
+            ("anser.model".to_string(), self.model.fingerprint()),
+        ]);
+        Ok(write_safetensors(path, &sources, &metadata)?)
+    }
+
+    /// Goes on from a file written by [`Session::save`] with the same model.
+    ///
+    /// # Errors
+    /// When the file is no state file, or of another version or model.
+    pub fn load(ctx: &Context, model: &'m Model, path: &Path) -> Result<Session<'m>, Error> {
+        let file = Checkpoint::open(path)?;
+        match file.metadata().get(FORMAT).map(String::as_str) {
+            Some("1") => {}
+            Some(v) => return Err(Error::State(format!("{} has version {v}; this program reads 1", path.display()))),
+            None => return Err(Error::State(format!("{} is not a state file", path.display()))),
+        }
+        if file.metadata().get("anser.model") != Some(&model.fingerprint()) {
+            let reason = format!("{} was saved with another model; load that model", path.display());
+            return Err(Error::State(reason));
+        }
+        let mut session = Session::new(ctx, model);
+        let read = |name: &str, len: usize| -> Result<anser_tensor::Buf, Error> {
+            let t = file.get(name)?.ok_or_else(|| Error::State(format!("{}: no tensor {name}", path.display())))?;
+            let mut buf = ctx.alloc(len);
+            t.read_f32_into(&mut buf)?;
+            Ok(buf)
+        };
+        let mut index = 0..;
+        let mut next = |v: &mut anser_ops::Var| -> Result<(), Error> {
+            let i = index.next().unwrap_or_default();
+            *v = anser_ops::Var::constant(v.rows(), v.cols(), read(&name(i), v.rows() * v.cols())?);
+            Ok(())
+        };
+        for l in &mut session.state.layers {
+            next(&mut l.att_x)?;
+            next(&mut l.wkv)?;
+            next(&mut l.ffn_x)?;
+        }
+        let len = file.shape("logits").map_or(0, |s| s.iter().product());
+        session.logits = read("logits", len)?.to_vec();
+        Ok(session)
+    }
+}
+
+/// Name of the i-th state matrix.
+fn name(i: usize) -> String {
+    format!("state.{}.{}", i / 3, ["att_x", "wkv", "ffn_x"][i % 3])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anser_model::{Config, Init};
+
+    #[test]
+    fn pieces_forks_and_files_go_on_bitwise() {
+        let ctx = Context::cpu(2);
+        let model = Model::init(&ctx, &Config::new(2, 64, 300), Init::Current, 1).unwrap();
+        let tokens: Vec<u32> = (0..600).map(|i| i * 7 % 300).collect();
+        let mut whole = Session::new(&ctx, &model);
+        assert!(whole.logits().is_err());
+        whole.feed(&tokens).unwrap();
+        let mut parts = Session::new(&ctx, &model);
+        parts.feed(&tokens[..300]).unwrap();
+        let path = std::env::temp_dir().join(format!("anser-state-{}.safetensors", std::process::id()));
+        parts.save(&path).unwrap();
+        let mut fork = parts.fork();
+        fork.feed(&[1, 2, 3]).unwrap();
+        parts.feed(&tokens[300..]).unwrap();
+        assert!(parts.logits().unwrap() == whole.logits().unwrap());
+        let mut loaded = Session::load(&ctx, &model, &path).unwrap();
+        loaded.feed(&tokens[300..]).unwrap();
+        assert!(loaded.logits().unwrap() == whole.logits().unwrap());
+        assert!(fork.logits().unwrap() != whole.logits().unwrap());
+        let other = Model::init(&ctx, &Config::new(2, 64, 300), Init::Current, 2).unwrap();
+        let e = Session::load(&ctx, &other, &path).err().unwrap().to_string();
+        assert!(e.contains("another model"), "{e}");
+        std::fs::remove_file(path).unwrap();
+        assert!(whole.feed(&[300]).is_err());
+    }
+}
