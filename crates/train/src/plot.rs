@@ -1,0 +1,81 @@
+use std::fmt::Write;
+
+/// A picture (SVG) of loss over steps: `train` and `held_out` are (step, loss) points.
+pub fn loss_curve(title: &str, train: &[(u64, f64)], held_out: &[(u64, f64)]) -> String {
+    const W: f64 = 800.0;
+    const H: f64 = 450.0;
+    const LEFT: f64 = 60.0;
+    const TOP: f64 = 40.0;
+    const BOTTOM: f64 = 50.0;
+    let finite = || train.iter().chain(held_out).filter(|p| p.1.is_finite());
+    let steps = finite().map(|p| p.0).max().unwrap_or(1).max(1) as f64;
+    let low = finite().map(|p| p.1).fold(f64::INFINITY, f64::min).min(1e9);
+    let high = finite().map(|p| p.1).fold(f64::NEG_INFINITY, f64::max).max(low + 0.1);
+    let tick = |range: f64| {
+        let rough = range / 6.0;
+        let power = 10f64.powf(rough.log10().floor());
+        [1.0, 2.0, 5.0, 10.0].map(|m| m * power).into_iter().find(|&t| t >= rough).unwrap_or(rough)
+    };
+    let (dx, dy) = (tick(steps).max(1.0), tick(high - low));
+    let bottom = (low / dy).floor() * dy;
+    let x = |s: f64| LEFT + (W - LEFT - 20.0) * s / steps;
+    let y = |l: f64| H - BOTTOM - (H - TOP - BOTTOM) * (l - bottom) / (high - bottom);
+    let mut svg = format!(
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {W} {H}' font-family='sans-serif' font-size='13'>\n\
+         <rect width='{W}' height='{H}' fill='white'/>\n<text x='{LEFT}' y='24' font-size='16'>{}</text>\n",
+        title.replace('&', "&amp;").replace('<', "&lt;")
+    );
+    let mut level = bottom;
+    while level <= high + dy * 1e-6 {
+        let at = y(level);
+        let _ = writeln!(
+            svg,
+            "<line x1='{LEFT}' x2='{}' y1='{at:.1}' y2='{at:.1}' stroke='#ddd'/><text x='{}' y='{:.1}' text-anchor='end'>{:.*}</text>",
+            W - 20.0,
+            LEFT - 6.0,
+            at + 4.0,
+            if dy < 0.1 { 2 } else { 1 },
+            level
+        );
+        level += dy;
+    }
+    let mut step = 0.0;
+    while step <= steps {
+        let _ = writeln!(svg, "<text x='{:.1}' y='{}' text-anchor='middle'>{step}</text>", x(step), H - BOTTOM + 18.0);
+        step += dx;
+    }
+    let _ = writeln!(svg, "<text x='{}' y='{}' text-anchor='middle'>step</text>", W / 2.0, H - 10.0);
+    for (i, (name, colour, points)) in
+        [("training", "#7aa6d8", train), ("held out", "#c0392b", held_out)].iter().enumerate()
+    {
+        let line: Vec<String> =
+            points.iter().filter(|p| p.1.is_finite()).map(|p| format!("{:.1},{:.1}", x(p.0 as f64), y(p.1))).collect();
+        let _ =
+            writeln!(svg, "<polyline fill='none' stroke='{colour}' stroke-width='1.6' points='{}'/>", line.join(" "));
+        let at = W - 120.0;
+        let _ = writeln!(svg, "<text x='{at}' y='{}' fill='{colour}'>{name}</text>", TOP + 18.0 * (i as f64 + 1.0));
+    }
+    svg + "</svg>\n"
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn curves_stay_inside_the_picture() {
+        let train: Vec<(u64, f64)> = (0..50).map(|i| (i, 5.0 / (i + 1) as f64)).chain([(50, f64::NAN)]).collect();
+        let svg = super::loss_curve("a < b", &train, &[(0, 5.5), (40, 1.0)]);
+        assert!(svg.contains("a &lt; b") && svg.ends_with("</svg>\n"));
+        let mut points = 0;
+        for line in svg.split("points='").skip(1) {
+            for p in line.split('\'').next().unwrap().split(' ') {
+                let (x, y) = p.split_once(',').unwrap();
+                assert!(
+                    (60.0..=780.0).contains(&x.parse().unwrap()) && (40.0..=400.0).contains(&y.parse::<f64>().unwrap())
+                );
+                points += 1;
+            }
+        }
+        assert_eq!(points, 52);
+        super::loss_curve("", &[], &[]);
+    }
+}

@@ -1,0 +1,251 @@
+use crate::{AdamW, Error, Hyper, Schedule, clip, grad_norm};
+use anser_data::Batch;
+use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
+use anser_model::{Config, Load, Model, State};
+use anser_ops::{CrossEntropy, Segment, Tape, batch};
+use anser_tensor::Context;
+use std::collections::BTreeMap;
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// What a run does at each step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Settings {
+    /// Tokens of a row.
+    pub ctx: usize,
+    /// Learning rate.
+    pub schedule: Schedule,
+    /// Optimiser.
+    pub hyper: Hyper,
+    /// Largest gradient norm (0: no limit).
+    pub grad_clip: f64,
+    /// Whether gradients have the L2Wrap term.
+    pub l2wrap: bool,
+    /// Whether blocks are computed again going back, to save memory.
+    pub checkpointing: bool,
+}
+
+/// What one step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepInfo {
+    /// Number of the step, from 0.
+    pub step: u64,
+    /// Mean cross entropy before it, nats a token.
+    pub loss: f64,
+    /// Learning rate of the 1x groups.
+    pub lr: f64,
+    /// Gradient norm before clipping.
+    pub grad_norm: f64,
+}
+
+/// A model in training: parameters, moments and the step number, which together are all there is to resume.
+pub struct Trainer {
+    ctx: Context,
+    model: Model,
+    adam: AdamW,
+    grads: Vec<f32>,
+    settings: Settings,
+}
+
+const STEP: &str = "anser.step";
+const FORMAT: &str = "anser.checkpoint";
+
+impl Trainer {
+    /// Starts training `model`.
+    pub fn new(ctx: &Context, model: Model, settings: Settings) -> Trainer {
+        let n = model.params().values().len();
+        Trainer { ctx: ctx.clone(), model, adam: AdamW::new(n), grads: vec![0.0; n], settings }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Number of steps done.
+    pub fn steps(&self) -> u64 {
+        self.adam.steps
+    }
+
+    /// The settings; the schedule may be set anew between steps.
+    pub fn settings_mut(&mut self) -> &mut Settings {
+        &mut self.settings
+    }
+
+    /// Trains on one global batch, given as micro-batches: the loss is the mean over all their targets that are not ignored.
+    ///
+    /// # Errors
+    /// When a token is outside the vocabulary, or the loss or a gradient is not finite: nothing is changed then.
+    pub fn step(&mut self, micro: &[Batch]) -> Result<StepInfo, Error> {
+        let targets: usize = micro.iter().flat_map(|b| &b.targets).filter(|t| **t >= 0).count();
+        let opts = CrossEntropy { divisor: targets.max(1) as f64, l2wrap: self.settings.l2wrap };
+        self.grads.fill(0.0);
+        let mut loss = 0.0;
+        for b in micro {
+            let segments: Arc<[Segment]> = batch(b.tokens.len() / self.settings.ctx, self.settings.ctx, false).into();
+            let mut tape = Tape::recording(&self.ctx, self.model.params(), &mut self.grads);
+            let state = State::zeros(&self.ctx, self.model.config(), 0);
+            let (hidden, _) =
+                self.model.forward(&mut tape, &b.tokens, &segments, &state, self.settings.checkpointing)?;
+            loss += self.model.loss(&mut tape, &hidden, &b.targets, None, opts).loss;
+            drop(hidden);
+            tape.backward();
+        }
+        let step = self.adam.steps;
+        let norm = grad_norm(&self.ctx, self.model.params(), &self.grads);
+        if !(loss.is_finite() && norm.is_finite()) {
+            let bad = |s: &&anser_model::ParamSpec| self.grads[s.range.clone()].iter().any(|g| !g.is_finite());
+            let what = match self.model.params().specs().iter().find(bad) {
+                Some(s) => format!("the gradient of {}", s.name),
+                None => "the loss".into(),
+            };
+            return Err(Error::NotFinite { step, what });
+        }
+        let lr = self.settings.schedule.at(step);
+        let scale = clip(norm, self.settings.grad_clip);
+        self.adam.step(&self.ctx, self.model.params_mut(), &self.grads, self.settings.hyper, lr, scale);
+        Ok(StepInfo { step, loss, lr, grad_norm: norm })
+    }
+
+    /// Mean cross entropy on a batch without training on it.
+    ///
+    /// # Errors
+    /// When a token is outside the vocabulary.
+    pub fn evaluate(&self, b: &Batch) -> Result<f64, Error> {
+        let t = self.settings.ctx;
+        let count = b.targets.iter().filter(|t| **t >= 0).count().max(1) as f64;
+        let opts = CrossEntropy { divisor: count, l2wrap: false };
+        let mut loss = 0.0;
+        for (tokens, targets) in b.tokens.chunks(8 * t).zip(b.targets.chunks(8 * t)) {
+            let mut tape = Tape::inference(&self.ctx, self.model.params());
+            let state = State::zeros(&self.ctx, self.model.config(), 0);
+            let segments = batch(tokens.len() / t, t, false).into();
+            let (hidden, _) = self.model.forward(&mut tape, tokens, &segments, &state, false)?;
+            loss += self.model.loss(&mut tape, &hidden, targets, None, opts).loss;
+        }
+        Ok(loss)
+    }
+
+    /// Bytes that training takes: parameters, gradients and moments, and what a micro-batch of `rows` rows needs on top.
+    ///
+    /// # Errors
+    /// Never for a model that exists; the forward pass checks tokens.
+    pub fn forecast(&self, rows: usize) -> Result<usize, Error> {
+        let dry = Context::forecast();
+        let n = rows * self.settings.ctx;
+        let segments = batch(rows, self.settings.ctx, false).into();
+        let mut tape = Tape::recording(&dry, self.model.params(), &mut []);
+        let state = State::zeros(&dry, self.model.config(), 0);
+        let (hidden, _) = self.model.forward(&mut tape, &vec![0; n], &segments, &state, self.settings.checkpointing)?;
+        self.model.loss(&mut tape, &hidden, &vec![0; n], None, CrossEntropy { divisor: 1.0, l2wrap: false });
+        drop(hidden);
+        tape.backward();
+        Ok(4 * 4 * self.grads.len() + dry.memory().peak)
+    }
+
+    /// Writes the model alone, with `metadata` beside its configuration.
+    ///
+    /// # Errors
+    /// When writing fails.
+    pub fn save_model(&self, path: &Path, metadata: &[(&str, &str)]) -> Result<(), Error> {
+        Ok(write_safetensors(path, &self.weights(), &self.metadata(metadata))?)
+    }
+
+    fn weights(&self) -> Vec<Source<'_>> {
+        let p = self.model.params();
+        let source = |s: &anser_model::ParamSpec| {
+            Source::new(s.name.as_str(), &s.shape, Dtype::F32, &p.values()[s.range.clone()])
+        };
+        p.specs().iter().map(source).collect()
+    }
+
+    fn metadata(&self, more: &[(&str, &str)]) -> BTreeMap<String, String> {
+        let config = serde_json::json!({ "version": 1, "architecture": "rwkv7", "model": self.model.config() });
+        let mut m = BTreeMap::from([("anser.config".to_string(), config.to_string())]);
+        m.extend(more.iter().map(|(k, v)| (k.to_string(), v.to_string())));
+        m
+    }
+
+    /// Writes `folder/step-N.safetensors`, from which [`Trainer::resume`] goes on to the bit, and removes all but the last `keep`.
+    ///
+    /// # Errors
+    /// When writing fails; the checkpoints before are untouched then.
+    pub fn save(&self, folder: &Path, keep: usize) -> Result<PathBuf, Error> {
+        let path = folder.join(format!("step-{:09}.safetensors", self.adam.steps));
+        let mut sources = self.weights();
+        sources.push(Source::new("adam.m", &[self.adam.m.len()], Dtype::F32, &self.adam.m));
+        sources.push(Source::new("adam.v", &[self.adam.v.len()], Dtype::F32, &self.adam.v));
+        write_safetensors(&path, &sources, &self.metadata(&[(FORMAT, "1"), (STEP, &self.adam.steps.to_string())]))?;
+        for old in checkpoints(folder).iter().rev().skip(keep.max(1)) {
+            // One that cannot be removed takes room and does no harm.
+            let _ = fs::remove_file(old);
+        }
+        Ok(path)
+    }
+
+    /// Goes on from the newest checkpoint of `folder` that is whole; `None` if there is none. Damaged ones are named to `warn`.
+    ///
+    /// # Errors
+    /// When the checkpoint is of another version.
+    pub fn resume(
+        ctx: &Context, folder: &Path, settings: Settings, mut warn: impl FnMut(String),
+    ) -> Result<Option<Trainer>, Error> {
+        for path in checkpoints(folder).iter().rev() {
+            match Trainer::load(ctx, path, settings) {
+                Ok(t) => return Ok(Some(t)),
+                Err(e @ Error::Checkpoint(_)) => return Err(e),
+                Err(e) => warn(format!("skipping a damaged checkpoint: {e}")),
+            }
+        }
+        Ok(None)
+    }
+
+    fn load(ctx: &Context, path: &Path, settings: Settings) -> Result<Trainer, Error> {
+        let file = Checkpoint::open(path)?;
+        let bad = |what: &str| Error::Checkpoint(format!("{}: {what}", path.display()));
+        if file.metadata().get(FORMAT).is_none_or(|v| v != "1") {
+            return Err(bad("not a training checkpoint of version 1"));
+        }
+        let steps = file.metadata().get(STEP).and_then(|s| s.parse().ok());
+        let steps = steps.ok_or_else(|| bad("it doesn't say its step"))?;
+        let mut t = Trainer::new(ctx, Model::load(ctx, &file, Load::Train)?, settings);
+        t.adam.steps = steps;
+        for (name, to) in [("adam.m", &mut t.adam.m), ("adam.v", &mut t.adam.v)] {
+            file.get(name)?.ok_or_else(|| bad("it has no optimiser state"))?.read_f32_into(to)?;
+        }
+        Ok(t)
+    }
+
+    /// The configuration a model file was trained with.
+    pub fn config(&self) -> &Config {
+        self.model.config()
+    }
+
+    /// Makes `folder` and locks it for this run, for as long as the file lives.
+    ///
+    /// # Errors
+    /// When another run has it, or it cannot be made.
+    pub fn lock(folder: &Path) -> Result<File, Error> {
+        let io = |e: std::io::Error| Error::Checkpoint(format!("{}: {e}", folder.display()));
+        fs::create_dir_all(folder).map_err(io)?;
+        let file = File::create(folder.join("lock")).map_err(io)?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(TryLockError::WouldBlock) => Err(Error::Locked(folder.display().to_string())),
+            Err(TryLockError::Error(e)) => Err(io(e)),
+        }
+    }
+}
+
+/// Checkpoints of a folder, oldest first.
+fn checkpoints(folder: &Path) -> Vec<PathBuf> {
+    let named = |p: &PathBuf| {
+        let name = p.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        name.starts_with("step-") && name.ends_with(".safetensors")
+    };
+    let mut found: Vec<PathBuf> =
+        fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path()).filter(named).collect();
+    found.sort();
+    found
+}
