@@ -1,2 +1,54 @@
-//! The `anser` command.
-fn main() {}
+//! The `anser` command: one file per subcommand in `cmd`, no logic of its own.
+
+mod cmd;
+mod global;
+
+use clap::{Parser, Subcommand};
+use global::{Global, Interrupted};
+use std::process::ExitCode;
+
+/// Trains and runs RWKV-7 language models.
+#[derive(Parser)]
+#[command(name = "anser", version, propagate_version = true)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Quickstart(cmd::quickstart::Args),
+    Generate(cmd::generate::Args),
+    Inspect(cmd::inspect::Args),
+    Convert(cmd::convert::Args),
+    Bench(cmd::bench::Args),
+    Debug(cmd::debug::Args),
+}
+
+fn main() -> ExitCode {
+    let Cli { global, command } = Cli::parse();
+    global::catch_ctrl_c();
+    let result = match command {
+        Command::Quickstart(args) => cmd::quickstart::run(&args, &global),
+        Command::Generate(args) => cmd::generate::run(&args, &global),
+        Command::Inspect(args) => cmd::inspect::run(&args, &global),
+        Command::Convert(args) => cmd::convert::run(&args, &global),
+        Command::Bench(args) => cmd::bench::run(&args, &global),
+        Command::Debug(args) => cmd::debug::run(&args, &global),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) if e.is::<Interrupted>() => ExitCode::from(130),
+        // The reader of our output has seen enough.
+        Err(e) if e.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe) => {
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            // One line, whatever the causes contain.
+            eprintln!("error: {}", format!("{e:#}").replace('\n', " "));
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,5 +1,6 @@
 //! Benchmarks, experiments and comparisons: what is run to find out whether the rest is right and fast.
 
+pub mod bench;
 pub mod debug;
 
 /// What can go wrong in an experiment.
@@ -11,4 +12,10 @@ pub enum Error {
     /// From the model or its checkpoint.
     #[error(transparent)]
     Model(#[from] anser_model::Error),
+    /// From training.
+    #[error(transparent)]
+    Train(#[from] anser_train::Error),
+    /// From inference.
+    #[error(transparent)]
+    Infer(#[from] anser_infer::Error),
 }

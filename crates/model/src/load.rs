@@ -101,7 +101,7 @@ impl Model {
             for (name, shape, _) in &list {
                 let Some(in_out) = packed_layout(name) else { continue };
                 let t = find(name, shape)?;
-                let weight = pack(ctx, dtype, &t, shape, in_out)?;
+                let weight = pack(ctx, dtype, &t.to_f32_vec()?, shape, in_out);
                 t.release();
                 packed.insert(name.clone(), Arc::new(weight));
             }
@@ -122,6 +122,28 @@ impl Model {
             }
         }
         Ok(Model::build(config, params, &packed))
+    }
+
+    /// The same model for inference, its matrices packed in `dtype`.
+    pub fn packed(&self, ctx: &Context, dtype: DType) -> Model {
+        let mut weights = HashMap::new();
+        let mut list = self.config.tensors();
+        let from = |name: &str| {
+            let spec = self.params.specs().iter().find(|s| s.name == name);
+            spec.map(|s| &self.params.values()[s.range.clone()]).unwrap_or_default()
+        };
+        for (name, shape, _) in &list {
+            if let Some(in_out) = packed_layout(name) {
+                weights.insert(name.clone(), Arc::new(pack(ctx, dtype, from(name), shape, in_out)));
+            }
+        }
+        list.retain(|(name, ..)| packed_layout(name).is_none());
+        let (mut params, handles) = ParamSet::new(list);
+        for &p in &handles {
+            let name = params.specs()[p.id].name.clone();
+            params.get_mut(p).copy_from_slice(from(&name));
+        }
+        Model::build(self.config.clone(), params, &weights)
     }
 
     /// A trainable model over an arena laid out by [`Config::tensors`].
@@ -178,15 +200,10 @@ impl Model {
 }
 
 /// Packs a matrix stored [out, in] or, with `in_out`, [in, out].
-fn pack(ctx: &Context, dtype: DType, t: &TensorView<'_>, shape: &[usize], in_out: bool) -> Result<Packed, Error> {
+fn pack(ctx: &Context, dtype: DType, m: &[f32], shape: &[usize], in_out: bool) -> Packed {
     let (rows, cols) = (shape[0], shape[1]);
-    if in_out {
-        // Low-rank matrices are small: transpose through f32.
-        let mut m = vec![0.0; rows * cols];
-        t.read_f32_into(&mut m)?;
-        return Ok(Packed::new(ctx, dtype, cols, rows, |i| m[(i % rows) * cols + i / rows]));
+    match in_out {
+        true => Packed::new(ctx, dtype, cols, rows, |i| m[(i % rows) * cols + i / rows]),
+        false => Packed::new(ctx, dtype, rows, cols, |i| m[i]),
     }
-    let mut m = vec![0.0; rows * cols];
-    t.read_f32_into(&mut m)?;
-    Ok(Packed::new(ctx, dtype, rows, cols, |i| m[i]))
 }

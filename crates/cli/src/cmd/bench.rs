@@ -1,0 +1,96 @@
+use crate::global::Global;
+use anser_eval::bench;
+use serde_json::json;
+
+/// Measures speed, beside what limits it on this machine
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// Training steps: tokens/s and share of the matrix-product peak
+    Train {
+        /// Layers
+        #[arg(long, default_value_t = 6)]
+        layers: usize,
+        /// Width
+        #[arg(long, default_value_t = 256)]
+        width: usize,
+        /// Vocabulary
+        #[arg(long, default_value_t = 256)]
+        vocab: usize,
+        /// Rows of a batch
+        #[arg(long, default_value_t = 8)]
+        rows: usize,
+        /// Tokens of a row
+        #[arg(long, default_value_t = 128)]
+        ctx: usize,
+        /// Steps measured
+        #[arg(long, default_value_t = 10)]
+        steps: usize,
+    },
+    /// Decoding and prefill of a randomly initialised model: tokens/s and share of the memory bandwidth
+    Decode {
+        /// Size
+        #[arg(long, default_value = "0.1b")]
+        preset: String,
+        /// Tokens measured
+        #[arg(long, default_value_t = 64)]
+        tokens: usize,
+    },
+}
+
+/// Runs the subcommand.
+pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
+    let ctx = global.context()?;
+    match &args.what {
+        What::Train { layers, width, vocab, rows, ctx: t, steps } => {
+            let r = bench::train(&ctx, *layers, *width, *vocab, *rows, *t, *steps)?;
+            let json = json!({
+                "tokens_per_second": r.tokens_per_second,
+                "gflops": r.flops / 1e9,
+                "gemm_peak_gflops": r.peak / 1e9,
+                "mfu": r.flops / r.peak,
+                "wkv_share": r.wkv_share,
+                "threads": ctx.threads().len(),
+            });
+            global.result(json, || {
+                format!(
+                    "training L{layers} D{width} V{vocab} B{rows} T{t}, f32, {} threads: {:.0} tokens/s, {:.1} GFLOP/s = {:.1}% of the measured GEMM peak {:.0}; WKV-7 {:.1}% of the step\n",
+                    ctx.threads().len(),
+                    r.tokens_per_second,
+                    r.flops / 1e9,
+                    100.0 * r.flops / r.peak,
+                    r.peak / 1e9,
+                    100.0 * r.wkv_share,
+                )
+            })
+        }
+        What::Decode { preset, tokens } => {
+            let dtype = global.dtype.unwrap_or(anser_tensor::DType::BF16);
+            let r = bench::decode(&ctx, preset, dtype, *tokens)?;
+            let json = json!({
+                "decode_tokens_per_second": r.decode,
+                "prefill_256_tokens_per_second": r.prefill,
+                "bytes_per_token": r.bytes,
+                "bandwidth": r.bandwidth,
+                "share_of_bandwidth": r.decode * r.bytes / r.bandwidth,
+                "threads": ctx.threads().len(),
+            });
+            global.result(json, || {
+                format!(
+                    "{preset} {dtype}, {} threads: decode {:.1} tokens/s = {:.1} GB/s of {:.1} measured ({:.0}%); prefill of 256 tokens {:.0} tokens/s\n",
+                    ctx.threads().len(),
+                    r.decode,
+                    r.decode * r.bytes / 1e9,
+                    r.bandwidth / 1e9,
+                    100.0 * r.decode * r.bytes / r.bandwidth,
+                    r.prefill,
+                )
+            })
+        }
+    }
+}

@@ -1,0 +1,51 @@
+use crate::global::Global;
+use anser_formats::Checkpoint;
+use anser_model::Config;
+use serde_json::json;
+use std::fmt::Write;
+use std::path::PathBuf;
+
+/// Dimensions, parameters, state size and tensors of a checkpoint
+#[derive(clap::Args)]
+pub struct Args {
+    /// Checkpoint (.pth or .safetensors)
+    model: PathBuf,
+}
+
+/// Runs the subcommand.
+pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
+    let ckpt = Checkpoint::open(&args.model)?;
+    let config = Config::from_checkpoint(&ckpt)?;
+    let mut tensors = Vec::new();
+    for name in ckpt.names() {
+        if let Some(t) = ckpt.get(name)? {
+            tensors.push(json!({ "name": name, "dtype": t.dtype().to_string(), "shape": t.shape() }));
+        }
+    }
+    let json = json!({
+        "architecture": "rwkv7",
+        "config": config,
+        "parameters": config.parameters(),
+        "state": config.state_len(),
+        "metadata": ckpt.metadata(),
+        "tensors": tensors,
+    });
+    global.result(json, || {
+        let c = &config;
+        let mut s = format!(
+            "RWKV-7: {} layers, width {}, {} heads of {}, vocabulary {}\n{} parameters, state of {} numbers per sequence\n",
+            c.n_layer,
+            c.n_embd,
+            c.heads(),
+            c.head_size,
+            c.vocab_size,
+            c.parameters(),
+            c.state_len(),
+        );
+        for t in &tensors {
+            let (name, dtype) = (t["name"].as_str().unwrap_or_default(), t["dtype"].as_str().unwrap_or_default());
+            let _ = writeln!(s, "{name:40} {dtype:5} {}", t["shape"]);
+        }
+        s
+    })
+}

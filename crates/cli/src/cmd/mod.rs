@@ -1,0 +1,8 @@
+//! One file per subcommand.
+
+pub mod bench;
+pub mod convert;
+pub mod debug;
+pub mod generate;
+pub mod inspect;
+pub mod quickstart;

@@ -1,0 +1,79 @@
+//! What all subcommands share: global flags, output, Ctrl-C.
+
+use anser_tensor::{Context, DType, Device};
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Flags that every subcommand takes, before or after its name.
+#[derive(clap::Args)]
+pub struct Global {
+    /// Where to compute: cpu, cuda or cuda:N [default: the best there is; cpu for debug]
+    #[arg(long, global = true)]
+    device: Option<Device>,
+    /// CPU threads [default: as many as this process may use]
+    #[arg(long, global = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Type of weights: f32, f16 or bf16
+    #[arg(long, global = true)]
+    pub dtype: Option<DType>,
+    /// One JSON object on stdout, everything else on stderr
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// No progress and no remarks
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+}
+
+impl Global {
+    /// The device and threads asked for.
+    pub fn context(&self) -> anyhow::Result<Context> {
+        let threads = self.threads.unwrap_or(0) as usize;
+        Ok(Context::new(self.device.unwrap_or(Device::Cpu), threads)?)
+    }
+
+    /// A remark on stderr.
+    pub fn note(&self, text: impl std::fmt::Display) {
+        if !self.quiet {
+            eprintln!("{text}");
+        }
+    }
+
+    /// The result: JSON or text, on stdout.
+    pub fn result(&self, json: serde_json::Value, text: impl FnOnce() -> String) -> anyhow::Result<()> {
+        let mut out = std::io::stdout().lock();
+        if self.json {
+            writeln!(out, "{json}")?
+        } else {
+            out.write_all(text().as_bytes())?
+        }
+        Ok(out.flush()?)
+    }
+}
+
+/// Ctrl-C was pressed; what could be saved is saved.
+#[derive(Debug)]
+pub struct Interrupted;
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// Whether Ctrl-C was pressed.
+pub fn stop() -> &'static AtomicBool {
+    &STOP
+}
+
+/// The first Ctrl-C asks the work to stop and save; the second ends the process.
+pub fn catch_ctrl_c() {
+    let _ = ctrlc::set_handler(|| {
+        if STOP.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+    });
+}

@@ -1,0 +1,124 @@
+//! Speed of training and decoding, each beside what limits it, measured in the same run.
+
+use anser_data::Batch;
+use anser_infer::Session;
+use anser_model::{Config, Init, Model};
+use anser_ops::{ParamSet, Tape, Var, batch, wkv7::Wkv7Inputs};
+use anser_tensor::{Context, DType, bench};
+use anser_train::{Hyper, Schedule, Settings, Trainer};
+use std::time::Instant;
+
+/// Speed of training.
+#[derive(Clone, Copy, Debug)]
+pub struct Train {
+    /// Median over the steps.
+    pub tokens_per_second: f64,
+    /// 6 x (parameters - embedding) x tokens per second.
+    pub flops: f64,
+    /// Matrix products, in the same unit.
+    pub peak: f64,
+    /// Share of the step that one WKV-7 forward and backward pass a layer takes, measured alone.
+    pub wkv_share: f64,
+}
+
+/// Speed of decoding.
+#[derive(Clone, Copy, Debug)]
+pub struct Decode {
+    /// Tokens a second, one sequence.
+    pub decode: f64,
+    /// Tokens a second of a prompt of 256.
+    pub prefill: f64,
+    /// Bytes of weights and state that a decoded token must read.
+    pub bytes: f64,
+    /// Reading memory, bytes a second.
+    pub bandwidth: f64,
+}
+
+fn median(mut seconds: Vec<f64>) -> f64 {
+    seconds.sort_by(f64::total_cmp);
+    seconds[seconds.len() / 2]
+}
+
+/// Trains a new model on arbitrary tokens for `steps` steps after one to warm up.
+///
+/// # Errors
+/// When the dimensions are impossible.
+pub fn train(
+    ctx: &Context, layers: usize, width: usize, vocab: usize, rows: usize, t: usize, steps: usize,
+) -> Result<Train, crate::Error> {
+    let config = Config::new(layers, width, vocab);
+    let schedule = Schedule { init: 1e-4, last: 1e-4, warmup: 0, total: 1 };
+    let hyper = Hyper::default();
+    let settings = Settings { ctx: t, schedule, hyper, grad_clip: 1.0, l2wrap: true, checkpointing: false };
+    let mut trainer = Trainer::new(ctx, Model::init(ctx, &config, Init::Current, 1)?, settings);
+    let n = rows * t;
+    let tokens: Vec<u32> = (0..n).map(|i| (i * 7919 % vocab) as u32).collect();
+    let data = [Batch { targets: tokens.iter().map(|&t| t as i32).collect(), tokens }];
+    trainer.step(&data)?;
+    let mut seconds = Vec::new();
+    for _ in 0..steps.max(1) {
+        let start = Instant::now();
+        trainer.step(&data)?;
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    let step = median(seconds);
+    let tokens_per_second = n as f64 / step;
+    let wkv = wkv_seconds(ctx, &config, rows, t) * layers as f64;
+    Ok(Train {
+        tokens_per_second,
+        flops: config.train_flops_per_token() * tokens_per_second,
+        peak: bench::gemm_peak(ctx),
+        wkv_share: wkv / step,
+    })
+}
+
+/// One WKV-7 forward and backward pass, median.
+fn wkv_seconds(ctx: &Context, config: &Config, rows: usize, t: usize) -> f64 {
+    let (n, c) = (rows * t, config.n_embd);
+    let fill = |phase: f32| {
+        let mut b = ctx.alloc(n * c);
+        b.iter_mut().enumerate().for_each(|(i, x)| *x = (i as f32 * 0.37 + phase).sin() * 0.2);
+        b
+    };
+    let params = ParamSet::default();
+    let run = |_| {
+        let v: Vec<Var> = (0..6).map(|i| Var::leaf(n, c, fill(i as f32))).collect();
+        let state = Var::constant(0, c * config.head_size, ctx.alloc(0));
+        let dy = fill(9.0);
+        let start = Instant::now();
+        let mut none = [];
+        let mut tape = Tape::recording(ctx, &params, &mut none);
+        let inputs = Wkv7Inputs { r: &v[0], w: &v[1], k: &v[2], v: &v[3], a: &v[4], b: &v[5] };
+        let (y, _) = tape.wkv7(inputs, &state, &batch(rows, t, false).into(), config.heads());
+        y.add_grad(dy);
+        tape.backward();
+        start.elapsed().as_secs_f64()
+    };
+    median((0..7).map(run).collect())
+}
+
+/// Decodes with a randomly initialised model of a preset size.
+///
+/// # Errors
+/// When there is no such size.
+pub fn decode(ctx: &Context, preset: &str, dtype: DType, tokens: usize) -> Result<Decode, crate::Error> {
+    let config = Config::preset(preset)?;
+    let model = Model::init(ctx, &config, Init::Current, 1)?.packed(ctx, dtype);
+    let mut session = Session::new(ctx, &model);
+    let prompt: Vec<u32> = (0..256).map(|i| i * 37 % 60000).collect();
+    session.feed(&prompt)?;
+    let time = |n: usize, f: &mut dyn FnMut(u32) -> Result<(), anser_infer::Error>| {
+        let mut seconds = Vec::new();
+        for i in 0..n {
+            let start = Instant::now();
+            f(i as u32)?;
+            seconds.push(start.elapsed().as_secs_f64());
+        }
+        Ok::<f64, anser_infer::Error>(median(seconds))
+    };
+    let prefill = 256.0 / time(5, &mut |_| session.feed(&prompt))?;
+    let decode = 1.0 / time(tokens.max(1), &mut |i| session.feed(&[i]))?;
+    let matrices = config.parameters() - config.vocab_size * config.n_embd;
+    let bytes = (matrices * dtype.size() + config.state_len() * 4) as f64;
+    Ok(Decode { decode, prefill, bytes, bandwidth: bench::read_bandwidth(ctx) })
+}
