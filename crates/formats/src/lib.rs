@@ -26,14 +26,14 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system said no.
-    #[error("{path}: {action}: {source}", path = path.display())]
+    #[error("{path}: {action}: {cause}", path = path.display())]
     Io {
         /// The file.
         path: PathBuf,
         /// What was being done.
         action: &'static str,
         /// The reason.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// The file is not what it should be.
     #[error("{path}: {reason}", path = path.display())]
@@ -54,8 +54,8 @@ pub enum Error {
 }
 
 impl Error {
-    fn io(path: &Path, action: &'static str, source: std::io::Error) -> Error {
-        Error::Io { path: path.into(), action, source }
+    fn io(path: &Path, action: &'static str, cause: std::io::Error) -> Error {
+        Error::Io { path: path.into(), action, cause }
     }
 }
 
@@ -102,12 +102,13 @@ impl Checkpoint {
         let malformed = |reason: String| Error::Malformed { path: path.into(), reason };
         let (entries, metadata) = if map.starts_with(b"PK") {
             (pth::read(&map).map_err(malformed)?, BTreeMap::new())
-        } else if map.first() == Some(&0x80) {
-            return Err(malformed(
-                "this is PyTorch's old format (before 1.6); load and save it again with a current torch".into(),
-            ));
         } else {
-            safetensors::read(&map).map_err(malformed)?
+            safetensors::read(&map).map_err(|reason| {
+                // A pickle at the top is the format that PyTorch wrote before 1.6.
+                let old = matches!(map[..], [0x80, 2..=5, ..]);
+                let advice = "this is PyTorch's old format (before 1.6); load and save it again with a current torch";
+                malformed(if old { advice.into() } else { reason })
+            })?
         };
         Ok(Checkpoint { path: path.into(), map, entries, metadata })
     }

@@ -42,7 +42,7 @@ impl<'m> Session<'m> {
         Ok(())
     }
 
-    /// Logits for the next token, [V].
+    /// Logits for the next token, one per vocabulary entry.
     ///
     /// # Errors
     /// Before the first token.

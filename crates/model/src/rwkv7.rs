@@ -124,7 +124,7 @@ impl Model {
         &mut self.params
     }
 
-    /// Runs the blocks over ragged sequences: tokens [n] to hidden vectors [n, C] after ln_out, and the next state.
+    /// Runs the blocks over ragged sequences: tokens `[n]` to hidden vectors [n, C] after ln_out, and the next state.
     /// With `checkpointing`, a recording tape keeps only each block's input and computes the block again going back.
     ///
     /// # Errors
@@ -170,7 +170,7 @@ impl Model {
         t.linear(hidden, &self.head)
     }
 
-    /// Cross entropy of hidden vectors [n, C] against targets [n] (negative: ignored); see [`Tape::cross_entropy`].
+    /// Cross entropy of hidden vectors [n, C] against targets `[n]` (negative: ignored); see [`Tape::cross_entropy`].
     pub fn loss(
         &self, t: &mut Tape<'_>, hidden: &Var, targets: &[i32], weights: Option<&[f32]>, opts: CrossEntropy,
     ) -> Loss {

@@ -128,7 +128,7 @@ fn accumulation_equals_one_large_batch() {
         tokens: whole.tokens[r.clone()].to_vec(),
         targets: whole.targets[r].to_vec(),
     };
-    let a = one.step(&[whole.clone()]).unwrap();
+    let a = one.step(std::slice::from_ref(&whole)).unwrap();
     let b = two.step(&[half(0..64), half(64..128)]).unwrap();
     assert!((a.loss - b.loss).abs() < 1e-6 && (a.grad_norm / b.grad_norm - 1.0).abs() < 1e-5);
     // Ignored targets count for nothing.

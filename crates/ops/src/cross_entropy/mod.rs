@@ -1,7 +1,7 @@
 //! Output head and cross entropy in one operation, over chunks of rows: the whole [tokens, V] matrix of logits never exists.
 //!
-//! loss = sum_i weight_i (logsumexp(z_i) - z_i[target_i]) / divisor, with z = x W^T, over rows whose target is not ignored.
-//! dz_i = (weight_i (softmax(z_i) - onehot) + [L2Wrap] 1e-4 max(z_i) onehot(argmax z_i)) / divisor.
+//! loss = sum_i weight_i (logsumexp(z_i) - `z_i[target_i]`) / divisor, with z = x W^T, over rows whose target is not ignored.
+//! dz_i = (weight_i (softmax(z_i) - onehot) + `[L2Wrap]` 1e-4 max(z_i) onehot(argmax z_i)) / divisor.
 //! L2Wrap (official trainer) pulls the largest logit towards 0; it changes gradients only. Of equal logits the first counts.
 //! The gradients are made at once, in the forward pass: this operation is the root.
 
@@ -72,8 +72,8 @@ fn row(z: &mut [f32], target: usize, weight: f64, opts: CrossEntropy, grad: bool
 }
 
 impl<'p> Tape<'p> {
-    /// Cross entropy of x [tokens, C] through the head [V, C] against `targets` [tokens] (negative: ignored), with
-    /// optional `weights` [tokens]. When recording, the gradients of x and of the head are added at once.
+    /// Cross entropy of x [tokens, C] through the head [V, C] against `targets` `[tokens]` (negative: ignored), with
+    /// optional `weights` `[tokens]`. When recording, the gradients of x and of the head are added at once.
     pub fn cross_entropy(
         &mut self, x: &Var, head: &Weight, targets: &[i32], weights: Option<&[f32]>, opts: CrossEntropy,
     ) -> Loss {

@@ -1,4 +1,4 @@
-//! Embedding: y_t = table[token_t]. Backward: dtable[token_t] += dy_t, token after token.
+//! Embedding: y_t = `table[token_t]`. Backward: `dtable[token_t]` += dy_t, token after token.
 
 use crate::{Param, Tape, Var};
 

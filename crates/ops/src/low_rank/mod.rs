@@ -55,7 +55,7 @@ pub struct LowRank {
     pub down: Weight,
     /// B: rank to C.
     pub up: Weight,
-    /// Bias [C], if any.
+    /// Bias `[C]`, if any.
     pub bias: Option<Param>,
     /// The function between.
     pub activation: Activation,

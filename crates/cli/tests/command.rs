@@ -1,0 +1,155 @@
+//! The binary as a user meets it: exit codes, where output goes, bad input.
+
+use assert_cmd::Command;
+use std::path::{Path, PathBuf};
+
+fn fixture(name: &str) -> String {
+    format!("{}/../../fixtures/golden/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Folder {
+        let path = std::env::temp_dir().join(format!("anser-cli-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Folder(path)
+    }
+
+    fn file(&self, name: &str, contents: &[u8]) -> String {
+        let path = self.0.join(name);
+        std::fs::write(&path, contents).unwrap();
+        path.display().to_string()
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Runs `anser` in `folder`: exit code, stdout, stderr.
+fn anser(folder: &Path, args: &[&str]) -> (i32, String, String) {
+    let out = Command::cargo_bin("anser").unwrap().current_dir(folder).args(args).output().unwrap();
+    let text = |b: Vec<u8>| String::from_utf8(b).unwrap();
+    (out.status.code().unwrap(), text(out.stdout), text(out.stderr))
+}
+
+#[test]
+fn wrong_usage_is_2() {
+    let f = Folder::new("usage");
+    for args in [&["--bad"][..], &["debug"], &["debug", "logits"], &["generate", "--threads", "0"], &["inspect"]] {
+        let (code, out, err) = anser(&f.0, args);
+        assert!(code == 2 && out.is_empty() && !err.is_empty(), "{args:?}: {code}");
+    }
+    let (code, out, _) = anser(&f.0, &["--version"]);
+    assert!(code == 0 && out.starts_with("anser "));
+}
+
+#[test]
+fn bad_input_is_1_with_one_line() {
+    let f = Folder::new("bad");
+    let whole = std::fs::read(fixture("rwkv7.pth")).unwrap();
+    let short = f.file("short.pth", &whole[..whole.len() / 2]);
+    let noise = f.file("noise.safetensors", &[7; 1000]);
+    let tokens = f.file("t.json", b"[[1, 2, 3]]");
+    let far = f.file("far.json", b"[[1, 300]]");
+    let ragged = f.file("ragged.json", b"[[1, 2], [3]]");
+    let text = f.file("text.json", b"hello");
+    let good = fixture("rwkv7.pth");
+    let out = f.0.join("out.safetensors").display().to_string();
+    let logits = |model: &str, tokens: &str| {
+        anser(&f.0, &["debug", "logits", "--model", model, "--tokens", tokens, "--out", &out])
+    };
+    for ((code, stdout, err), says) in [
+        (logits("nowhere.pth", &tokens), "nowhere.pth: open"),
+        (logits(&short, &tokens), "truncated"),
+        (logits(&noise, &tokens), "neither a .pth nor"),
+        (logits(&good, &far), "token 300 at position 1 is outside the model's vocabulary of 300"),
+        (logits(&good, &ragged), "sequence 1 has 1 tokens, the first has 2"),
+        (logits(&good, &text), "expected [[ids...], ...]"),
+        (logits(&fixture("rwkv7_expected.safetensors"), &tokens), "not a RWKV-7 checkpoint"),
+        (anser(&f.0, &["generate"]), "quickstart"),
+        (anser(&f.0, &["generate", "--model", &good, "--prompt", "The Eiffel tower"]), "vocabulary of 300"),
+        (anser(&f.0, &["generate", "--top-p", "2"]), "top-p = 2"),
+        (anser(&f.0, &["convert", &good, "x.txt"]), ".pth or .safetensors"),
+        (anser(&f.0, &["convert", &good, &good]), "same file"),
+        (anser(&f.0, &["inspect", "--device", "cuda", &noise]), "noise"),
+        (anser(&f.0, &["bench", "train", "--device", "cuda"]), "CPU kernels only"),
+    ] {
+        assert!(code == 1 && stdout.is_empty(), "{says}: {code} {stdout}");
+        assert!(err.starts_with("error: ") && err.lines().count() == 1 && err.contains(says), "{says}: {err}");
+    }
+    assert!(!Path::new(&out).exists());
+}
+
+#[test]
+fn debug_json_and_conversion() {
+    let f = Folder::new("debug");
+    let tokens = f.file("t.json", b"[[1, 2, 3], [4, 5, 6]]");
+    let (pth, safe) = (f.0.join("c.pth").display().to_string(), f.0.join("c.safetensors").display().to_string());
+    let json = |args: &[&str]| -> serde_json::Value {
+        let (code, out, err) = anser(&f.0, args);
+        assert!(code == 0, "{err}");
+        serde_json::from_str(&out).unwrap()
+    };
+    json(&["convert", &fixture("rwkv7.safetensors"), &pth, "--json"]);
+    json(&["--json", "convert", &pth, &safe, "--dtype", "f32"]);
+    let mut outputs = Vec::new();
+    for model in [&fixture("rwkv7.pth"), &pth, &safe] {
+        let out = f.0.join("o.safetensors").display().to_string();
+        json(&[
+            "debug",
+            "logits",
+            "--json",
+            "--model",
+            model,
+            "--tokens",
+            &tokens,
+            "--out",
+            &out,
+            "--mode",
+            "chunked:2",
+            "--threads",
+            "2",
+        ]);
+        outputs.push(std::fs::read(&out).unwrap());
+        let loss = json(&["debug", "grads", "--model", model, "--tokens", &tokens, "--out", &out]);
+        outputs.push(std::fs::read(&out).unwrap());
+        assert!(loss["loss"].as_f64().unwrap() > 1.0);
+    }
+    assert!(outputs[0] == outputs[2] && outputs[2] == outputs[4]);
+    assert!(outputs[1] == outputs[3] && outputs[3] == outputs[5]);
+    let info = json(&["inspect", &pth, "--json"]);
+    assert_eq!((info["parameters"].as_u64(), info["config"]["n_layer"].as_u64()), (Some(788992), Some(3)));
+}
+
+#[test]
+fn quickstart_then_generate_and_go_on_from_a_state() {
+    let f = Folder::new("quick");
+    let (code, out, err) = anser(&f.0, &["quickstart", "--steps", "12", "--json"]);
+    assert!(code == 0, "{err}");
+    let result: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let loss = |k: &str| result[k].as_f64().unwrap();
+    assert!(loss("held_out_loss") < loss("held_out_loss_before") - 0.5, "{out}");
+    assert!(std::fs::read_to_string(f.0.join("anser-quickstart/loss.svg")).unwrap().starts_with("<svg"));
+    assert!(std::fs::read_to_string(f.0.join("anser-quickstart/metrics.jsonl")).unwrap().lines().count() > 12);
+
+    let text = |args: &[&str]| {
+        let (code, out, err) =
+            anser(&f.0, &[&["generate", "--dtype", "f32", "--temperature", "0", "--json"], args].concat());
+        assert!(code == 0, "{err}");
+        serde_json::from_str::<serde_json::Value>(&out).unwrap()["text"].as_str().unwrap().to_string()
+    };
+    let whole = text(&["--prompt", "The people", "--max-tokens", "20"]);
+    let first = text(&["--prompt", "The people", "--max-tokens", "8", "--save-state", "s"]);
+    let second = text(&["--max-tokens", "12", "--load-state", "s"]);
+    assert_eq!(first + &second, whole);
+    let mark: String = whole.chars().skip(3).take(2).collect();
+    let stopped = text(&["--prompt", "The people", "--max-tokens", "20", "--stop", &mark]);
+    assert_eq!(stopped, whole[..whole.find(&mark).unwrap()]);
+    let (code, _, err) =
+        anser(&f.0, &["generate", "--model", &fixture("rwkv7.pth"), "--tokenizer", "bytes", "--load-state", "s"]);
+    assert!(code == 1 && err.contains("another model"), "{err}");
+}
