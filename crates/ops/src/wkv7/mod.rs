@@ -27,6 +27,9 @@ use crate::{Segment, Tape, Var};
 use anser_tensor::{Buf, Context, DisjointMut, math, simd::vectorize};
 use std::sync::Arc;
 
+#[cfg(test)]
+mod tests;
+
 /// e^-0.5, the bound of the log decay.
 const BOUND: f32 = 0.606_530_66;
 /// Tokens between kept states.
@@ -265,21 +268,30 @@ fn step_back<const N: usize>(
     let w_decay = decay(w);
     let (mut dr, mut dd, mut dk, mut da, mut db) = ([0f32; N], [0f32; N], [0f32; N], [0f32; N], [0f32; N]);
     let [gr, gw, gk, gv, ga, gb] = out;
-    for i in 0..N {
-        let (d, s0, s1) = (&mut d[i], &before[i], &after[i]);
-        let (dyi, ui, vi) = (dy[i], u[i], v[i]);
-        for j in 0..N {
-            d[j] = dyi.mul_add(r[j], d[j]);
+    // Four rows at a time, so that the sums over rows are loaded and stored once for four.
+    let rows = d.as_chunks_mut::<4>().0.iter_mut().zip(before.as_chunks::<4>().0).zip(after.as_chunks::<4>().0);
+    for (q, ((d, s0), s1)) in rows.enumerate() {
+        let mut du = [0f32; 4];
+        for l in 0..4 {
+            let i = 4 * q + l;
+            for j in 0..N {
+                d[l][j] = dy[i].mul_add(r[j], d[l][j]);
+            }
+            gv[i] = dot(&d[l], k);
+            du[l] = dot(&d[l], b);
         }
-        gv[i] = dot(d, k);
-        let du = dot(d, b);
         for j in 0..N {
-            dr[j] = s1[j].mul_add(dyi, dr[j]);
-            dd[j] = d[j].mul_add(s0[j], dd[j]);
-            dk[j] = d[j].mul_add(vi, dk[j]);
-            db[j] = d[j].mul_add(ui, db[j]);
-            da[j] = s0[j].mul_add(du, da[j]);
-            d[j] = d[j].mul_add(w_decay[j], du * a[j]);
+            let (mut r_sum, mut d_sum, mut k_sum, mut a_sum, mut b_sum) = (dr[j], dd[j], dk[j], da[j], db[j]);
+            for l in 0..4 {
+                let i = 4 * q + l;
+                r_sum = s1[l][j].mul_add(dy[i], r_sum);
+                d_sum = d[l][j].mul_add(s0[l][j], d_sum);
+                k_sum = d[l][j].mul_add(v[i], k_sum);
+                b_sum = d[l][j].mul_add(u[i], b_sum);
+                a_sum = s0[l][j].mul_add(du[l], a_sum);
+                d[l][j] = d[l][j].mul_add(w_decay[j], du[l] * a[j]);
+            }
+            (dr[j], dd[j], dk[j], da[j], db[j]) = (r_sum, d_sum, k_sum, a_sum, b_sum);
         }
     }
     gr.copy_from_slice(&dr);
