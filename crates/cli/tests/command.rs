@@ -85,6 +85,19 @@ fn bad_input_is_1_with_one_line() {
 }
 
 #[test]
+fn tokens_and_back() {
+    let f = Folder::new("tokens");
+    let (code, out, _) = anser(&f.0, &["tokenize", " Eiffel"]);
+    assert!(code == 0 && out == "304 25740 109\n");
+    let (code, out, _) = anser(&f.0, &["detokenize", "304", "25740", "109", "--json"]);
+    assert!(code == 0 && out.contains("\" Eiffel\""), "{out}");
+    let (code, _, err) = anser(&f.0, &["detokenize", "65535"]);
+    assert!(code == 1 && err.contains("token 65535"), "{err}");
+    let (code, _, err) = anser(&f.0, &["tokenize", "x", "--tokenizer", "gpt2"]);
+    assert!(code == 1 && err.contains("world or bytes"), "{err}");
+}
+
+#[test]
 fn debug_json_and_conversion() {
     let f = Folder::new("debug");
     let tokens = f.file("t.json", b"[[1, 2, 3], [4, 5, 6]]");

@@ -6,3 +6,4 @@ pub mod debug;
 pub mod generate;
 pub mod inspect;
 pub mod quickstart;
+pub mod tokenize;
