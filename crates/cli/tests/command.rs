@@ -166,3 +166,32 @@ fn quickstart_then_generate_and_go_on_from_a_state() {
         anser(&f.0, &["generate", "--model", &fixture("rwkv7.pth"), "--tokenizer", "bytes", "--load-state", "s"]);
     assert!(code == 1 && err.contains("another model"), "{err}");
 }
+
+/// What the real `torch.load` and `rwkv` package were shown to accept (`tools/rwkv_roundtrip.py`) is what is written today,
+/// and the package's logits are ours.
+#[test]
+fn converted_files_are_those_the_official_package_loads() {
+    let f = Folder::new("official");
+    let proven = std::fs::read(format!("{}/../../fixtures/rwkv-package/roundtrip.json", env!("CARGO_MANIFEST_DIR")));
+    let proven: serde_json::Value = serde_json::from_slice(&proven.unwrap()).unwrap();
+    for dtype in ["f32", "f16", "bf16"] {
+        let out = format!("{dtype}.pth");
+        let (code, _, err) = anser(&f.0, &["convert", &fixture("rwkv7.pth"), &out, "--dtype", dtype]);
+        assert_eq!(code, 0, "{err}");
+        let bytes = std::fs::read(f.0.join(out)).unwrap();
+        let found = serde_json::json!({ "crc32": crc32fast::hash(&bytes), "bytes": bytes.len() });
+        assert_eq!(found, proven["files"][dtype], "{dtype}: the writer changed; prove it with tools/rwkv_roundtrip.py");
+    }
+    let tokens = f.file("t.json", serde_json::json!([proven["tokens"]]).to_string().as_bytes());
+    let (code, _, err) =
+        anser(&f.0, &["debug", "logits", "--model", "f32.pth", "--tokens", &tokens, "--out", "o.safetensors"]);
+    assert_eq!(code, 0, "{err}");
+    let out = anser_formats::Checkpoint::open(&f.0.join("o.safetensors")).unwrap();
+    let logits = out.get("logits").unwrap().to_f32_vec().unwrap();
+    let want: Vec<f64> = serde_json::from_value(proven["logits"].clone()).unwrap();
+    let last = &logits[logits.len() - want.len()..];
+    let square = |x: f64| x * x;
+    let error: f64 = last.iter().zip(&want).map(|(a, b)| square(*a as f64 - b)).sum();
+    let size: f64 = want.iter().map(|b| square(*b)).sum();
+    assert!((error / size).sqrt() < 2e-5, "{}", (error / size).sqrt());
+}

@@ -1,9 +1,10 @@
 //! Checkpoint files: `.pth` (read without executing anything), safetensors, atomic writing.
 //!
-//! [`Checkpoint::open`] memory-maps a file and lists its tensors under their official names; nothing is copied until a
-//! tensor is read. This crate knows nothing of models.
+//! [`Checkpoint::open`] memory-maps a file (or the files of a Hugging Face folder) and lists its tensors under their
+//! official names; nothing is copied until a tensor is read. This crate computes nothing.
 
 mod atomic;
+mod huggingface;
 mod pickle;
 mod pth;
 mod safetensors;
@@ -69,6 +70,8 @@ struct Entry {
     /// Byte range of the storage from the tensor's first element on.
     start: usize,
     end: usize,
+    /// Which of the checkpoint's files.
+    file: usize,
 }
 
 impl Entry {
@@ -80,42 +83,68 @@ impl Entry {
 /// A memory-mapped checkpoint: named tensors and metadata.
 pub struct Checkpoint {
     path: PathBuf,
-    map: Mmap,
+    maps: Vec<Mmap>,
     entries: BTreeMap<String, Entry>,
     metadata: BTreeMap<String, String>,
+    naming: Naming,
 }
 
+/// Whose tensor names a file has. [`Checkpoint`] shows all of them under the official ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Naming {
+    /// The official trainer's: `blocks.N.att...`.
+    Official,
+    /// Hugging Face / flash-linear-attention's: `model.layers.N.attn...`, low-rank matrices transposed.
+    HuggingFace,
+}
+
+/// Key of [`Checkpoint::metadata`] under which the `config.json` of a Hugging Face folder is found.
+pub const CONFIG_JSON: &str = "config.json";
+
 impl Checkpoint {
-    /// Opens a `.pth` or safetensors file; the kind is told by its content.
+    /// Opens a `.pth` or safetensors file (the kind is told by its content), or a Hugging Face folder with
+    /// `model.safetensors`, or with the shards that `model.safetensors.index.json` names.
     ///
     /// # Errors
-    /// When the file cannot be read or is damaged; the message says where.
+    /// When a file cannot be read or is damaged; the message says where.
     pub fn open(path: &Path) -> Result<Checkpoint, Error> {
-        let file = File::open(path).map_err(|e| Error::io(path, "open", e))?;
-        if file.metadata().is_ok_and(|m| m.is_dir()) {
-            let reason = "this is a folder; name the .pth or .safetensors file in it".into();
-            return Err(Error::Malformed { path: path.into(), reason });
-        }
-        // SAFETY: the map is read-only. Another process that truncates the file under us can kill this one with a bus
-        // error, as with every memory-mapped reader; our own writers replace files instead of changing them.
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, "memory-map", e))?;
-        let malformed = |reason: String| Error::Malformed { path: path.into(), reason };
-        let (entries, metadata) = if map.starts_with(b"PK") {
-            (pth::read(&map).map_err(malformed)?, BTreeMap::new())
-        } else {
-            safetensors::read(&map).map_err(|reason| {
-                // A pickle at the top is the format that PyTorch wrote before 1.6.
-                let old = matches!(map[..], [0x80, 2..=5, ..]);
-                let advice = "this is PyTorch's old format (before 1.6); load and save it again with a current torch";
-                malformed(if old { advice.into() } else { reason })
-            })?
+        let folder = path.is_dir();
+        let files = if folder { shards(path)? } else { vec![path.to_path_buf()] };
+        let mut ckpt = Checkpoint {
+            path: path.into(),
+            maps: Vec::new(),
+            entries: BTreeMap::new(),
+            metadata: BTreeMap::new(),
+            naming: Naming::Official,
         };
-        Ok(Checkpoint { path: path.into(), map, entries, metadata })
+        for file in &files {
+            let (map, entries, metadata) = open_file(file)?;
+            for (name, entry) in entries {
+                if ckpt.entries.insert(name.clone(), Entry { file: ckpt.maps.len(), ..entry }).is_some() {
+                    return Err(malformed(file, format!("tensor {name} is also in another file of this folder")));
+                }
+            }
+            ckpt.metadata.extend(metadata);
+            ckpt.maps.push(map);
+        }
+        if folder && let Some(text) = read_text(&path.join(CONFIG_JSON))? {
+            ckpt.metadata.insert(CONFIG_JSON.into(), text);
+        }
+        if huggingface::is(&ckpt.entries) {
+            ckpt.naming = Naming::HuggingFace;
+            ckpt.entries = huggingface::to_official(ckpt.entries).map_err(|reason| malformed(path, reason))?;
+        }
+        Ok(ckpt)
     }
 
-    /// The file.
+    /// The file or folder.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whose names the file has.
+    pub fn naming(&self) -> Naming {
+        self.naming
     }
 
     /// Names of the tensors, sorted.
@@ -129,16 +158,75 @@ impl Checkpoint {
     }
 
     /// A tensor, if there is one of that name.
-    ///
-    /// # Errors
-    /// Never today; kept for formats that check a tensor when it is first used.
-    pub fn get(&self, name: &str) -> Result<Option<TensorView<'_>>, Error> {
-        let Some((name, entry)) = self.entries.get_key_value(name) else { return Ok(None) };
-        Ok(Some(TensorView { name, entry, map: &self.map }))
+    pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
+        let (name, entry) = self.entries.get_key_value(name)?;
+        Some(TensorView { name, entry, map: &self.maps[entry.file] })
     }
 
-    /// Metadata strings of a safetensors file (`__metadata__`).
+    /// Metadata strings of a safetensors file (`__metadata__`); for a folder also its [`CONFIG_JSON`].
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
+}
+
+fn malformed(path: &Path, reason: String) -> Error {
+    Error::Malformed { path: path.into(), reason }
+}
+
+/// A small text file, if it exists.
+fn read_text(path: &Path) -> Result<Option<String>, Error> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(path, "read", e)),
+    }
+}
+
+/// The weight files of a Hugging Face folder.
+fn shards(folder: &Path) -> Result<Vec<PathBuf>, Error> {
+    let index = folder.join("model.safetensors.index.json");
+    if let Some(text) = read_text(&index)? {
+        #[derive(serde::Deserialize)]
+        struct Index {
+            weight_map: BTreeMap<String, String>,
+        }
+        let parsed: Index =
+            serde_json::from_str(&text).map_err(|e| malformed(&index, format!("not an index of shards: {e}")))?;
+        let mut names: Vec<String> = parsed.weight_map.into_values().collect();
+        names.sort_unstable();
+        names.dedup();
+        // A shard lies in the folder itself; a name that leads elsewhere is not followed.
+        if let Some(bad) = names.iter().find(|n| Path::new(n).file_name() != Some(n.as_ref())) {
+            return Err(malformed(&index, format!("shard {bad:?} is not a file of this folder")));
+        }
+        return Ok(names.into_iter().map(|n| folder.join(n)).collect());
+    }
+    let single = folder.join("model.safetensors");
+    match single.exists() {
+        true => Ok(vec![single]),
+        false => {
+            let reason = "no model.safetensors in this folder; name the .pth or .safetensors file itself";
+            Err(malformed(folder, reason.into()))
+        }
+    }
+}
+
+type Opened = (Mmap, BTreeMap<String, Entry>, BTreeMap<String, String>);
+
+fn open_file(path: &Path) -> Result<Opened, Error> {
+    let file = File::open(path).map_err(|e| Error::io(path, "open", e))?;
+    // SAFETY: the map is read-only. Another process that truncates the file under us can kill this one with a bus
+    // error, as with every memory-mapped reader; our own writers replace files instead of changing them.
+    let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, "memory-map", e))?;
+    let (entries, metadata) = if map.starts_with(b"PK") {
+        (pth::read(&map).map_err(|reason| malformed(path, reason))?, BTreeMap::new())
+    } else {
+        safetensors::read(&map).map_err(|reason| {
+            // A pickle at the top is the format that PyTorch wrote before 1.6.
+            let old = matches!(map[..], [0x80, 2..=5, ..]);
+            let advice = "this is PyTorch's old format (before 1.6); load and save it again with a current torch";
+            malformed(path, if old { advice.into() } else { reason })
+        })?
+    };
+    Ok((map, entries, metadata))
 }

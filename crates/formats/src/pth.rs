@@ -73,7 +73,7 @@ fn entry(t: &PickledTensor, storages: &HashMap<&str, (usize, usize)>) -> Result<
         expected *= d;
     }
     let strides = (!contiguous && elements > 0).then(|| t.strides.clone());
-    Ok(Entry { dtype: t.dtype, shape: t.shape.clone(), strides, start: from, end: to })
+    Ok(Entry { dtype: t.dtype, shape: t.shape.clone(), strides, start: from, end: to, file: 0 })
 }
 
 /// Writes a `.pth` file that `torch.load` and the official `rwkv` package read, atomically and tensor by tensor.

@@ -51,7 +51,7 @@ pub(crate) fn read(file: &[u8]) -> Result<Contents, String> {
         }
         ranges.push((start, end));
         let base = 8 + len;
-        entries.insert(name, Entry { dtype, shape, strides: None, start: base + start, end: base + end });
+        entries.insert(name, Entry { dtype, shape, strides: None, start: base + start, end: base + end, file: 0 });
     }
     ranges.sort_unstable();
     if ranges.windows(2).any(|w| w[0].1 > w[1].0) {

@@ -1,4 +1,5 @@
 use crate::{Entry, Error};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use memmap2::Mmap;
 use std::fmt;
@@ -97,50 +98,80 @@ impl<'a> TensorView<'a> {
         e.strides.is_none().then(|| &self.map[e.start..e.start + e.elements() * e.dtype.size()])
     }
 
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.entry.elements()
+    }
+
     /// Reads the tensor as f32 into `out`, row-major.
     ///
     /// # Errors
     /// When `out` has another number of elements or the element type is no float.
     pub fn read_f32_into(&self, out: &mut [f32]) -> Result<(), Error> {
         let e = self.entry;
-        let error = |reason: String| Error::Tensor { name: self.name.into(), reason };
         if out.len() != e.elements() {
-            return Err(error(format!("{:?} has {} elements, not {}", e.shape, e.elements(), out.len())));
+            return Err(self.error(format!("{:?} has {} elements, not {}", e.shape, e.elements(), out.len())));
         }
+        self.read_f32_from(0, out)
+    }
+
+    /// Reads `out.len()` elements as f32 from the `start`-th on, in row-major order.
+    ///
+    /// # Errors
+    /// When the element type is no float.
+    ///
+    /// # Panics
+    /// When the tensor has not that many elements.
+    pub fn read_f32_from(&self, start: usize, out: &mut [f32]) -> Result<(), Error> {
+        let e = self.entry;
+        assert!(start + out.len() <= e.elements());
         let data = &self.map[e.start..e.end];
-        let size = e.dtype.size();
-        let at = |i: usize| &data[i * size..(i + 1) * size];
-        let get: &dyn Fn(usize) -> f32 = match e.dtype {
-            Dtype::F64 => &|i| f64::from_le_bytes(at(i).try_into().unwrap_or_default()) as f32,
-            Dtype::F32 => &|i| f32::from_le_bytes(at(i).try_into().unwrap_or_default()),
-            Dtype::F16 => &|i| f16::from_le_bytes(at(i).try_into().unwrap_or_default()).to_f32(),
-            Dtype::BF16 => &|i| bf16::from_le_bytes(at(i).try_into().unwrap_or_default()).to_f32(),
-            other => return Err(error(format!("it holds {other}; weights must be floating-point numbers"))),
-        };
-        match (&e.strides, e.dtype) {
-            // The common cases without a call per element.
-            (None, Dtype::F32) => {
-                out.iter_mut().zip(data.as_chunks::<4>().0).for_each(|(o, b)| *o = f32::from_le_bytes(*b))
-            }
-            (None, Dtype::BF16) => {
-                out.iter_mut().zip(data.as_chunks::<2>().0).for_each(|(o, b)| *o = bf16::from_le_bytes(*b).to_f32())
-            }
-            (None, _) => out.iter_mut().enumerate().for_each(|(i, o)| *o = get(i)),
-            (Some(strides), _) => {
-                let mut index = vec![0usize; e.shape.len()];
-                for o in out {
-                    *o = get(index.iter().zip(strides).map(|(i, s)| i * s).sum());
-                    for d in (0..index.len()).rev() {
-                        index[d] += 1;
-                        if index[d] < e.shape[d] {
-                            break;
-                        }
-                        index[d] = 0;
-                    }
+        match e.dtype {
+            Dtype::F64 => self.read(data, start, out, |b: [u8; 8]| f64::from_le_bytes(b) as f32),
+            Dtype::F32 => self.read(data, start, out, f32::from_le_bytes),
+            Dtype::BF16 => self.read(data, start, out, |b| bf16::from_le_bytes(b).to_f32()),
+            // The slice conversion uses the processor's instruction where there is one.
+            Dtype::F16 if e.strides.is_none() => {
+                let values = data[2 * start..2 * (start + out.len())].as_chunks::<2>().0;
+                for (out, values) in out.chunks_mut(64).zip(values.chunks(64)) {
+                    let mut half = [f16::ZERO; 64];
+                    half.iter_mut().zip(values).for_each(|(h, b)| *h = f16::from_le_bytes(*b));
+                    half[..out.len()].convert_to_f32_slice(out);
                 }
             }
+            Dtype::F16 => self.read(data, start, out, |b| f16::from_le_bytes(b).to_f32()),
+            other => return Err(self.error(format!("it holds {other}; weights must be floating-point numbers"))),
         }
         Ok(())
+    }
+
+    fn read<const S: usize>(&self, data: &[u8], start: usize, out: &mut [f32], get: impl Fn([u8; S]) -> f32) {
+        let values = data.as_chunks::<S>().0;
+        let Some(strides) = &self.entry.strides else {
+            out.iter_mut().zip(&values[start..]).for_each(|(o, b)| *o = get(*b));
+            return;
+        };
+        let shape = &self.entry.shape;
+        let mut index = vec![0; shape.len()];
+        let mut rest = start;
+        for d in (0..shape.len()).rev() {
+            index[d] = rest % shape[d].max(1);
+            rest /= shape[d].max(1);
+        }
+        for o in out {
+            *o = get(values[index.iter().zip(strides).map(|(i, s)| i * s).sum::<usize>()]);
+            for d in (0..index.len()).rev() {
+                index[d] += 1;
+                if index[d] < shape[d] {
+                    break;
+                }
+                index[d] = 0;
+            }
+        }
+    }
+
+    fn error(&self, reason: String) -> Error {
+        Error::Tensor { name: self.name.into(), reason }
     }
 
     /// The tensor as f32.
@@ -158,8 +189,8 @@ impl<'a> TensorView<'a> {
     /// # Errors
     /// When it doesn't hold contiguous 32- or 64-bit integers, or one is negative or above u32.
     pub fn to_u32_vec(&self) -> Result<Vec<u32>, Error> {
-        let error = |reason: String| Error::Tensor { name: self.name.into(), reason };
-        let bytes = self.bytes().ok_or_else(|| error("it is not contiguous".into()))?;
+        let error = |reason| self.error(reason);
+        let bytes = self.bytes().ok_or_else(|| error("it is not contiguous".to_string()))?;
         let id = |v: i64| u32::try_from(v).map_err(|_| error(format!("{v} is no token id")));
         match self.entry.dtype {
             Dtype::I32 => bytes.as_chunks::<4>().0.iter().map(|b| id(i32::from_le_bytes(*b).into())).collect(),

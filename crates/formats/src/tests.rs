@@ -25,7 +25,7 @@ impl Drop for Folder {
 fn all(c: &Checkpoint) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
     c.names()
         .map(|n| {
-            let t = c.get(n).unwrap().unwrap();
+            let t = c.get(n).unwrap();
             let values = t.to_f32_vec().unwrap();
             t.release();
             assert_eq!(values, t.to_f32_vec().unwrap(), "released pages come back");
@@ -46,7 +46,7 @@ fn golden_files_agree() {
         assert!(own[&name] == (t.shape().to_vec(), values));
     }
     let half = Checkpoint::open(&fixture("rwkv7_bf16.pth")).unwrap();
-    assert_eq!(half.get("emb.weight").unwrap().unwrap().dtype(), Dtype::BF16);
+    assert_eq!(half.get("emb.weight").unwrap().dtype(), Dtype::BF16);
     for (name, (shape, values)) in all(&half) {
         let rounded: Vec<f32> = pth[&name].1.iter().map(|v| half::bf16::from_f32(*v).to_f32()).collect();
         assert!(pth[&name].0 == shape && rounded == values, "{name}");
@@ -75,7 +75,7 @@ fn what_is_written_reads_back_in_both_formats_and_all_types() {
         }
         let data = std::fs::read(b.path()).unwrap();
         for name in b.names() {
-            let bytes = b.get(name).unwrap().unwrap().bytes().unwrap();
+            let bytes = b.get(name).unwrap().bytes().unwrap();
             let at = data.windows(bytes.len().min(64)).position(|w| w == &bytes[..bytes.len().min(64)]);
             assert!(at.is_some());
         }
@@ -111,7 +111,7 @@ fn damaged_files_are_errors() {
             std::fs::write(&bad, &file).unwrap();
             if let Ok(c) = Checkpoint::open(&bad) {
                 for name in c.names() {
-                    let t = c.get(name).unwrap().unwrap();
+                    let t = c.get(name).unwrap();
                     if t.shape().iter().product::<usize>() < 1000 {
                         let _ = t.to_f32_vec();
                     }
@@ -162,4 +162,106 @@ fn errors_say_what_to_do() {
     let wrong = write_safetensors(&old, &[Source::new("x", &[2], Dtype::F32, &values)], &BTreeMap::new());
     assert!(wrong.unwrap_err().to_string().contains("x: shape [2] does not fit 3 values"));
     assert_eq!(std::fs::read(&old).unwrap(), b"\x80\x02\x8a\x0a");
+}
+
+/// The golden model as Hugging Face files: other names, low-rank matrices transposed, in two shards.
+fn write_huggingface(folder: &std::path::Path, old_shift: bool) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
+    let official = all(&Checkpoint::open(&fixture("rwkv7.pth")).unwrap());
+    let mut out: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
+    let mut fused: BTreeMap<String, Vec<f32>> = BTreeMap::new();
+    for (name, (shape, values)) in &official {
+        let (name, turned) = match name.strip_prefix("blocks.").and_then(|r| r.split_once('.')) {
+            None => match name.as_str() {
+                "emb.weight" => ("model.embeddings.weight".to_string(), false),
+                "head.weight" => ("lm_head.weight".to_string(), false),
+                other => (other.replace("ln_out", "model.norm"), false),
+            },
+            Some((i, part)) => {
+                let mut turned = false;
+                let part = match part {
+                    "att.w0" | "att.a0" | "att.v0" => format!("attn.{}_lora.lora.2.bias", &part[4..5]),
+                    p if p.len() == 6 && p.ends_with('1') => {
+                        turned = true;
+                        format!("attn.{}_lora.lora.0.weight", &p[4..5])
+                    }
+                    p if p.len() == 6 && p.ends_with('2') => {
+                        turned = true;
+                        format!("attn.{}_lora.lora.2.weight", &p[4..5])
+                    }
+                    p if old_shift && p.starts_with("att.x_") => {
+                        // Alphabetical order of names here; the rows are in the order r, w, k, v, a, g.
+                        fused.entry(format!("{i}.{p}")).or_insert(values.clone());
+                        continue;
+                    }
+                    p => p
+                        .replace("ln0", "pre_norm")
+                        .replace("ln1", "attn_norm")
+                        .replace("ln2", "ffn_norm")
+                        .replace("att.ln_x", "attn.g_norm")
+                        .replace("att.receptance", "attn.r_proj")
+                        .replace("att.key", "attn.k_proj")
+                        .replace("att.value", "attn.v_proj")
+                        .replace("att.output", "attn.o_proj")
+                        .replace("att.", "attn."),
+                };
+                (format!("model.layers.{i}.{part}"), turned)
+            }
+        };
+        if turned {
+            let (r, c) = (shape[0], shape[1]);
+            let t = (0..r * c).map(|i| values[i % r * c + i / r]).collect();
+            out.push((name, vec![c, r], t));
+        } else {
+            out.push((name, shape.clone(), values.clone()));
+        }
+    }
+    let layers = official.keys().filter(|n| n.ends_with("att.k_k")).count();
+    for i in (0..layers).filter(|_| old_shift) {
+        let rows: Vec<f32> =
+            ["r", "w", "k", "v", "a", "g"].iter().flat_map(|m| fused[&format!("{i}.att.x_{m}")].clone()).collect();
+        out.push((format!("model.layers.{i}.attn.x_x"), vec![6, rows.len() / 6], rows));
+    }
+    let half = out.len() / 2;
+    let mut map = BTreeMap::new();
+    for (k, part) in [&out[..half], &out[half..]].iter().enumerate() {
+        let file = format!("model-{k}.safetensors");
+        let sources: Vec<Source<'_>> = part.iter().map(|(n, s, v)| Source::new(n.as_str(), s, Dtype::F32, v)).collect();
+        write_safetensors(&folder.join(&file), &sources, &BTreeMap::new()).unwrap();
+        map.extend(part.iter().map(|(n, ..)| (n.clone(), file.clone())));
+    }
+    let index = serde_json::json!({ "metadata": {}, "weight_map": map });
+    std::fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    std::fs::write(folder.join("config.json"), r#"{"model_type": "rwkv7"}"#).unwrap();
+    official
+}
+
+#[test]
+fn huggingface_folders_show_the_official_tensors() {
+    for old_shift in [false, true] {
+        let folder = Folder::new(&format!("hf-{old_shift}"));
+        let official = write_huggingface(&folder.0, old_shift);
+        let ckpt = Checkpoint::open(&folder.0).unwrap();
+        assert_eq!(ckpt.naming(), Naming::HuggingFace);
+        let seen = all(&ckpt);
+        assert_eq!(seen.keys().collect::<Vec<_>>(), official.keys().collect::<Vec<_>>());
+        for (name, (shape, values)) in &official {
+            let squeezed: Vec<usize> = shape.iter().copied().filter(|&d| d != 1).collect();
+            let found: Vec<usize> = seen[name].0.iter().copied().filter(|&d| d != 1).collect();
+            assert!(squeezed == found && values == &seen[name].1, "{name}");
+            // Any piece of a strided tensor reads as that piece of the whole.
+            let (from, to) = (values.len() / 3, values.len() / 3 + values.len() / 2);
+            let mut piece = vec![0.0; to - from];
+            ckpt.get(name).unwrap().read_f32_from(from, &mut piece).unwrap();
+            assert_eq!(piece, values[from..to]);
+        }
+        assert!(ckpt.metadata()[CONFIG_JSON].contains("rwkv7"));
+        // A shard that is missing, a shard elsewhere, no weights at all.
+        std::fs::remove_file(folder.0.join("model-1.safetensors")).unwrap();
+        assert!(Checkpoint::open(&folder.0).err().unwrap().to_string().contains("model-1.safetensors"));
+        let evil = r#"{"weight_map": {"a": "../x.safetensors"}}"#;
+        std::fs::write(folder.0.join("model.safetensors.index.json"), evil).unwrap();
+        assert!(Checkpoint::open(&folder.0).err().unwrap().to_string().contains("not a file of this folder"));
+        std::fs::remove_file(folder.0.join("model.safetensors.index.json")).unwrap();
+        assert!(Checkpoint::open(&folder.0).err().unwrap().to_string().contains("no model.safetensors"));
+    }
 }

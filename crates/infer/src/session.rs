@@ -91,7 +91,7 @@ impl<'m> Session<'m> {
         }
         let mut session = Session::new(ctx, model);
         let read = |name: &str, len: usize| -> Result<anser_tensor::Buf, Error> {
-            let t = file.get(name)?.ok_or_else(|| Error::State(format!("{}: no tensor {name}", path.display())))?;
+            let t = file.get(name).ok_or_else(|| Error::State(format!("{}: no tensor {name}", path.display())))?;
             let mut buf = ctx.alloc(len);
             t.read_f32_into(&mut buf)?;
             Ok(buf)

@@ -2,18 +2,19 @@
 
 use crate::rwkv7::{Block, ChannelMix, Norm, TimeMix};
 use crate::{Config, Error, LoraDims, Model};
-use anser_formats::{Checkpoint, TensorView};
+use anser_formats::{CONFIG_JSON, Checkpoint, TensorView};
 use anser_ops::{Activation, LowRank, Param, ParamSet, Weight};
 use anser_tensor::{Context, DType, Packed};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// What a checkpoint is loaded for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Load {
     /// f32 master weights in the parameter arena.
     Train,
-    /// Matrices packed for inference in this type; vectors and the embedding stay f32.
+    /// Matrices packed for inference in this type; vectors stay f32.
     Inference(DType),
 }
 
@@ -41,6 +42,7 @@ impl Config {
                 "this is a RWKV-X hybrid (it has moba.* tensors); only RWKV-7 models load".into(),
             ));
         }
+        check_config_json(ckpt)?;
         let layer = |n: &str| n.strip_prefix("blocks.")?.split('.').next()?.parse::<usize>().ok();
         let n_layer = ckpt.names().filter_map(layer).max().map_or(0, |l| l + 1);
         let emb = shape("emb.weight", 2)?;
@@ -66,11 +68,36 @@ impl Config {
     }
 }
 
+/// A Hugging Face folder may say things that no shape tells; those that would change the result are refused.
+fn check_config_json(ckpt: &Checkpoint) -> Result<(), Error> {
+    let Some(text) = ckpt.metadata().get(CONFIG_JSON) else { return Ok(()) };
+    let config: serde_json::Value =
+        serde_json::from_str(text).map_err(|e| Error::Checkpoint(format!("config.json: {e}")))?;
+    let expected = [
+        ("model_type", serde_json::json!("rwkv7")),
+        ("hidden_act", serde_json::json!("sqrelu")),
+        ("norm_eps", serde_json::json!(1e-5)),
+        ("norm_first", serde_json::json!(true)),
+        ("tie_word_embeddings", serde_json::json!(false)),
+    ];
+    for (key, value) in expected {
+        if let Some(found) = config.get(key).filter(|&found| *found != value) {
+            return Err(Error::Checkpoint(format!("config.json: {key} is {found}; RWKV-7 has {value}")));
+        }
+    }
+    match config.get("attn") {
+        Some(attn) if !attn.is_null() => {
+            Err(Error::Checkpoint("config.json: it mixes attention layers in; only RWKV-7 layers load".into()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Whether inference packs this tensor, and if so whether it is stored [in, out].
 fn packed_layout(name: &str) -> Option<bool> {
     let part = name.strip_prefix("blocks.").and_then(|s| s.split_once('.')).map_or(name, |(_, part)| part);
     match part {
-        "head.weight" | "ffn.key.weight" | "ffn.value.weight" => Some(false),
+        "emb.weight" | "head.weight" | "ffn.key.weight" | "ffn.value.weight" => Some(false),
         "att.receptance.weight" | "att.key.weight" | "att.value.weight" | "att.output.weight" => Some(false),
         "att.w1" | "att.w2" | "att.a1" | "att.a2" | "att.v1" | "att.v2" | "att.g1" | "att.g2" => Some(true),
         _ => None,
@@ -85,7 +112,7 @@ impl Model {
     pub fn load(ctx: &Context, ckpt: &Checkpoint, load: Load) -> Result<Model, Error> {
         let config = Config::from_checkpoint(ckpt)?;
         let find = |name: &str, shape: &[usize]| -> Result<TensorView<'_>, Error> {
-            let t = ckpt.get(name)?.ok_or_else(|| Error::Checkpoint(format!("tensor {name} is missing")))?;
+            let t = ckpt.get(name).ok_or_else(|| Error::Checkpoint(format!("tensor {name} is missing")))?;
             let squeezed = |s: &[usize]| s.iter().copied().filter(|&d| d != 1).collect::<Vec<_>>();
             if squeezed(t.shape()) != squeezed(shape) {
                 let found = t.shape();
@@ -101,8 +128,20 @@ impl Model {
             for (name, shape, _) in &list {
                 let Some(in_out) = packed_layout(name) else { continue };
                 let t = find(name, shape)?;
-                let weight = pack(ctx, dtype, &t.to_f32_vec()?, shape, in_out);
+                let bad = AtomicUsize::new(usize::MAX);
+                // An element type that is no float shows at once; after that reading cannot fail.
+                t.read_f32_from(0, &mut [])?;
+                let weight = pack(ctx, dtype, shape, in_out, |start, out| {
+                    let read = t.read_f32_from(start, out);
+                    let found = out.iter().position(|v| !v.is_finite()).map(|i| start + i);
+                    if let Some(i) = read.map_or(Some(start), |()| found) {
+                        bad.fetch_min(i, Ordering::Relaxed);
+                    }
+                });
                 t.release();
+                if bad.load(Ordering::Relaxed) < t.elements() {
+                    return Err(not_finite(name, bad.into_inner()));
+                }
                 packed.insert(name.clone(), Arc::new(weight));
             }
             list.retain(|(name, ..)| packed_layout(name).is_none());
@@ -114,11 +153,7 @@ impl Model {
             t.read_f32_into(params.get_mut(p))?;
             t.release();
             if let Some(i) = params.get(p).iter().position(|v| !v.is_finite()) {
-                let v = params.get(p)[i];
-                return Err(Error::Checkpoint(format!(
-                    "tensor {} holds {v} at element {i}: the file is damaged or the training run diverged",
-                    spec.name
-                )));
+                return Err(not_finite(&spec.name, i));
             }
         }
         Ok(Model::build(config, params, &packed))
@@ -134,7 +169,9 @@ impl Model {
         };
         for (name, shape, _) in &list {
             if let Some(in_out) = packed_layout(name) {
-                weights.insert(name.clone(), Arc::new(pack(ctx, dtype, from(name), shape, in_out)));
+                let m = from(name);
+                let copy = |start: usize, out: &mut [f32]| out.copy_from_slice(&m[start..start + out.len()]);
+                weights.insert(name.clone(), Arc::new(pack(ctx, dtype, shape, in_out, copy)));
             }
         }
         list.retain(|(name, ..)| packed_layout(name).is_none());
@@ -193,17 +230,20 @@ impl Model {
             }
         };
         let (emb, ln0, ln_out, head) =
-            (param("emb.weight"), norm("blocks.0.ln0"), norm("ln_out"), weight("head.weight"));
+            (weight("emb.weight"), norm("blocks.0.ln0"), norm("ln_out"), weight("head.weight"));
         let blocks = (0..config.n_layer).map(block).collect();
         Model { emb, ln0, blocks, ln_out, head, config, params }
     }
 }
 
-/// Packs a matrix stored [out, in] or, with `in_out`, [in, out].
-fn pack(ctx: &Context, dtype: DType, m: &[f32], shape: &[usize], in_out: bool) -> Packed {
-    let (rows, cols) = (shape[0], shape[1]);
-    match in_out {
-        true => Packed::new(ctx, dtype, cols, rows, |i| m[(i % rows) * cols + i / rows]),
-        false => Packed::new(ctx, dtype, rows, cols, |i| m[i]),
-    }
+fn not_finite(name: &str, element: usize) -> Error {
+    Error::Checkpoint(format!(
+        "tensor {name} is not finite at element {element}: the file is damaged or the training run diverged"
+    ))
+}
+
+/// Packs a matrix stored [out, in] or, with `in_out`, [in, out]; see [`Packed::new`].
+fn pack(ctx: &Context, dtype: DType, shape: &[usize], in_out: bool, read: impl Fn(usize, &mut [f32]) + Sync) -> Packed {
+    let (n, k) = if in_out { (shape[1], shape[0]) } else { (shape[0], shape[1]) };
+    Packed::new(ctx, dtype, n, k, in_out, read)
 }

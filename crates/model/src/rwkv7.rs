@@ -101,7 +101,7 @@ impl Block {
 pub struct Model {
     pub(crate) config: Config,
     pub(crate) params: ParamSet,
-    pub(crate) emb: Param,
+    pub(crate) emb: Weight,
     pub(crate) ln0: Norm,
     pub(crate) blocks: Vec<Block>,
     pub(crate) ln_out: Norm,
@@ -136,7 +136,7 @@ impl Model {
         if let Some(position) = tokens.iter().position(|&t| t as usize >= vocab) {
             return Err(Error::Token { token: tokens[position], position, vocab });
         }
-        let x = t.embedding(tokens, self.emb);
+        let x = t.embedding(tokens, &self.emb);
         let mut x = t.layer_norm(&x, self.ln0.weight, self.ln0.bias);
         let mut v_first: Option<Var> = None;
         let mut layers = Vec::with_capacity(self.blocks.len());

@@ -26,10 +26,15 @@ enum Data {
 }
 
 impl Packed {
-    /// Packs a row-major [n, k] matrix whose element (i, j) is `get(i * k + j)`, rounding to `dtype` (to nearest, ties to even).
-    pub fn new(ctx: &Context, dtype: DType, n: usize, k: usize, get: impl Fn(usize) -> f32 + Sync) -> Packed {
+    /// Packs a matrix of n outputs and k inputs, rounding to `dtype` (to nearest, ties to even). `read(start, out)` gives the
+    /// elements from the `start`-th on of the matrix as it is stored, row-major: [n, k], or [k, n] if `in_out`. It is
+    /// called for a row at a time at most, from several threads.
+    pub fn new(
+        ctx: &Context, dtype: DType, n: usize, k: usize, in_out: bool, read: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Packed {
         fn fill<T: Copy + Default + Send>(
-            ctx: &Context, n: usize, k: usize, get: impl Fn(usize) -> f32 + Sync, round: impl Fn(f32) -> T + Sync,
+            ctx: &Context, (n, k): (usize, usize), in_out: bool, read: impl Fn(usize, &mut [f32]) + Sync,
+            round: impl Fn(f32) -> T + Sync,
         ) -> Vec<T> {
             let panels = n.div_ceil(NR);
             let mut out = vec![T::default(); panels * k * NR];
@@ -37,18 +42,27 @@ impl Packed {
             ctx.threads().run(panels, |p| {
                 // SAFETY: each panel is filled by one task.
                 let panel = unsafe { shared.get(p * k * NR..(p + 1) * k * NR) };
-                for i in p * NR..n.min((p + 1) * NR) {
+                let outputs = NR.min(n - p * NR);
+                if in_out {
+                    let mut row = [0.0; NR];
                     for j in 0..k {
-                        panel[j * NR + i % NR] = round(get(i * k + j));
+                        read(j * n + p * NR, &mut row[..outputs]);
+                        panel[j * NR..][..outputs].iter_mut().zip(&row).for_each(|(to, v)| *to = round(*v));
+                    }
+                } else {
+                    let mut row = vec![0.0; k];
+                    for i in 0..outputs {
+                        read((p * NR + i) * k, &mut row);
+                        panel.chunks_exact_mut(NR).zip(&row).for_each(|(to, v)| to[i] = round(*v));
                     }
                 }
             });
             out
         }
         let data = match dtype {
-            DType::F32 => Data::F32(fill(ctx, n, k, get, |v| v)),
-            DType::F16 => Data::F16(fill(ctx, n, k, get, |v| f16::from_f32(v).to_bits())),
-            DType::BF16 => Data::BF16(fill(ctx, n, k, get, |v| bf16::from_f32(v).to_bits())),
+            DType::F32 => Data::F32(fill(ctx, (n, k), in_out, read, |v| v)),
+            DType::F16 => Data::F16(fill(ctx, (n, k), in_out, read, |v| f16::from_f32(v).to_bits())),
+            DType::BF16 => Data::BF16(fill(ctx, (n, k), in_out, read, |v| bf16::from_f32(v).to_bits())),
         };
         Packed { n, k, data }
     }
@@ -75,6 +89,20 @@ impl Packed {
     /// Bytes of the packed form.
     pub fn bytes(&self) -> usize {
         self.n.div_ceil(NR) * NR * self.k * self.dtype().size()
+    }
+
+    /// Row `i` of the [n, k] matrix into `out`: a row of an embedding.
+    pub fn row(&self, i: usize, out: &mut [f32]) {
+        assert!(i < self.n && out.len() == self.k);
+        let at = i / NR * NR * self.k + i % NR;
+        fn copy<S: Stored>(panel: &[S::Bits], out: &mut [f32]) {
+            out.iter_mut().zip(panel.iter().step_by(NR)).for_each(|(o, b)| *o = S::one(*b));
+        }
+        match &self.data {
+            Data::F32(w) => copy::<F32>(&w[at.min(w.len())..], out),
+            Data::F16(w) => copy::<F16>(&w[at.min(w.len())..], out),
+            Data::BF16(w) => copy::<BF16>(&w[at.min(w.len())..], out),
+        }
     }
 
     /// `y = x w^T`: x [m, k], y [m, n]. A row of y is bitwise the same for every m, and the same as
@@ -302,7 +330,18 @@ mod tests {
                 let w: Vec<f32> = (0..n * k).map(|i| round(value(i))).collect();
                 for threads in [1, 3] {
                     let ctx = Context::cpu(threads);
-                    let packed = Packed::new(&ctx, dtype, n, k, value);
+                    let packed = Packed::new(&ctx, dtype, n, k, false, |at, out| {
+                        out.iter_mut().zip(at..).for_each(|(o, i)| *o = value(i))
+                    });
+                    let turned = Packed::new(&ctx, dtype, n, k, true, |at, out| {
+                        out.iter_mut().zip(at..).for_each(|(o, i)| *o = value(i % n.max(1) * k + i / n.max(1)))
+                    });
+                    for i in 0..n {
+                        let (mut a, mut b) = (vec![0.0; k], vec![0.0; k]);
+                        packed.row(i, &mut a);
+                        turned.row(i, &mut b);
+                        assert!(a == w[i * k..(i + 1) * k] && a == b);
+                    }
                     assert_eq!((packed.n(), packed.k(), packed.dtype()), (n, k, dtype));
                     for m in [0, 1, 2, 5, 6, 7, 12, 40] {
                         let x: Vec<f32> = (0..m * k).map(|i| value(i + 11) * 0.7).collect();

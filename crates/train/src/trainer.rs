@@ -212,7 +212,7 @@ impl Trainer {
         let mut t = Trainer::new(ctx, Model::load(ctx, &file, Load::Train)?, settings);
         t.adam.steps = steps;
         for (name, to) in [("adam.m", &mut t.adam.m), ("adam.v", &mut t.adam.v)] {
-            file.get(name)?.ok_or_else(|| bad("it has no optimiser state"))?.read_f32_into(to)?;
+            file.get(name).ok_or_else(|| bad("it has no optimiser state"))?.read_f32_into(to)?;
         }
         Ok(t)
     }

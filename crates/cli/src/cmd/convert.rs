@@ -1,5 +1,5 @@
 use crate::global::Global;
-use anser_formats::{Checkpoint, Dtype, Source, write_pth, write_safetensors};
+use anser_formats::{CONFIG_JSON, Checkpoint, Dtype, Source, write_pth, write_safetensors};
 use anser_model::Config;
 use anser_tensor::DType;
 use anyhow::ensure;
@@ -9,7 +9,7 @@ use std::path::PathBuf;
 /// Rewrites a checkpoint as .pth or .safetensors (told by OUT's name), with --dtype in another type
 #[derive(clap::Args)]
 pub struct Args {
-    /// Checkpoint to read
+    /// Checkpoint to read: .pth, .safetensors or a Hugging Face folder
     input: PathBuf,
     /// File to write
     out: PathBuf,
@@ -23,7 +23,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     Config::from_checkpoint(&ckpt)?;
     let mut sources = Vec::new();
     for name in ckpt.names() {
-        let Some(t) = ckpt.get(name)? else { continue };
+        let Some(t) = ckpt.get(name) else { continue };
         let dtype = match global.dtype {
             Some(DType::F32) => Dtype::F32,
             Some(DType::F16) => Dtype::F16,
@@ -39,7 +39,12 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     }
     match args.out.extension().and_then(|e| e.to_str()) {
         Some("pth") => write_pth(&args.out, &sources)?,
-        Some("safetensors") => write_safetensors(&args.out, &sources, ckpt.metadata())?,
+        Some("safetensors") => {
+            // What a Hugging Face folder says about itself is not true of the file written.
+            let mut metadata = ckpt.metadata().clone();
+            metadata.remove(CONFIG_JSON);
+            write_safetensors(&args.out, &sources, &metadata)?
+        }
         _ => anyhow::bail!("{}: the name must end in .pth or .safetensors", args.out.display()),
     }
     let bytes = std::fs::metadata(&args.out)?.len();

@@ -128,7 +128,7 @@ fn write(path: &Path, tensors: &[Named]) -> anyhow::Result<()> {
 fn trajectory(a: &Trajectory, global: &Global) -> anyhow::Result<()> {
     let ctx = global.context()?;
     let batches = Checkpoint::open(&a.batches)?;
-    let tokens = batches.get("tokens")?.with_context(|| format!("{}: no tensor \"tokens\"", a.batches.display()))?;
+    let tokens = batches.get("tokens").with_context(|| format!("{}: no tensor \"tokens\"", a.batches.display()))?;
     let &[steps, b, t1] = tokens.shape() else {
         anyhow::bail!("{}: tokens has shape {:?}; expected [steps, B, T + 1]", a.batches.display(), tokens.shape());
     };

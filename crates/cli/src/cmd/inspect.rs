@@ -1,5 +1,5 @@
 use crate::global::Global;
-use anser_formats::Checkpoint;
+use anser_formats::{Checkpoint, Naming};
 use anser_model::Config;
 use serde_json::json;
 use std::fmt::Write;
@@ -8,7 +8,7 @@ use std::path::PathBuf;
 /// Dimensions, parameters, state size and tensors of a checkpoint
 #[derive(clap::Args)]
 pub struct Args {
-    /// Checkpoint (.pth or .safetensors)
+    /// Checkpoint: .pth, .safetensors or a Hugging Face folder
     model: PathBuf,
 }
 
@@ -18,7 +18,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let config = Config::from_checkpoint(&ckpt)?;
     let mut tensors = Vec::new();
     for name in ckpt.names() {
-        if let Some(t) = ckpt.get(name)? {
+        if let Some(t) = ckpt.get(name) {
             tensors.push(json!({ "name": name, "dtype": t.dtype().to_string(), "shape": t.shape() }));
         }
     }
@@ -27,6 +27,10 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         "config": config,
         "parameters": config.parameters(),
         "state": config.state_len(),
+        "names": match ckpt.naming() {
+            Naming::Official => "official",
+            Naming::HuggingFace => "huggingface",
+        },
         "metadata": ckpt.metadata(),
         "tensors": tensors,
     });

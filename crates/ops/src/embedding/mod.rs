@@ -1,24 +1,29 @@
 //! Embedding: y_t = `table[token_t]`. Backward: `dtable[token_t]` += dy_t, token after token.
 
-use crate::{Param, Tape, Var};
+use crate::{Tape, Var, Weight};
 
 #[cfg(test)]
 mod tests;
 
 impl<'p> Tape<'p> {
-    /// Rows of `table` [V, C]: [tokens, C]. Tokens are below V (the model checks).
-    pub fn embedding(&mut self, tokens: &[u32], table: Param) -> Var {
-        let c = table.cols;
+    /// Rows of `table` [V, C], a [`Weight::OutIn`] or [`Weight::Packed`]: [tokens, C]. Tokens are below V (the model checks).
+    pub fn embedding(&mut self, tokens: &[u32], table: &Weight) -> Var {
+        let c = table.inputs();
         let mut y = self.ctx().alloc(tokens.len() * c);
-        let w = self.param(table);
         self.run(|| {
             for (y, &t) in y.chunks_exact_mut(c).zip(tokens) {
-                y.copy_from_slice(&w[t as usize * c..][..c]);
+                match table {
+                    Weight::Packed(w) => w.row(t as usize, y),
+                    Weight::OutIn(p) | Weight::InOut(p) => {
+                        y.copy_from_slice(&self.param(*p)[t as usize * c..][..c]);
+                    }
+                }
             }
         });
-        let needs = self.needs_grad(&[], &[table]);
+        let param = table.param();
+        let needs = self.needs_grad(&[], param.as_slice());
         let out = self.output(tokens.len(), c, y, needs);
-        if needs {
+        if let Some(table) = param.filter(|_| needs) {
             let (dy, tokens) = (out.slot(), tokens.to_vec());
             self.record(move |b| {
                 let Some(dy) = dy.take() else { return };

@@ -8,7 +8,7 @@ fn values_and_gradients() {
         check(
             &[],
             &[matrix(5, 3, 1, 1.0)],
-            |t, _, p| vec![t.embedding(tokens, p[0])],
+            |t, _, p| vec![t.embedding(tokens, &crate::Weight::OutIn(p[0]))],
             |x| vec![tokens.iter().flat_map(|&t| x[0][t as usize * 3..][..3].to_vec()).collect()],
         );
     }

@@ -58,7 +58,10 @@ fn both_layouts_equal_the_formula() {
                 (0..n * k).map(|i| if in_out { want[2][(i % n) * k + i / n] } else { want[2][i] }).collect();
             close(&grads, &dw);
         }
-        let packed = Weight::Packed(Arc::new(Packed::new(&Context::cpu(1), anser_tensor::DType::F32, n, k, |i| w[i])));
+        let packed =
+            Weight::Packed(Arc::new(Packed::new(&Context::cpu(1), anser_tensor::DType::F32, n, k, false, |at, o| {
+                o.copy_from_slice(&w[at..at + o.len()])
+            })));
         let (ctx, set) = (Context::cpu(1), ParamSet::default());
         let y = Tape::inference(&ctx, &set).linear(&Var::constant(rows, k, ctx.copy_of(&x)), &packed);
         close(y.data(), &want[0]);
