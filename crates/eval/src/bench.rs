@@ -5,7 +5,7 @@ use anser_infer::Session;
 use anser_model::{Config, Init, Model};
 use anser_ops::{ParamSet, Tape, Var, batch, wkv7::Wkv7Inputs};
 use anser_tensor::{Context, DType, bench};
-use anser_train::{Hyper, Schedule, Settings, Trainer};
+use anser_train::{Bptt, Hyper, Schedule, Settings, Trainer};
 use std::time::Instant;
 
 /// Speed of training.
@@ -49,11 +49,13 @@ pub fn train(
     let config = Config::new(layers, width, vocab);
     let schedule = Schedule { init: 1e-4, last: 1e-4, warmup: 0, total: 1 };
     let hyper = Hyper::default();
-    let settings = Settings { ctx: t, schedule, hyper, grad_clip: 1.0, l2wrap: true, checkpointing: false };
+    let settings =
+        Settings { ctx: t, schedule, hyper, grad_clip: 1.0, l2wrap: true, checkpointing: false, bptt: Bptt::Whole };
     let mut trainer = Trainer::new(ctx, Model::init(ctx, &config, Init::Current, 1)?, settings);
     let n = rows * t;
     let tokens: Vec<u32> = (0..n).map(|i| (i * 7919 % vocab) as u32).collect();
-    let data = [Batch { targets: tokens.iter().map(|&t| t as i32).collect(), tokens }];
+    let targets = tokens.iter().map(|&t| t as i32).collect();
+    let data = [Batch::rows(tokens, targets, t)];
     trainer.step(&data)?;
     let mut seconds = Vec::new();
     for _ in 0..steps.max(1) {

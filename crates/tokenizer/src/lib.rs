@@ -117,6 +117,14 @@ impl Tokenizer {
         }
     }
 
+    /// Bytes of the longest token.
+    pub fn max_token_len(&self) -> usize {
+        match self.0 {
+            Kind::World(_) => 128,
+            Kind::Bytes => 1,
+        }
+    }
+
     /// The id that ends a document.
     pub fn end_of_document(&self) -> u32 {
         0

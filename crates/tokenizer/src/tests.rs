@@ -96,3 +96,11 @@ fn streaming_equals_lossy_decoding() {
         assert_eq!(out, String::from_utf8_lossy(&bytes), "{bytes:?}");
     }
 }
+
+#[test]
+fn the_longest_token_is_as_long_as_said() {
+    for t in [Tokenizer::world(), Tokenizer::bytes()] {
+        let longest = (0..t.vocab_size() as u32).filter_map(|i| t.token(i).ok()).map(<[u8]>::len).max();
+        assert_eq!(longest, Some(t.max_token_len()));
+    }
+}

@@ -9,7 +9,7 @@ mod trajectory;
 pub use optim::{AdamW, Hyper, clip, grad_norm};
 pub use plot::loss_curve;
 pub use schedule::Schedule;
-pub use trainer::{Settings, StepInfo, Trainer};
+pub use trainer::{Bptt, Settings, StepInfo, Trainer};
 pub use trajectory::{Trajectory, trajectory};
 
 /// What can go wrong in training.

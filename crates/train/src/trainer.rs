@@ -3,7 +3,7 @@ use anser_data::Batch;
 use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
 use anser_model::{Config, Load, Model, State};
 use anser_ops::{CrossEntropy, Segment, Tape, batch};
-use anser_tensor::Context;
+use anser_tensor::{Buf, Context};
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -24,6 +24,29 @@ pub struct Settings {
     pub l2wrap: bool,
     /// Whether blocks are computed again going back, to save memory.
     pub checkpointing: bool,
+    /// How far gradients go back along a row.
+    pub bptt: Bptt,
+}
+
+/// Back-propagation through time along a row of `ctx` tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bptt {
+    /// The row at once.
+    Whole,
+    /// The same gradients in the memory of a piece of so many tokens: the pieces run once to find the states between
+    /// them, then again from the last to the first, each getting the gradient of its final state from the next one.
+    Exact(usize),
+    /// Pieces of so many tokens; the state goes on from piece to piece, the gradient doesn't.
+    Truncated(usize),
+}
+
+impl Bptt {
+    fn piece(self, ctx: usize) -> usize {
+        match self {
+            Bptt::Whole => ctx,
+            Bptt::Exact(n) | Bptt::Truncated(n) => n.clamp(1, ctx),
+        }
+    }
 }
 
 /// What one step did.
@@ -48,6 +71,51 @@ pub struct Trainer {
     settings: Settings,
 }
 
+/// Rows of a batch that are evaluated at a time.
+const EVALUATED: usize = 8;
+
+/// The same time range of all rows of a batch.
+struct Piece {
+    tokens: Vec<u32>,
+    targets: Vec<i32>,
+    segments: Arc<[Segment]>,
+}
+
+/// Cuts rows of `ctx` tokens into pieces of `len`. Where a sequence goes on from one piece to the next, its state does so
+/// in the slot with the number of the row.
+fn pieces(b: &Batch, ctx: usize, len: usize) -> Vec<Piece> {
+    let rows = b.len(ctx);
+    let cut = |from: usize| {
+        let to = (from + len).min(ctx);
+        let (mut tokens, mut targets, mut segments) = (Vec::new(), Vec::new(), Vec::new());
+        for row in 0..rows {
+            let range = row * ctx + from..row * ctx + to;
+            // Beginnings of sequences inside the piece; what comes before the first goes on from the piece before.
+            let first = b.starts.partition_point(|&s| s < range.start);
+            let inside: Vec<usize> =
+                b.starts[first..].iter().copied().take_while(|&s| s < range.end).map(|s| s - range.start).collect();
+            let mut bounds = inside.clone();
+            if bounds.first() != Some(&0) {
+                bounds.insert(0, 0);
+            }
+            bounds.push(range.len());
+            for (i, w) in bounds.windows(2).enumerate() {
+                let goes_on = w[1] == range.len() && to < ctx;
+                segments.push(Segment {
+                    start: tokens.len() + w[0],
+                    len: w[1] - w[0],
+                    state_in: (i == 0 && inside.first() != Some(&0)).then_some(row),
+                    state_out: goes_on.then_some(row),
+                });
+            }
+            tokens.extend_from_slice(&b.tokens[range.clone()]);
+            targets.extend_from_slice(&b.targets[range]);
+        }
+        Piece { tokens, targets, segments: segments.into() }
+    };
+    (0..ctx).step_by(len).map(cut).filter(|p| !p.tokens.is_empty()).collect()
+}
+
 const STEP: &str = "anser.step";
 const FORMAT: &str = "anser.checkpoint";
 
@@ -61,6 +129,11 @@ impl Trainer {
     /// The model.
     pub fn model(&self) -> &Model {
         &self.model
+    }
+
+    /// Freezes the parameters for which `f` is false and lets the others train.
+    pub fn set_trainable(&mut self, f: impl Fn(&str) -> bool) {
+        self.model.params_mut().set_trainable(f);
     }
 
     /// Number of steps done.
@@ -83,14 +156,7 @@ impl Trainer {
         self.grads.fill(0.0);
         let mut loss = 0.0;
         for b in micro {
-            let segments: Arc<[Segment]> = batch(b.tokens.len() / self.settings.ctx, self.settings.ctx, false).into();
-            let mut tape = Tape::recording(&self.ctx, self.model.params(), &mut self.grads);
-            let state = State::zeros(&self.ctx, self.model.config(), 0);
-            let (hidden, _) =
-                self.model.forward(&mut tape, &b.tokens, &segments, &state, self.settings.checkpointing)?;
-            loss += self.model.loss(&mut tape, &hidden, &b.targets, None, opts).loss;
-            drop(hidden);
-            tape.backward();
+            loss += self.back_propagate(b, opts)?;
         }
         let step = self.adam.steps;
         let norm = grad_norm(&self.ctx, self.model.params(), &self.grads);
@@ -108,6 +174,47 @@ impl Trainer {
         Ok(StepInfo { step, loss, lr, grad_norm: norm })
     }
 
+    /// Adds the gradients of a micro-batch; its part of the loss.
+    fn back_propagate(&mut self, b: &Batch, opts: CrossEntropy) -> Result<f64, Error> {
+        let Settings { ctx: t, checkpointing, bptt, .. } = self.settings;
+        let pieces = pieces(b, t, bptt.piece(t));
+        let slots = if pieces.len() > 1 { b.len(t) } else { 0 };
+        let mut state = State::zeros(&self.ctx, self.model.config(), slots);
+        let mut loss = 0.0;
+        let mut record = |piece: &Piece, state: &State, from_next: Vec<Option<Buf>>| -> Result<State, Error> {
+            let mut tape = Tape::recording(&self.ctx, self.model.params(), &mut self.grads);
+            let (hidden, next) = self.model.forward(&mut tape, &piece.tokens, &piece.segments, state, checkpointing)?;
+            loss += self.model.loss(&mut tape, &hidden, &piece.targets, None, opts).loss;
+            for (v, g) in next.vars().zip(from_next) {
+                g.into_iter().for_each(|g| v.add_grad(g));
+            }
+            let next = next.constant();
+            drop(hidden);
+            tape.backward();
+            Ok(next)
+        };
+        if !matches!(bptt, Bptt::Exact(_)) {
+            for piece in &pieces {
+                state = record(piece, &state, Vec::new())?;
+            }
+            return Ok(loss);
+        }
+        let mut states = vec![state];
+        for piece in &pieces[..pieces.len().saturating_sub(1)] {
+            let mut tape = Tape::inference(&self.ctx, self.model.params());
+            let last = &states[states.len() - 1];
+            let (_, next) = self.model.forward(&mut tape, &piece.tokens, &piece.segments, last, false)?;
+            states.push(next);
+        }
+        let mut from_next = Vec::new();
+        for (piece, state) in pieces.iter().zip(&states).rev() {
+            let state = state.detached();
+            record(piece, &state, from_next)?;
+            from_next = state.vars().map(|v| v.take_grad()).collect();
+        }
+        Ok(loss)
+    }
+
     /// Mean cross entropy on a batch without training on it.
     ///
     /// # Errors
@@ -117,12 +224,13 @@ impl Trainer {
         let count = b.targets.iter().filter(|t| **t >= 0).count().max(1) as f64;
         let opts = CrossEntropy { divisor: count, l2wrap: false };
         let mut loss = 0.0;
-        for (tokens, targets) in b.tokens.chunks(8 * t).zip(b.targets.chunks(8 * t)) {
-            let mut tape = Tape::inference(&self.ctx, self.model.params());
-            let state = State::zeros(&self.ctx, self.model.config(), 0);
-            let segments = batch(tokens.len() / t, t, false).into();
-            let (hidden, _) = self.model.forward(&mut tape, tokens, &segments, &state, false)?;
-            loss += self.model.loss(&mut tape, &hidden, targets, None, opts).loss;
+        for first in (0..b.len(t)).step_by(EVALUATED) {
+            for piece in pieces(&b.slice(t, first, first + EVALUATED), t, t) {
+                let mut tape = Tape::inference(&self.ctx, self.model.params());
+                let state = State::zeros(&self.ctx, self.model.config(), 0);
+                let (hidden, _) = self.model.forward(&mut tape, &piece.tokens, &piece.segments, &state, false)?;
+                loss += self.model.loss(&mut tape, &hidden, &piece.targets, None, opts).loss;
+            }
         }
         Ok(loss)
     }
@@ -133,15 +241,19 @@ impl Trainer {
     /// Never for a model that exists; the forward pass checks tokens.
     pub fn forecast(&self, rows: usize) -> Result<usize, Error> {
         let dry = Context::forecast();
-        let n = rows * self.settings.ctx;
-        let segments = batch(rows, self.settings.ctx, false).into();
+        let (t, piece) = (self.settings.ctx, self.settings.bptt.piece(self.settings.ctx));
+        let n = rows * piece;
+        let cut = piece < t;
+        let segments = batch(rows, piece, cut).into();
         let mut tape = Tape::recording(&dry, self.model.params(), &mut []);
-        let state = State::zeros(&dry, self.model.config(), 0);
+        let state = State::zeros(&dry, self.model.config(), if cut { rows } else { 0 });
         let (hidden, _) = self.model.forward(&mut tape, &vec![0; n], &segments, &state, self.settings.checkpointing)?;
         self.model.loss(&mut tape, &hidden, &vec![0; n], None, CrossEntropy { divisor: 1.0, l2wrap: false });
         drop(hidden);
         tape.backward();
-        Ok(4 * 4 * self.grads.len() + dry.memory().peak)
+        // Exact back-propagation keeps the states between the pieces.
+        let states = if cut { t.div_ceil(piece) * rows * self.model.config().state_len() * 4 } else { 0 };
+        Ok(4 * 4 * self.grads.len() + dry.memory().peak + states)
     }
 
     /// Writes the model alone, with `metadata` beside its configuration.

@@ -1,9 +1,9 @@
 //! Resuming gives the bits of the uninterrupted run, also after a kill at any moment.
 
-use anser_data::{Batch, TokenStream};
+use anser_data::{Dataset, Options, Order, Tokens};
 use anser_model::{Config, Init, Model};
 use anser_tensor::Context;
-use anser_train::{Error, Hyper, Schedule, Settings, StepInfo, Trainer};
+use anser_train::{Bptt, Error, Hyper, Schedule, Settings, StepInfo, Trainer};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -13,12 +13,13 @@ const STEPS: u64 = 60;
 fn settings() -> Settings {
     let schedule = Schedule { init: 3e-3, last: 3e-4, warmup: 5, total: STEPS };
     let hyper = Hyper { eps: 1e-8, ..Hyper::default() };
-    Settings { ctx: 32, schedule, hyper, grad_clip: 1.0, l2wrap: true, checkpointing: false }
+    Settings { ctx: 32, schedule, hyper, grad_clip: 1.0, l2wrap: true, checkpointing: false, bptt: Bptt::Whole }
 }
 
-fn data() -> TokenStream {
+fn data() -> Dataset {
     let text: Vec<u32> = (0..20_000u32).map(|i| (i * i / 7 + i % 13) % 64).collect();
-    TokenStream::new(text, 32, 0.1).unwrap()
+    let options = Options { ctx: 32, held_out: 0.1, order: Order::Official, resets: false, seed: 0 };
+    Dataset::new(Tokens::Memory(text), options).unwrap()
 }
 
 fn fresh(ctx: &Context) -> Trainer {
@@ -124,10 +125,7 @@ fn accumulation_equals_one_large_batch() {
     let data = data();
     let (mut one, mut two) = (fresh(&ctx), fresh(&ctx));
     let whole = data.train(0, 4);
-    let half = |r: std::ops::Range<usize>| Batch {
-        tokens: whole.tokens[r.clone()].to_vec(),
-        targets: whole.targets[r].to_vec(),
-    };
+    let half = |r: std::ops::Range<usize>| whole.slice(32, r.start / 32, r.end / 32);
     let a = one.step(std::slice::from_ref(&whole)).unwrap();
     let b = two.step(&[half(0..64), half(64..128)]).unwrap();
     assert!((a.loss - b.loss).abs() < 1e-6 && (a.grad_norm / b.grad_norm - 1.0).abs() < 1e-5);
@@ -138,6 +136,31 @@ fn accumulation_equals_one_large_batch() {
     let a = three.step(&[ignored]).unwrap();
     let b = four.step(&[half(0..64)]).unwrap();
     assert!((a.loss - b.loss).abs() < 1e-6 && (a.grad_norm / b.grad_norm - 1.0).abs() < 1e-5);
+}
+
+#[test]
+fn rows_in_pieces_have_the_gradients_of_whole_rows() {
+    let ctx = Context::cpu(2);
+    let mut batch = data().train(0, 3);
+    // Sequences that begin at the seam of two pieces, next to one, and inside.
+    batch.starts = vec![0, 5, 32, 40, 41, 64, 79];
+    let first = |bptt| {
+        let mut t = fresh(&ctx);
+        t.settings_mut().bptt = bptt;
+        let info = t.step(std::slice::from_ref(&batch)).unwrap();
+        (info.loss, info.grad_norm, t.model().params().values().to_vec())
+    };
+    let whole = first(Bptt::Whole);
+    for n in [1, 8, 13, 31, 32, 100] {
+        let (loss, norm, values) = first(Bptt::Exact(n));
+        assert!((loss - whole.0).abs() < 1e-6 && (norm / whole.1 - 1.0).abs() < 1e-5, "{n}: {loss} {norm} {whole:?}");
+        // Adam's first step is the sign of the gradient: compare what is not near zero.
+        let far = values.iter().zip(&whole.2).filter(|(a, b)| (*a - *b).abs() > 1e-4).count();
+        assert!(far * 1000 < values.len(), "{n}: {far} of {}", values.len());
+        let (loss, truncated, _) = first(Bptt::Truncated(n));
+        assert!((loss - whole.0).abs() < 1e-6, "the state goes on");
+        assert!(n >= 32 || (truncated / whole.1 - 1.0).abs() > 1e-5, "{n}: the gradient does not");
+    }
 }
 
 #[test]

@@ -1,10 +1,10 @@
 use crate::global::{Global, Interrupted, stop};
-use anser_data::{TokenStream, bundled};
+use anser_data::{Dataset, Options, Order, Tokens, bundled};
 use anser_infer::{Sampler, Sampling, Session};
 use anser_model::{Config, Init, Model};
 use anser_tensor::{Context, DType};
 use anser_tokenizer::{StreamDecoder, Tokenizer};
-use anser_train::{Hyper, Schedule, Settings, Trainer, loss_curve};
+use anser_train::{Bptt, Hyper, Schedule, Settings, Trainer, loss_curve};
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
@@ -38,13 +38,15 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let _lock = Trainer::lock(folder)?;
     let ctx = global.context()?;
     let tokenizer = Tokenizer::bytes();
-    let data = TokenStream::new(tokenizer.encode(bundled::corpus().as_bytes()), CTX, 0.02)?;
+    let options = Options { ctx: CTX, held_out: 0.02, order: Order::Official, resets: false, seed: 0 };
+    let data = Dataset::new(Tokens::Memory(tokenizer.encode(bundled::corpus().as_bytes())), options)?;
     let held_out = data.held_out(64);
 
     let config = Config { head_size: 32, ..Config::new(4, 128, tokenizer.vocab_size()) };
     let schedule = Schedule { init: 4e-3, last: 4e-4, warmup: 10, total: 100 };
     let hyper = Hyper { weight_decay: 0.01, ..Hyper::default() };
-    let settings = Settings { ctx: CTX, schedule, hyper, grad_clip: 1.0, l2wrap: true, checkpointing: false };
+    let settings =
+        Settings { ctx: CTX, schedule, hyper, grad_clip: 1.0, l2wrap: true, checkpointing: false, bptt: Bptt::Whole };
     let mut trainer = Trainer::new(&ctx, Model::init(&ctx, &config, Init::Current, args.seed)?, settings);
     let peak = anser_tensor::bench::gemm_peak(&ctx);
 
