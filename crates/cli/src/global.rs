@@ -38,6 +38,15 @@ impl Global {
         }
     }
 
+    /// A piece of the result on stdout at once; nothing with --json.
+    pub fn stream(&self, text: &str) -> anyhow::Result<()> {
+        let mut out = std::io::stdout().lock();
+        if !self.json {
+            out.write_all(text.as_bytes())?;
+        }
+        Ok(out.flush()?)
+    }
+
     /// The result: JSON or text, on stdout.
     pub fn result(&self, json: serde_json::Value, text: impl FnOnce() -> String) -> anyhow::Result<()> {
         let mut out = std::io::stdout().lock();

@@ -21,6 +21,10 @@ struct Cli {
 enum Command {
     Quickstart(cmd::quickstart::Args),
     Generate(cmd::generate::Args),
+    Chat(cmd::chat::Args),
+    Eval(cmd::eval::Args),
+    Train(cmd::train::Args),
+    Data(cmd::data::Args),
     Inspect(cmd::inspect::Args),
     Tokenize(cmd::tokenize::Tokenize),
     Detokenize(cmd::tokenize::Detokenize),
@@ -35,6 +39,10 @@ fn main() -> ExitCode {
     let result = match command {
         Command::Quickstart(args) => cmd::quickstart::run(&args, &global),
         Command::Generate(args) => cmd::generate::run(&args, &global),
+        Command::Chat(args) => cmd::chat::run(&args, &global),
+        Command::Eval(args) => cmd::eval::run(&args, &global),
+        Command::Train(args) => cmd::train::execute(&args, &global),
+        Command::Data(args) => cmd::data::run(&args, &global),
         Command::Inspect(args) => cmd::inspect::run(&args, &global),
         Command::Tokenize(args) => cmd::tokenize::tokenize(&args, &global),
         Command::Detokenize(args) => cmd::tokenize::detokenize(&args, &global),

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod debug;
+pub mod digits;
 
 /// What can go wrong in an experiment.
 #[derive(Debug, thiserror::Error)]

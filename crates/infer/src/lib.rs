@@ -1,10 +1,13 @@
 //! Running a model: sessions with their recurrent state, sampling, state files.
 
+pub mod chat;
 mod sampler;
 mod session;
+mod text;
 
-pub use sampler::{Sampler, Sampling};
+pub use sampler::{Sampler, SamplerOrder, Sampling};
 pub use session::Session;
+pub use text::TextStream;
 
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]

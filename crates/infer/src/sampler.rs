@@ -3,8 +3,17 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 
-/// How the next token is chosen. Applied in this order: penalties, top-k, top-p, min-p, temperature (RWKV's order: the cuts
-/// are made on the probabilities at temperature 1, which are then raised to 1/T).
+/// Where the temperature stands among the cuts (top-k, top-p, min-p), which follow the penalties.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SamplerOrder {
+    /// RWKV's: the cuts are made on the probabilities at temperature 1, which are then raised to 1/T.
+    #[default]
+    Rwkv,
+    /// OpenAI's: the cuts are made on the probabilities at temperature T.
+    OpenAi,
+}
+
+/// How the next token is chosen: bias, penalties, then top-k, top-p, min-p and temperature in the [`SamplerOrder`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
     /// 0: always the most probable token.
@@ -23,6 +32,10 @@ pub struct Sampling {
     pub penalty_decay: f32,
     /// Seed of the random numbers.
     pub seed: u64,
+    /// Place of the temperature.
+    pub order: SamplerOrder,
+    /// Added to the logits of these tokens; minus infinity bans one.
+    pub logit_bias: BTreeMap<u32, f32>,
 }
 
 impl Default for Sampling {
@@ -36,6 +49,8 @@ impl Default for Sampling {
             frequency_penalty: 0.0,
             penalty_decay: 0.996,
             seed: 0,
+            order: SamplerOrder::Rwkv,
+            logit_bias: BTreeMap::new(),
         }
     }
 }
@@ -63,6 +78,9 @@ impl Sampler {
         check("presence penalty", options.presence_penalty, -100.0, 100.0)?;
         check("frequency penalty", options.frequency_penalty, -100.0, 100.0)?;
         check("penalty decay", options.penalty_decay, 0.0, 1.0)?;
+        if let Some((token, bias)) = options.logit_bias.iter().find(|(_, b)| b.is_nan() || **b == f32::INFINITY) {
+            return Err(Error::Sampling(format!("logit bias {bias} of token {token}: it must be a number or -inf")));
+        }
         let rng = ChaCha8Rng::seed_from_u64(options.seed);
         Ok(Sampler { options, counts: BTreeMap::new(), rng })
     }
@@ -77,6 +95,11 @@ impl Sampler {
         }
         let o = &self.options;
         let mut logits = logits.to_vec();
+        for (&token, bias) in &o.logit_bias {
+            if let Some(l) = logits.get_mut(token as usize) {
+                *l += bias;
+            }
+        }
         for (&token, &count) in &self.counts {
             if let Some(l) = logits.get_mut(token as usize) {
                 *l -= o.presence_penalty + o.frequency_penalty * count;
@@ -91,7 +114,12 @@ impl Sampler {
 
     fn draw(&mut self, logits: &[f32], max: f32) -> usize {
         let o = &self.options;
-        let weight = |i: usize| ((logits[i] - max) as f64).exp();
+        let power = 1.0 / o.temperature as f64;
+        let (before, after) = match o.order {
+            SamplerOrder::Rwkv => (1.0, power),
+            SamplerOrder::OpenAi => (power, 1.0),
+        };
+        let weight = |i: usize| ((logits[i] - max) as f64 * before).exp();
         let total: f64 = (0..logits.len()).map(weight).sum();
         // What cannot survive the cuts is not sorted: below 1e-7 of the maximum a token is out of reach of top-p < 1.
         let floor = if o.top_p < 1.0 { (o.min_p as f64).max(1e-7) } else { o.min_p as f64 };
@@ -109,8 +137,7 @@ impl Sampler {
             let limit = kept[last].0;
             kept.retain(|(w, _)| *w >= limit);
         }
-        let power = 1.0 / o.temperature as f64;
-        kept.iter_mut().for_each(|(w, _)| *w = w.powf(power));
+        kept.iter_mut().for_each(|(w, _)| *w = w.powf(after));
         let total: f64 = kept.iter().map(|(w, _)| w).sum();
         let mut left = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * total;
         for (w, i) in &kept {
@@ -152,6 +179,27 @@ mod tests {
         close(share(Sampling { min_p: 0.4, ..plain.clone() }, &logits, 4000), [2.0 / 3.0, 1.0 / 3.0, 0.0, 0.0]);
         close(share(Sampling { temperature: 0.5, ..plain.clone() }, &logits, 4000), [0.727, 0.182, 0.045, 0.045]);
         close(share(Sampling { temperature: 0.0, ..plain }, &logits, 10), [1.0, 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn openai_order_and_bias() {
+        // Probabilities 0.5, 0.25, 0.125, 0.125; at temperature 0.5: 0.727, 0.182, 0.045, 0.045.
+        let logits = [3.0, 2.0, 1.0, 1.0].map(|x| x * std::f32::consts::LN_2);
+        let o = Sampling { top_p: 0.7, temperature: 0.5, ..Sampling::default() };
+        let rwkv = share(o.clone(), &logits, 2000);
+        assert!((rwkv[0] - 0.8).abs() < 0.03 && (rwkv[1] - 0.2).abs() < 0.03, "{rwkv:?}");
+        let openai = share(Sampling { order: SamplerOrder::OpenAi, ..o }, &logits, 2000);
+        assert_eq!(
+            openai,
+            [share(Sampling { temperature: 0.0, ..Sampling::default() }, &logits, 2000)[0], 0.0, 0.0, 0.0]
+        );
+        let ban = BTreeMap::from([(0, f32::NEG_INFINITY), (3, 5.0), (9, 1.0)]);
+        let banned = Sampling { logit_bias: ban.clone(), top_p: 1.0, ..Sampling::default() };
+        assert!(share(banned, &logits, 500)[0] == 0.0);
+        let greedy = Sampling { logit_bias: ban, temperature: 0.0, ..Sampling::default() };
+        assert_eq!(share(greedy, &logits, 1)[3], 1.0);
+        let bad = BTreeMap::from([(1, f32::NAN)]);
+        assert!(Sampler::new(Sampling { logit_bias: bad, ..Sampling::default() }).is_err());
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod context;
 mod dtype;
 pub mod gemm;
 pub mod math;
+pub mod memory;
 pub mod packed;
 pub mod simd;
 mod threads;

@@ -26,6 +26,11 @@ impl StreamDecoder {
         text
     }
 
+    /// Whether no bytes wait for the rest of their character.
+    pub fn is_empty(&self) -> bool {
+        self.pending.is_empty()
+    }
+
     /// The end: what is left is no character.
     pub fn finish(&mut self) -> String {
         String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned()

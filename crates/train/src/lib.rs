@@ -1,13 +1,19 @@
-//! Training: the official optimiser groups, schedule and clipping; the trainer, its checkpoints and its figures.
+//! Training: the official optimiser groups, schedule and clipping; the trainer and its checkpoints; whole runs from a
+//! configuration file, with metrics, samples and a loss curve.
 
+mod config;
+mod events;
 mod optim;
 mod plot;
+mod run;
 mod schedule;
 mod trainer;
 mod trajectory;
 
+pub use config::{BpttMode, DataConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig};
 pub use optim::{AdamW, Hyper, clip, grad_norm};
 pub use plot::loss_curve;
+pub use run::{Event, Summary, run, write_text};
 pub use schedule::Schedule;
 pub use trainer::{Bptt, Settings, StepInfo, Trainer};
 pub use trajectory::{Trajectory, trajectory};
@@ -31,6 +37,31 @@ pub enum Error {
     /// A checkpoint that cannot be resumed from.
     #[error("{0}")]
     Checkpoint(String),
+    /// A configuration that is wrong.
+    #[error("{0}")]
+    Config(String),
+    /// More memory needed than there is.
+    #[error("the run needs {needed} MB of memory and {available} MB are left: {advice}")]
+    Memory {
+        /// Megabytes forecast.
+        needed: u64,
+        /// Megabytes there are.
+        available: u64,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// The operating system said no.
+    #[error("{0}: {1}")]
+    Io(String, std::io::Error),
+    /// From the data.
+    #[error(transparent)]
+    Data(#[from] anser_data::Error),
+    /// From the tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] anser_tokenizer::Error),
+    /// From writing a sample.
+    #[error(transparent)]
+    Infer(#[from] anser_infer::Error),
     /// From the model.
     #[error(transparent)]
     Model(#[from] anser_model::Error),

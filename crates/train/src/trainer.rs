@@ -69,6 +69,7 @@ pub struct Trainer {
     adam: AdamW,
     grads: Vec<f32>,
     settings: Settings,
+    metadata: BTreeMap<String, String>,
 }
 
 /// Rows of a batch that are evaluated at a time.
@@ -123,7 +124,14 @@ impl Trainer {
     /// Starts training `model`.
     pub fn new(ctx: &Context, model: Model, settings: Settings) -> Trainer {
         let n = model.params().values().len();
-        Trainer { ctx: ctx.clone(), model, adam: AdamW::new(n), grads: vec![0.0; n], settings }
+        Trainer {
+            ctx: ctx.clone(),
+            model,
+            adam: AdamW::new(n),
+            grads: vec![0.0; n],
+            settings,
+            metadata: BTreeMap::new(),
+        }
     }
 
     /// The model.
@@ -256,12 +264,22 @@ impl Trainer {
         Ok(4 * 4 * self.grads.len() + dry.memory().peak + states)
     }
 
-    /// Writes the model alone, with `metadata` beside its configuration.
+    /// Notes something that is written into the metadata of checkpoints and models, and is there again after [`Trainer::resume`].
+    pub fn describe(&mut self, key: &str, value: impl Into<String>) {
+        self.metadata.insert(key.into(), value.into());
+    }
+
+    /// What was noted under `key`.
+    pub fn description(&self, key: &str) -> Option<&str> {
+        self.metadata.get(key).map(String::as_str)
+    }
+
+    /// Writes the model alone.
     ///
     /// # Errors
     /// When writing fails.
-    pub fn save_model(&self, path: &Path, metadata: &[(&str, &str)]) -> Result<(), Error> {
-        Ok(write_safetensors(path, &self.weights(), &self.metadata(metadata))?)
+    pub fn save_model(&self, path: &Path) -> Result<(), Error> {
+        Ok(write_safetensors(path, &self.weights(), &self.metadata(&[]))?)
     }
 
     fn weights(&self) -> Vec<Source<'_>> {
@@ -274,7 +292,8 @@ impl Trainer {
 
     fn metadata(&self, more: &[(&str, &str)]) -> BTreeMap<String, String> {
         let config = serde_json::json!({ "version": 1, "architecture": "rwkv7", "model": self.model.config() });
-        let mut m = BTreeMap::from([("anser.config".to_string(), config.to_string())]);
+        let mut m = self.metadata.clone();
+        m.insert("anser.config".into(), config.to_string());
         m.extend(more.iter().map(|(k, v)| (k.to_string(), v.to_string())));
         m
     }
@@ -323,6 +342,9 @@ impl Trainer {
         let steps = steps.ok_or_else(|| bad("it doesn't say its step"))?;
         let mut t = Trainer::new(ctx, Model::load(ctx, &file, Load::Train)?, settings);
         t.adam.steps = steps;
+        t.metadata = file.metadata().clone();
+        // What every file says of itself anew.
+        [FORMAT, STEP].iter().for_each(|key| drop(t.metadata.remove(*key)));
         for (name, to) in [("adam.m", &mut t.adam.m), ("adam.v", &mut t.adam.v)] {
             file.get(name).ok_or_else(|| bad("it has no optimiser state"))?.read_f32_into(to)?;
         }

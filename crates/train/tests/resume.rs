@@ -61,7 +61,7 @@ fn child() {
     run(&mut t, STEPS, |t, _| {
         t.save(folder, 2).unwrap();
     });
-    t.save_model(&folder.join("final.safetensors"), &[]).unwrap();
+    t.save_model(&folder.join("final.safetensors")).unwrap();
 }
 
 #[test]
@@ -70,7 +70,7 @@ fn kill_at_any_moment() {
     let folder = Folder::new("kill");
     let mut whole = fresh(&ctx);
     run(&mut whole, STEPS, |_, _| {});
-    whole.save_model(&folder.0.join("expected.safetensors"), &[]).unwrap();
+    whole.save_model(&folder.0.join("expected.safetensors")).unwrap();
     let start = || {
         Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "child"])

@@ -1,12 +1,12 @@
 use crate::global::{Global, Interrupted, stop};
 use anser_formats::Checkpoint;
-use anser_infer::{Sampler, Sampling, Session};
+use anser_infer::{Sampler, SamplerOrder, Sampling, Session, TextStream};
 use anser_model::{Load, Model};
-use anser_tensor::DType;
-use anser_tokenizer::{StreamDecoder, Tokenizer};
+use anser_tensor::{Context, DType};
+use anser_tokenizer::Tokenizer;
 use anyhow::{Context as _, ensure};
 use serde_json::json;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -14,15 +14,37 @@ use std::time::Instant;
 /// Continues a text
 #[derive(clap::Args)]
 pub struct Args {
-    /// Checkpoint [default: what quickstart trained]
-    #[arg(long)]
-    model: Option<PathBuf>,
+    #[command(flatten)]
+    pub common: Common,
     /// Text to continue; - reads it from stdin
     #[arg(long, default_value = "")]
     prompt: String,
     /// Tokens to write at most
     #[arg(long, default_value_t = 256)]
     max_tokens: usize,
+    /// Stop before this text (may be given several times)
+    #[arg(long)]
+    stop: Vec<String>,
+    /// Go on from a saved state
+    #[arg(long)]
+    load_state: Option<PathBuf>,
+    /// Save the state at the end
+    #[arg(long)]
+    save_state: Option<PathBuf>,
+    /// Speeds, on stderr
+    #[arg(long)]
+    stats: bool,
+}
+
+/// What `generate` and `chat` share: the model and how tokens are chosen.
+#[derive(clap::Args)]
+pub struct Common {
+    /// Checkpoint or Hugging Face folder [default: what quickstart trained]
+    #[arg(long)]
+    model: Option<PathBuf>,
+    /// Tokenizer: world or bytes [default: what the model file says, else world]
+    #[arg(long)]
+    tokenizer: Option<String>,
     /// 0: always the most probable token
     #[arg(long, default_value_t = 1.0)]
     temperature: f32,
@@ -47,50 +69,67 @@ pub struct Args {
     /// Seed of the random numbers
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Stop before this text (may be given several times)
-    #[arg(long)]
-    stop: Vec<String>,
-    /// Tokenizer: world or bytes [default: what the model file says, else world]
-    #[arg(long)]
-    tokenizer: Option<String>,
-    /// Go on from a saved state
-    #[arg(long)]
-    load_state: Option<PathBuf>,
-    /// Save the state at the end
-    #[arg(long)]
-    save_state: Option<PathBuf>,
-    /// Speeds, on stderr
-    #[arg(long)]
-    stats: bool,
+    /// Place of the temperature: rwkv (after top-p) or openai (before)
+    #[arg(long, default_value = "rwkv", value_parser = ["rwkv", "openai"])]
+    sampler_order: String,
+    /// Adds to a token's logit, as in 261=-2.5; -inf bans the token (may be given several times)
+    #[arg(long, value_name = "TOKEN=BIAS", allow_hyphen_values = true, value_parser = bias)]
+    logit_bias: Vec<(u32, f32)>,
+}
+
+fn bias(s: &str) -> Result<(u32, f32), String> {
+    let (token, bias) = s.split_once('=').ok_or("write TOKEN=BIAS")?;
+    Ok((token.parse().map_err(|e| format!("{token}: {e}"))?, bias.parse().map_err(|e| format!("{bias}: {e}"))?))
+}
+
+impl Common {
+    /// The sampling options.
+    pub fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            min_p: self.min_p,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            penalty_decay: self.penalty_decay,
+            seed: self.seed,
+            order: if self.sampler_order == "openai" { SamplerOrder::OpenAi } else { SamplerOrder::Rwkv },
+            logit_bias: self.logit_bias.iter().copied().collect(),
+        }
+    }
+
+    /// Loads the model and its tokenizer.
+    pub fn load(&self, ctx: &Context, global: &Global) -> anyhow::Result<(Model, Tokenizer)> {
+        let path = match &self.model {
+            Some(path) => path.clone(),
+            None => {
+                let path = PathBuf::from("anser-quickstart/model.safetensors");
+                ensure!(path.exists(), "no model: run `anser quickstart` here first, or name one with --model");
+                path
+            }
+        };
+        let ckpt = Checkpoint::open(&path)?;
+        let name = self.tokenizer.as_deref().or(ckpt.metadata().get("anser.tokenizer").map(String::as_str));
+        let tokenizer = Tokenizer::from_name(name.unwrap_or("world"))?;
+        let model = Model::load(ctx, &ckpt, Load::Inference(global.dtype.unwrap_or(DType::BF16)))
+            .with_context(|| path.display().to_string())?;
+        let (vocab, all) = (model.config().vocab_size, tokenizer.vocab_size());
+        ensure!(
+            vocab >= all,
+            "{}: the model has {vocab} tokens, the tokenizer {} has {all}: name the model's tokenizer with --tokenizer",
+            path.display(),
+            tokenizer.name()
+        );
+        Ok((model, tokenizer))
+    }
 }
 
 /// Runs the subcommand.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
-    let options = Sampling {
-        temperature: args.temperature,
-        top_p: args.top_p,
-        top_k: args.top_k,
-        min_p: args.min_p,
-        presence_penalty: args.presence_penalty,
-        frequency_penalty: args.frequency_penalty,
-        penalty_decay: args.penalty_decay,
-        seed: args.seed,
-    };
-    let mut sampler = Sampler::new(options)?;
-    let path = match &args.model {
-        Some(path) => path.clone(),
-        None => {
-            let path = PathBuf::from("anser-quickstart/model.safetensors");
-            ensure!(path.exists(), "no model: run `anser quickstart` here first, or name one with --model");
-            path
-        }
-    };
+    let mut sampler = Sampler::new(args.common.sampling())?;
     let ctx = global.context()?;
-    let ckpt = Checkpoint::open(&path)?;
-    let name = args.tokenizer.as_deref().or(ckpt.metadata().get("anser.tokenizer").map(String::as_str));
-    let tokenizer = Tokenizer::from_name(name.unwrap_or("world"))?;
-    let model = Model::load(&ctx, &ckpt, Load::Inference(global.dtype.unwrap_or(DType::BF16)))
-        .with_context(|| format!("{}", path.display()))?;
+    let (model, tokenizer) = args.common.load(&ctx, global)?;
 
     let mut prompt = args.prompt.clone().into_bytes();
     if args.prompt == "-" {
@@ -111,7 +150,11 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let prefill = start.elapsed().as_secs_f64();
 
     let start = Instant::now();
-    let mut out = Text { decoder: StreamDecoder::default(), held: String::new(), all: String::new(), args, global };
+    let (mut stream, mut text) = (TextStream::new(&args.stop), String::new());
+    let mut emit = |piece: String| {
+        text += &piece;
+        global.stream(&piece)
+    };
     let mut count = 0;
     let mut reason = "length";
     while count < args.max_tokens {
@@ -126,13 +169,15 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         }
         session.feed(&[token])?;
         count += 1;
-        if out.push(tokenizer.token(token)?)? {
+        let (piece, stopped) = stream.push(tokenizer.token(token)?);
+        emit(piece)?;
+        if stopped {
             reason = "stop";
             break;
         }
     }
     if reason != "stop" {
-        out.finish()?;
+        emit(stream.finish())?;
     }
     let decode = start.elapsed().as_secs_f64();
     if let Some(path) = &args.save_state {
@@ -143,7 +188,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         eprintln!("prompt: {} tokens, {:.1}/s; written: {count} tokens, {:.1}/s", tokens.len(), speeds[0], speeds[1]);
     }
     let json = json!({
-        "text": out.all,
+        "text": text,
         "finish_reason": reason,
         "prompt_tokens": tokens.len(),
         "tokens": count,
@@ -152,46 +197,4 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     });
     global.result(json, || "\n".into())?;
     if reason == "interrupted" { Err(Interrupted.into()) } else { Ok(()) }
-}
-
-/// Text on its way out: whole characters, and nothing that may yet become a stop text.
-struct Text<'a> {
-    decoder: StreamDecoder,
-    held: String,
-    all: String,
-    args: &'a Args,
-    global: &'a Global,
-}
-
-impl Text<'_> {
-    /// Takes a token's bytes; true at a stop text.
-    fn push(&mut self, bytes: &[u8]) -> anyhow::Result<bool> {
-        self.held += &self.decoder.push(bytes);
-        let stops = || self.args.stop.iter().filter(|s| !s.is_empty());
-        if let Some(at) = stops().filter_map(|s| self.held.find(s.as_str())).min() {
-            self.held.truncate(at);
-            self.emit(at)?;
-            return Ok(true);
-        }
-        let begun = |n: &usize| stops().any(|s| s.starts_with(&self.held[*n..]));
-        let safe = self.held.char_indices().map(|(i, _)| i).find(begun).unwrap_or(self.held.len());
-        self.emit(safe)?;
-        Ok(false)
-    }
-
-    fn finish(&mut self) -> anyhow::Result<()> {
-        self.held += &self.decoder.finish();
-        self.emit(self.held.len())
-    }
-
-    fn emit(&mut self, n: usize) -> anyhow::Result<()> {
-        let text: String = self.held.drain(..n).collect();
-        if !self.global.json {
-            let mut out = std::io::stdout().lock();
-            out.write_all(text.as_bytes())?;
-            out.flush()?;
-        }
-        self.all += &text;
-        Ok(())
-    }
 }

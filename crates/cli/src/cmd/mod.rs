@@ -1,9 +1,13 @@
 //! One file per subcommand.
 
 pub mod bench;
+pub mod chat;
 pub mod convert;
+pub mod data;
 pub mod debug;
+pub mod eval;
 pub mod generate;
 pub mod inspect;
 pub mod quickstart;
 pub mod tokenize;
+pub mod train;
