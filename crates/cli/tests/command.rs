@@ -1,40 +1,9 @@
 //! The binary as a user meets it: exit codes, where output goes, bad input.
 
-use assert_cmd::Command;
-use std::path::{Path, PathBuf};
+mod common;
 
-fn fixture(name: &str) -> String {
-    format!("{}/../../fixtures/golden/{name}", env!("CARGO_MANIFEST_DIR"))
-}
-
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Folder {
-        let path = std::env::temp_dir().join(format!("anser-cli-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Folder(path)
-    }
-
-    fn file(&self, name: &str, contents: &[u8]) -> String {
-        let path = self.0.join(name);
-        std::fs::write(&path, contents).unwrap();
-        path.display().to_string()
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-/// Runs `anser` in `folder`: exit code, stdout, stderr.
-fn anser(folder: &Path, args: &[&str]) -> (i32, String, String) {
-    let out = Command::cargo_bin("anser").unwrap().current_dir(folder).args(args).output().unwrap();
-    let text = |b: Vec<u8>| String::from_utf8(b).unwrap();
-    (out.status.code().unwrap(), text(out.stdout), text(out.stderr))
-}
+use common::{Folder, anser, fixture};
+use std::path::Path;
 
 #[test]
 fn wrong_usage_is_2() {
@@ -71,7 +40,7 @@ fn bad_input_is_1_with_one_line() {
         (logits(&good, &text), "expected [[ids...], ...]"),
         (logits(&fixture("rwkv7_expected.safetensors"), &tokens), "not a RWKV-7 checkpoint"),
         (anser(&f.0, &["generate"]), "quickstart"),
-        (anser(&f.0, &["generate", "--model", &good, "--prompt", "The Eiffel tower"]), "vocabulary of 300"),
+        (anser(&f.0, &["generate", "--model", &good, "--prompt", "The Eiffel tower"]), "the model has 300 tokens"),
         (anser(&f.0, &["generate", "--top-p", "2"]), "top-p = 2"),
         (anser(&f.0, &["convert", &good, "x.txt"]), ".pth or .safetensors"),
         (anser(&f.0, &["convert", &good, &good]), "same file"),

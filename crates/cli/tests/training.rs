@@ -1,0 +1,207 @@
+//! Data sets, training runs, chat and evaluation as a user meets them.
+
+mod common;
+
+use common::{Folder, anser, fixture};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+const CONFIG: &str = "[model]\npreset = \"\"\nn_layer = 1\nn_embd = 32\nhead_size = 16\n[data]\npath = \"d\"\n\
+    [train]\nctx = 32\nrows = 4\nlr_init = 3e-3\n[output]\nsave_every = 10\neval_every = 25\neval_rows = 4\nsample_every = 0\n";
+
+/// A folder with a data set of bytes and a configuration.
+fn prepared(name: &str) -> Folder {
+    let f = Folder::new(name);
+    let text: String = (0..4000).map(|i| format!("{} geese fly, ", i * i % 97)).collect();
+    f.file("t.txt", text.as_bytes());
+    f.file("c.toml", CONFIG.as_bytes());
+    let (code, out, err) = anser(&f.0, &["data", "build", "t.txt", "--out", "d", "--tokenizer", "bytes", "--json"]);
+    assert_eq!(code, 0, "{err}");
+    let built: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(built["tokens"].as_u64().unwrap(), text.len() as u64 + 1);
+    f
+}
+
+fn start(folder: &Path, steps: &str) -> Child {
+    let program = assert_cmd::cargo::cargo_bin("anser");
+    let mut command = Command::new(program);
+    command.current_dir(folder).args(["train", "c.toml", "--set", steps, "--threads", "1"]);
+    command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+fn steps_logged(folder: &Path) -> usize {
+    std::fs::read_to_string(folder.join("run/metrics.jsonl")).unwrap_or_default().lines().count()
+}
+
+#[test]
+#[cfg(unix)]
+fn ctrl_c_saves_and_the_same_command_goes_on_to_the_bit() {
+    let whole = prepared("whole");
+    let (code, out, err) =
+        anser(&whole.0, &["train", "c.toml", "--set", "train.steps=120", "--threads", "1", "--json"]);
+    assert_eq!(code, 0, "{err}");
+    let summary: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert!(
+        summary["held_out_loss"].as_f64().unwrap() < summary["held_out_loss_before"].as_f64().unwrap() - 1.0,
+        "{out}"
+    );
+    let cut = prepared("cut");
+    let child = start(&cut.0, "train.steps=120");
+    while steps_logged(&cut.0) < 15 {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    // The folder is taken meanwhile.
+    let (code, _, err) = anser(&cut.0, &["train", "c.toml"]);
+    assert!(code == 1 && err.contains("another run is writing here"), "{err}");
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(130), "{}", String::from_utf8_lossy(&ended.stderr));
+    assert!(String::from_utf8_lossy(&ended.stderr).contains("goes on from there"));
+    let (code, _, err) = anser(&cut.0, &["train", "c.toml", "--set", "train.steps=120", "--threads", "2"]);
+    assert!(code == 0 && err.contains("going on after step"), "{err}");
+    let read = |f: &Folder, name: &str| std::fs::read(f.0.join("run").join(name)).unwrap();
+    assert!(read(&whole, "model.safetensors") == read(&cut, "model.safetensors"));
+    // The curve is whole and has no step twice.
+    let losses = |f: &Folder| -> Vec<(u64, f64)> {
+        let text = String::from_utf8(read(f, "metrics.jsonl")).unwrap();
+        let lines = text.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap());
+        lines.filter_map(|v| Some((v["step"].as_u64()?, v.get("loss")?.as_f64()?))).collect()
+    };
+    assert!(losses(&whole).len() == 120 && losses(&whole) == losses(&cut));
+    assert!(String::from_utf8(read(&cut, "loss.svg")).unwrap().starts_with("<svg"));
+    let count = |f: &Folder, part: &str| {
+        std::fs::read_dir(f.0.join("run"))
+            .unwrap()
+            .filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().contains(part))
+            .count()
+    };
+    assert_eq!((count(&whole, "step-"), count(&whole, "tfevents"), count(&cut, ".tmp")), (2, 1, 0));
+}
+
+#[test]
+#[cfg(unix)]
+fn a_full_disk_loses_nothing() {
+    let f = prepared("full");
+    let (code, _, err) = anser(&f.0, &["train", "c.toml", "--set", "train.steps=10"]);
+    assert_eq!(code, 0, "{err}");
+    // A limit on the size of files makes every longer write fail, as a full disk does.
+    let program = assert_cmd::cargo::cargo_bin("anser");
+    let script = format!("trap '' XFSZ; ulimit -f 40; exec {} train c.toml --set train.steps=20", program.display());
+    let out = Command::new("sh").current_dir(&f.0).args(["-c", &script]).output().unwrap();
+    let err = String::from_utf8(out.stderr).unwrap();
+    assert_eq!(out.status.code(), Some(1), "{err}");
+    assert!(err.contains("step-000000020.safetensors: write"), "{err}");
+    let names: Vec<String> =
+        std::fs::read_dir(f.0.join("run")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    assert!(
+        names.contains(&"step-000000010.safetensors".into()) && !names.iter().any(|n| n.ends_with(".tmp")),
+        "{names:?}"
+    );
+    let (code, _, err) = anser(&f.0, &["train", "c.toml", "--set", "train.steps=20"]);
+    assert!(code == 0 && err.contains("going on after step 10"), "{err}");
+}
+
+#[test]
+fn what_cannot_be_trained_is_said_in_one_line() {
+    let f = prepared("bad");
+    f.file("latin1.txt", b"caf\xe9");
+    f.file("empty.txt", b"");
+    f.file("short.txt", b"too short");
+    assert_eq!(anser(&f.0, &["data", "build", "short.txt", "--out", "short"]).0, 0);
+    let train = |set: &[&str]| {
+        let mut args = vec!["train", "c.toml"];
+        set.iter().for_each(|s| args.extend(["--set", s]));
+        anser(&f.0, &args)
+    };
+    let load = format!("model.load={}", fixture("rwkv7.pth"));
+    for ((code, _, err), says) in [
+        (anser(&f.0, &["data", "build", "latin1.txt", "--out", "x"]), "latin1.txt: not UTF-8 at byte 3"),
+        (anser(&f.0, &["data", "build", "empty.txt", "--out", "x"]), "no text"),
+        (anser(&f.0, &["data", "build", "nowhere.txt", "--out", "x"]), "nowhere.txt"),
+        (anser(&f.0, &["data", "build", "t.txt", "--out", "no/such/folder/x"]), "no/such/folder"),
+        (anser(&f.0, &["train", "nowhere.toml"]), "nowhere.toml"),
+        (train(&["train.stpes=3"]), "did you mean train.steps?"),
+        (train(&["model.head_size=64"]), "head_size 64 does not divide n_embd 32"),
+        (train(&["data.path=short"]), "too few for samples"),
+        (train(&["data.path=t.txt"]), "anser data build"),
+        (train(&["data.path=nowhere"]), "nowhere.idx"),
+        (train(&["data.tokenizer=world"]), "the data set was built with \"bytes\""),
+        (train(&[&load, "data.path=", "data.tokenizer=world"]), "the model has 300 tokens"),
+        (train(&["data.path=", "train.ctx=2000000"]), "MB of memory"),
+        (train(&["model.train_only=[\"haed*\"]"]), "no parameter is named"),
+        (train(&["train.lr_init=1e30", "train.steps=30", "train.grad_clip=0"]), "is not finite"),
+    ] {
+        assert!(code == 1 && err.contains(says), "{says}: {code} {err}");
+        assert_eq!(err.lines().filter(|l| l.starts_with("error: ")).count(), 1, "{err}");
+    }
+    assert!(!f.0.join("x.bin").exists() && !f.0.join("x.idx").exists());
+    let (code, out, _) = anser(&f.0, &["train", "--defaults"]);
+    assert!(code == 0 && out.contains("lr_init"));
+}
+
+#[test]
+fn frozen_parameters_and_packed_documents() {
+    let f = prepared("frozen");
+    let lines: String = (0..300).map(|i| format!("{{\"text\": \"number {i} {}\"}}\n", "x".repeat(i % 40))).collect();
+    f.file("l.jsonl", lines.as_bytes());
+    assert_eq!(anser(&f.0, &["data", "build", "l.jsonl", "--out", "l", "--tokenizer", "bytes"]).0, 0);
+    let golden = fixture("rwkv7.pth");
+    let sets = [
+        "data.path=l",
+        "data.order=packed",
+        "train.steps=3",
+        "model.train_only=[\"head.*\"]",
+        "train.bptt=8",
+        "train.micro_rows=1",
+    ];
+    let mut args = vec!["train", "c.toml"];
+    sets.iter().for_each(|s| args.extend(["--set", s]));
+    let load = format!("model.load={golden}");
+    args.extend(["--set", &load]);
+    let (code, _, err) = anser(&f.0, &args);
+    assert_eq!(code, 0, "{err}");
+    let open = |p: &Path| anser_formats::Checkpoint::open(p).unwrap();
+    let (before, after) = (open(Path::new(&golden)), open(&f.0.join("run/model.safetensors")));
+    for name in after.names() {
+        let same = before.get(name).unwrap().to_f32_vec().unwrap() == after.get(name).unwrap().to_f32_vec().unwrap();
+        assert_eq!(same, name != "head.weight", "{name}");
+    }
+}
+
+#[test]
+fn chat_turns_and_digits() {
+    let f = prepared("chat");
+    assert_eq!(anser(&f.0, &["train", "c.toml", "--set", "train.steps=5"]).0, 0);
+    let chat = |input: &str, more: &[&str]| {
+        let mut command = assert_cmd::Command::cargo_bin("anser").unwrap();
+        let args = ["chat", "--model", "run/model.safetensors", "--max-tokens", "5", "--json", "--dtype", "f32"];
+        let out = command.current_dir(&f.0).args(args).args(more).write_stdin(input).output().unwrap();
+        (out.status.code().unwrap(), String::from_utf8(out.stdout).unwrap(), String::from_utf8(out.stderr).unwrap())
+    };
+    let turns = |out: &str| -> Vec<serde_json::Value> {
+        serde_json::from_str::<serde_json::Value>(out).unwrap()["turns"].as_array().unwrap().clone()
+    };
+    let (code, out, err) = chat("one\ntwo\n/think long\nthree\n", &["--save-state", "s"]);
+    assert!(code == 0 && turns(&out).len() == 3, "{err}");
+    // The same conversation in two sittings.
+    let (_, first, _) = chat("one\n", &["--save-state", "a", "--temperature", "0"]);
+    let (_, second, _) = chat("two\n", &["--load-state", "a", "--temperature", "0"]);
+    let (_, both, _) = chat("one\ntwo\n", &["--temperature", "0"]);
+    assert_eq!([turns(&first), turns(&second)].concat(), turns(&both));
+    let (code, out, _) = chat("one\n/retry\n", &[]);
+    assert!(code == 0 && turns(&out).len() == 1);
+    let (code, _, err) = chat("/nonsense\n", &[]);
+    assert!(code == 1 && err.contains("/nonsense"), "{err}");
+
+    let (code, out, err) = anser(
+        &f.0,
+        &["eval", "digits", "--steps", "3", "--rows", "2", "--count", "2", "--out", "d.safetensors", "--json"],
+    );
+    assert_eq!(code, 0, "{err}");
+    let result: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(result["lengths"].as_array().unwrap().len(), 30);
+    let (code, again, _) = anser(&f.0, &["eval", "digits", "--model", "d.safetensors", "--count", "2", "--json"]);
+    let again: serde_json::Value = serde_json::from_str(&again).unwrap();
+    assert!(code == 0 && again["lengths"] == result["lengths"]);
+}
