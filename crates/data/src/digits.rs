@@ -23,7 +23,7 @@ pub fn batch(seed: u64, stream: u64, rows: usize, ctx: usize, max: usize) -> Bat
     let mut b = Batch::default();
     for row in 0..rows {
         let end = (row + 1) * ctx;
-        while end - b.tokens.len() >= 2 * max + 1 {
+        while end - b.tokens.len() > 2 * max {
             add(&mut b, 1 + below(max), &mut below);
         }
         // What is left takes a shorter number.
