@@ -5,6 +5,7 @@ use anser_infer::Session;
 use anser_model::{Config, Init, Model};
 use anser_ops::{ParamSet, Tape, Var, batch, wkv7::Wkv7Inputs};
 use anser_tensor::{Context, DType, bench};
+use anser_tokenizer::Tokenizer;
 use anser_train::{Bptt, Hyper, Schedule, Settings, Trainer};
 use std::time::Instant;
 
@@ -123,4 +124,64 @@ pub fn decode(ctx: &Context, preset: &str, dtype: DType, tokens: usize) -> Resul
     let matrices = config.parameters() - config.vocab_size * config.n_embd;
     let bytes = (matrices * dtype.size() + config.state_len() * 4) as f64;
     Ok(Decode { decode, prefill, bytes, bandwidth: bench::read_bandwidth(ctx) })
+}
+
+/// Speed of a tokenizer.
+#[derive(Clone, Copy, Debug)]
+pub struct Tokenize {
+    /// Bytes of text a second, one core.
+    pub bytes_per_second: f64,
+    /// Bytes of the text.
+    pub bytes: usize,
+    /// Its tokens.
+    pub tokens: usize,
+}
+
+/// Encodes the bundled text several times; the median.
+pub fn tokenize(tokenizer: &Tokenizer) -> Tokenize {
+    let text = anser_data::bundled::corpus();
+    let mut tokens = 0;
+    let run = |_| {
+        let start = Instant::now();
+        tokens = tokenizer.encode(text.as_bytes()).len();
+        start.elapsed().as_secs_f64()
+    };
+    let seconds = median((0..7).map(run).collect());
+    Tokenize { bytes_per_second: text.len() as f64 / seconds, bytes: text.len(), tokens }
+}
+
+/// Decoding around one position of a long sequence.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct Position {
+    /// Tokens before it.
+    pub position: usize,
+    /// Seconds a token, median over the stretch that ends here.
+    pub seconds: f64,
+    /// Bytes of resident memory of the process; 0 where the system doesn't say.
+    pub resident: u64,
+}
+
+/// Decodes `tokens` tokens one by one with a randomly initialised model and looks at ten positions.
+///
+/// # Errors
+/// When there is no such size.
+pub fn flat(ctx: &Context, preset: &str, dtype: DType, tokens: usize) -> Result<Vec<Position>, crate::Error> {
+    let model = Model::init(ctx, &Config::preset(preset)?, Init::Current, 1)?.packed(ctx, dtype);
+    let mut session = Session::new(ctx, &model);
+    let stretch = tokens.div_ceil(10).max(1);
+    let (mut seconds, mut out) = (Vec::new(), Vec::new());
+    for i in 1..=tokens {
+        let start = Instant::now();
+        session.feed(&[(i * 7919 % 60000) as u32])?;
+        seconds.push(start.elapsed().as_secs_f64());
+        if i.is_multiple_of(stretch) || i == tokens {
+            out.push(Position { position: i, seconds: median(std::mem::take(&mut seconds)), resident: resident() });
+        }
+    }
+    Ok(out)
+}
+
+fn resident() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    statm.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0) * 4096
 }

@@ -265,3 +265,64 @@ fn huggingface_folders_show_the_official_tensors() {
         assert!(Checkpoint::open(&folder.0).err().unwrap().to_string().contains("no model.safetensors"));
     }
 }
+
+/// A small file of each kind, to be damaged.
+fn small_files() -> &'static [Vec<u8>; 3] {
+    static FILES: std::sync::OnceLock<[Vec<u8>; 3]> = std::sync::OnceLock::new();
+    FILES.get_or_init(|| {
+        let folder = Folder::new("small");
+        let values = [1.5, -2.0, 3.0, 4.0, 5.0, 6.0];
+        let sources = [
+            Source::new("emb.weight", &[2, 3], Dtype::F32, &values),
+            Source::new("blocks.0.att.r_k", &[1, 6], Dtype::BF16, &values),
+        ];
+        let (pth, safe) = (folder.0.join("a.pth"), folder.0.join("a.safetensors"));
+        write_pth(&pth, &sources).unwrap();
+        write_safetensors(&safe, &sources, &BTreeMap::from([("k".into(), "v".into())])).unwrap();
+        let hf = folder.0.join("hf.safetensors");
+        let sources = [
+            Source::new("model.layers.0.attn.w_lora.lora.0.weight", &[2, 3], Dtype::F16, &values),
+            Source::new("model.layers.0.attn.x_x", &[6, 1], Dtype::F32, &values),
+        ];
+        write_safetensors(&hf, &sources, &BTreeMap::new()).unwrap();
+        [pth, safe, hf].map(|p| std::fs::read(p).unwrap())
+    })
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig { cases: 3000, failure_persistence: None, ..Default::default() })]
+
+    /// Whatever is changed in a file, reading it ends in tensors that can be read or in an error, never in a panic.
+    #[test]
+    fn damaged_files_are_errors_or_readable(
+        which in 0usize..3,
+        edits in proptest::collection::vec((proptest::prelude::any::<proptest::sample::Index>(), proptest::prelude::any::<u8>()), 0..12),
+        cut in proptest::option::of(proptest::prelude::any::<proptest::sample::Index>()),
+        insert in proptest::option::of((proptest::prelude::any::<proptest::sample::Index>(), proptest::collection::vec(proptest::prelude::any::<u8>(), 1..40))),
+    ) {
+        let mut bytes = small_files()[which].clone();
+        for (at, value) in edits {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        if let Some((at, more)) = insert {
+            let at = at.index(bytes.len());
+            bytes.splice(at..at, more);
+        }
+        if let Some(cut) = cut {
+            bytes.truncate(cut.index(bytes.len()));
+        }
+        let path = std::env::temp_dir().join(format!("anser-fuzz-{}-{which}", std::process::id()));
+        std::fs::write(&path, &bytes).unwrap();
+        if let Ok(c) = Checkpoint::open(&path) {
+            for name in c.names() {
+                let t = c.get(name).unwrap();
+                // Nothing larger than the file can come out of it.
+                proptest::prop_assert!(t.elements() <= bytes.len());
+                let _ = t.to_f32_vec();
+                let _ = t.to_u32_vec();
+            }
+        }
+        let _ = std::fs::remove_file(&path);
+    }
+}

@@ -1,5 +1,6 @@
 use crate::global::Global;
 use anser_eval::bench;
+use anser_tokenizer::Tokenizer;
 use serde_json::json;
 
 /// Measures speed, beside what limits it on this machine
@@ -40,6 +41,21 @@ enum What {
         /// Tokens measured
         #[arg(long, default_value_t = 64)]
         tokens: usize,
+    },
+    /// Time per token and memory along one long sequence, which a recurrent model keeps flat
+    Flat {
+        /// Size
+        #[arg(long, default_value = "tiny")]
+        preset: String,
+        /// Tokens decoded
+        #[arg(long, default_value_t = 100_000)]
+        tokens: usize,
+    },
+    /// Encoding the bundled text on one core
+    Tokenizer {
+        /// world or bytes
+        #[arg(long, default_value = "world")]
+        tokenizer: String,
     },
 }
 
@@ -90,6 +106,23 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                     100.0 * r.decode * r.bytes / r.bandwidth,
                     r.prefill,
                 )
+            })
+        }
+        What::Flat { preset, tokens } => {
+            let positions = bench::flat(&ctx, preset, global.dtype.unwrap_or(anser_tensor::DType::BF16), *tokens)?;
+            global.result(json!({ "positions": positions }), || {
+                let line = |p: &bench::Position| {
+                    let (us, mb) = (p.seconds * 1e6, p.resident as f64 / 1e6);
+                    format!("{:8} tokens: {us:7.1} us a token, {mb:.1} MB resident\n", p.position)
+                };
+                positions.iter().map(line).collect()
+            })
+        }
+        What::Tokenizer { tokenizer } => {
+            let r = bench::tokenize(&Tokenizer::from_name(tokenizer)?);
+            let json = json!({ "bytes_per_second": r.bytes_per_second, "bytes": r.bytes, "tokens": r.tokens });
+            global.result(json, || {
+                format!("{tokenizer}: {:.1} MB/s, {} bytes, {} tokens\n", r.bytes_per_second / 1e6, r.bytes, r.tokens)
             })
         }
     }
