@@ -19,9 +19,9 @@
 
 pub use anser_data as data;
 pub use anser_formats::Checkpoint;
-pub use anser_infer::{Sampler, Sampling, Session};
+pub use anser_infer::{Sampler, SamplerOrder, Sampling, Session, TextStream, chat};
 pub use anser_model::{Config, Init, Load, Model, State};
 pub use anser_ops as ops;
 pub use anser_tensor::{Context, DType, Device};
 pub use anser_tokenizer::{StreamDecoder, Tokenizer};
-pub use anser_train::{Settings, Trainer};
+pub use anser_train::{RunConfig, Settings, Trainer, run};

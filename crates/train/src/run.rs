@@ -145,7 +145,8 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
         n => n.min(config.train.rows),
     };
     let needed = trainer.forecast(micro)?;
-    let resident = 4 * 4 * trainer.model().params().values().len();
+    // The weights are there already; gradients and moments are untouched zeros that take no memory yet.
+    let resident = 4 * trainer.model().params().values().len();
     if let Some(available) = memory::available()
         && needed.saturating_sub(resident) as u64 > available
     {
@@ -184,7 +185,6 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
     });
 
     let mut log = Log::open(folder, trainer.steps())?;
-    let mut timer = Instant::now();
     let start = Instant::now();
     let (mut computing, first) = (0.0, trainer.steps());
     let held = |trainer: &Trainer, log: &mut Log, on: &mut dyn FnMut(Event)| -> Result<(), Error> {
@@ -201,7 +201,7 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
     let (out, mut interrupted) = (&config.output, false);
     let every = |n: u64, step: u64| n > 0 && step.is_multiple_of(n);
     while total.is_none_or(|n| trainer.steps() < n) {
-        timer = Instant::now();
+        let timer = Instant::now();
         settings.schedule.total = total.unwrap_or(u64::MAX);
         trainer.settings_mut().schedule = settings.schedule;
         let batch = data.train(trainer.steps(), config.train.rows);
@@ -223,7 +223,7 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
             ("speed/mfu", mfu),
         ];
         log.add(info.step, line, &scalars)?;
-        if total.is_none() && done == TIMED.min(config.train.warmup.max(1)) {
+        if total.is_none() && done - first >= TIMED.min(config.train.warmup.max(1)) {
             let fit = (config.train.minutes * 60.0 / (computing / (done - first) as f64)) as u64;
             total = Some(fit.max(done + 1));
             trainer.describe(TOTAL, fit.max(done + 1).to_string());
@@ -248,7 +248,6 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
             break;
         }
     }
-    let _ = timer;
     let model = folder.join("model.safetensors");
     trainer.save_model(&model)?;
     let (train, held) = log.curves()?;

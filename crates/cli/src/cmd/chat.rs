@@ -25,7 +25,7 @@ pub struct Args {
     /// Go on with a saved conversation
     #[arg(long)]
     load_state: Option<PathBuf>,
-    /// Save the conversation at the end
+    /// Save the conversation after every turn
     #[arg(long)]
     save_state: Option<PathBuf>,
 }
@@ -48,6 +48,8 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         Some(path) => Session::load(&ctx, &model, path)?,
         None => fresh()?,
     };
+    // A file that cannot be written is found before the first word.
+    save(args, &session)?;
     let mut think = args.think;
     let mut turns = Vec::new();
     // Before the last turn, for /retry: the session and what the user said.
@@ -55,7 +57,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let stdin = std::io::stdin();
     let terminal = stdin.is_terminal();
     if terminal {
-        global.note("Type a message; /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.");
+        global.note("Type a message; /help lists the commands, Ctrl-D ends.");
     }
     loop {
         if terminal && !global.quiet {
@@ -100,17 +102,15 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             c if c.starts_with('/') => Err(anyhow::anyhow!("no command {c}; /help lists them")),
             _ => answer(&mut session, &mut sampler, &tokenizer, &mut said, think, args, global, &mut turns, &mut last),
         };
+        // Saved after every turn: nothing is lost however the conversation ends.
+        save(args, &session)?;
         match outcome {
             Ok(()) => {}
             // A slip of the keyboard doesn't end a conversation; a script wants to know.
             Err(e) if terminal && !e.is::<Interrupted>() => global.note(format!("{e:#}")),
-            Err(e) => {
-                save(args, &session)?;
-                return Err(e);
-            }
+            Err(e) => return Err(e),
         }
     }
-    save(args, &session)?;
     global.result(json!({ "turns": turns }), String::new)
 }
 
