@@ -4,7 +4,7 @@
 use anser_ops::wkv7::Wkv7Inputs;
 use anser_ops::{ParamSet, Tape, Var, batch};
 use anser_tensor::Context;
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, Throughput};
 
 fn wkv7(c: &mut Criterion) {
     let ctx = Context::cpu(0);
@@ -41,5 +41,8 @@ fn wkv7(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, wkv7);
-criterion_main!(benches);
+fn main() {
+    let mut c = Criterion::default().configure_from_args();
+    wkv7(&mut c);
+    c.final_summary();
+}
