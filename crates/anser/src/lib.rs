@@ -25,3 +25,18 @@ pub use anser_ops as ops;
 pub use anser_tensor::{Context, DType, Device};
 pub use anser_tokenizer::{StreamDecoder, Tokenizer};
 pub use anser_train::{RunConfig, Settings, Trainer, run};
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn handles_can_move_to_other_threads() {
+        fn is_send<T: Send>() {}
+        is_send::<crate::Checkpoint>();
+        is_send::<crate::Context>();
+        is_send::<crate::Model>();
+        is_send::<crate::State>();
+        is_send::<crate::Session<'_>>();
+        is_send::<crate::Sampler>();
+        is_send::<crate::Trainer>();
+    }
+}

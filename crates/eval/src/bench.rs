@@ -18,6 +18,8 @@ pub struct Train {
     pub flops: f64,
     /// Matrix products, in the same unit.
     pub peak: f64,
+    /// The same by the data sheet, where known.
+    pub nominal: Option<f64>,
     /// Share of the step that one WKV-7 forward and backward pass a layer takes, measured alone.
     pub wkv_share: f64,
 }
@@ -71,6 +73,7 @@ pub fn train(
         tokens_per_second,
         flops: config.train_flops_per_token() * tokens_per_second,
         peak: bench::gemm_peak(ctx),
+        nominal: bench::nominal_peak(ctx),
         wkv_share: wkv / step,
     })
 }

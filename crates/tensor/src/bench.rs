@@ -22,6 +22,15 @@ pub fn gemm_peak(ctx: &Context) -> f64 {
     2.0 * (n * n * n) as f64 / seconds
 }
 
+/// Floating-point operations per second by the data sheet: two multiply-adds of eight f32 a cycle and thread at the clock that
+/// the system reports. The processor may run faster than that clock. `None` where it is not known.
+pub fn nominal_peak(ctx: &Context) -> Option<f64> {
+    let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let clock = |l: &str| l.strip_prefix("cpu MHz")?.split(':').nth(1)?.trim().parse::<f64>().ok();
+    let mhz = info.lines().find_map(clock)?;
+    crate::simd::has_avx2().then(|| mhz * 1e6 * 32.0 * ctx.threads().len() as f64)
+}
+
 /// Speed of reading memory on all threads, in bytes per second.
 pub fn read_bandwidth(ctx: &Context) -> f64 {
     let data = vec![1u64; 1 << 25];

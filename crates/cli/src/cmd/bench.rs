@@ -69,18 +69,20 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                 "tokens_per_second": r.tokens_per_second,
                 "gflops": r.flops / 1e9,
                 "gemm_peak_gflops": r.peak / 1e9,
+                "nominal_peak_gflops": r.nominal.map(|p| p / 1e9),
                 "mfu": r.flops / r.peak,
                 "wkv_share": r.wkv_share,
                 "threads": ctx.threads().len(),
             });
             global.result(json, || {
                 format!(
-                    "training L{layers} D{width} V{vocab} B{rows} T{t}, f32, {} threads: {:.0} tokens/s, {:.1} GFLOP/s = {:.1}% of the measured GEMM peak {:.0}; WKV-7 {:.1}% of the step\n",
+                    "training L{layers} D{width} V{vocab} B{rows} T{t}, f32, {} threads: {:.0} tokens/s, {:.1} GFLOP/s = {:.1}% of the measured GEMM peak {:.0}{}; WKV-7 {:.1}% of the step\n",
                     ctx.threads().len(),
                     r.tokens_per_second,
                     r.flops / 1e9,
                     100.0 * r.flops / r.peak,
                     r.peak / 1e9,
+                    r.nominal.map_or(String::new(), |p| format!(" (at the nominal clock {:.0})", p / 1e9)),
                     100.0 * r.wkv_share,
                 )
             })
