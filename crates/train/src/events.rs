@@ -12,8 +12,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 pub(crate) struct Events(File);
 
 impl Events {
-    /// Begins a new file in `folder`.
-    pub(crate) fn create(folder: &Path) -> io::Result<Events> {
+    /// Begins a new file in `folder`; with `afresh` those of runs before go.
+    pub(crate) fn create(folder: &Path, afresh: bool) -> io::Result<Events> {
+        for entry in std::fs::read_dir(folder)?.flatten().filter(|_| afresh) {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if name.starts_with("events.out.tfevents.") && name.contains(".anser.") {
+                std::fs::remove_file(entry.path())?;
+            }
+        }
         let name = format!("events.out.tfevents.{:010}.anser.{}", now() as u64, std::process::id());
         let mut events = Events(File::create(folder.join(name))?);
         let mut event = double(1, now());

@@ -147,20 +147,12 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
     let needed = trainer.forecast(micro)?;
     // The weights are there already; gradients and moments are untouched zeros that take no memory yet.
     let resident = 4 * trainer.model().params().values().len();
-    if let Some(available) = memory::available()
-        && needed.saturating_sub(resident) as u64 > available
-    {
-        let advice = match () {
-            _ if micro > 1 => "set train.micro_rows to fewer rows",
-            _ if !config.train.checkpointing => "set train.checkpointing = true",
-            _ => "set train.bptt to a piece of the row, or train.ctx lower",
-        };
-        return Err(Error::Memory {
-            needed: needed as u64 >> 20,
-            available: (available + resident as u64) >> 20,
-            advice,
-        });
-    }
+    let advice = match () {
+        _ if micro > 1 => "set train.micro_rows to fewer rows",
+        _ if !config.train.checkpointing => "set train.checkpointing = true",
+        _ => "set train.bptt to a piece of the row, or train.ctx lower",
+    };
+    check_memory(needed, resident, advice)?;
 
     let peak = bench::gemm_peak(ctx);
     let per_step = (config.train.rows * config.train.ctx) as f64;
@@ -266,6 +258,16 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
     })
 }
 
+/// An error if `needed` bytes, of which `present` are taken already, are more than there are.
+fn check_memory(needed: usize, present: usize, advice: &'static str) -> Result<(), Error> {
+    match memory::available() {
+        Some(available) if needed.saturating_sub(present) as u64 > available => {
+            Err(Error::Memory { needed: needed as u64 >> 20, available: (available + present as u64) >> 20, advice })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// What the model writes after `prompt`, at most `count` tokens.
 ///
 /// # Errors
@@ -331,8 +333,12 @@ fn tokens(config: &RunConfig) -> Result<(Tokens, Option<Tokenizer>), Error> {
 /// The model to begin with.
 fn model(ctx: &Context, config: &RunConfig, tokenizer: Option<&Tokenizer>) -> Result<Model, Error> {
     let m = &config.model;
+    // Weights, gradients and two moments in f32, before any of them is made.
+    let fits = |dims: &Config| check_memory(4 * 4 * dims.parameters(), 0, "train a smaller model");
     if !m.load.as_os_str().is_empty() {
-        return Ok(Model::load(ctx, &Checkpoint::open(&m.load)?, Load::Train)?);
+        let file = Checkpoint::open(&m.load)?;
+        fits(&Config::from_checkpoint(&file)?)?;
+        return Ok(Model::load(ctx, &file, Load::Train)?);
     }
     let vocab = match (m.vocab_size, tokenizer) {
         (0, Some(t)) => t.vocab_size(),
@@ -347,6 +353,7 @@ fn model(ctx: &Context, config: &RunConfig, tokenizer: Option<&Tokenizer>) -> Re
         dims.head_size = m.head_size;
     }
     dims.validate()?;
+    fits(&dims)?;
     Ok(Model::init(ctx, &dims, m.init, m.seed)?)
 }
 
@@ -443,7 +450,7 @@ impl Log {
         let kept: String = before.lines().filter(earlier).flat_map(|l| [l, "\n"]).collect();
         write_atomic(&path, |f| f.write_all(kept.as_bytes()))?;
         let lines = OpenOptions::new().append(true).open(&path).map_err(io)?;
-        Ok(Log { lines, events: Events::create(folder).map_err(io)?, path: path.clone() })
+        Ok(Log { lines, events: Events::create(folder, step == 0).map_err(io)?, path: path.clone() })
     }
 
     fn add(&mut self, step: u64, line: Value, scalars: &[(&str, f64)]) -> Result<(), Error> {
