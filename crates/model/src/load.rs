@@ -4,7 +4,7 @@ use crate::rwkv7::{Block, ChannelMix, Norm, TimeMix};
 use crate::{Config, Error, LoraDims, Model};
 use anser_formats::{CONFIG_JSON, Checkpoint, TensorView};
 use anser_ops::{Activation, LowRank, Param, ParamSet, Weight};
-use anser_tensor::{Context, DType, Packed};
+use anser_tensor::{Context, DType, Packed, memory};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -111,6 +111,11 @@ impl Model {
     /// When a tensor is missing, has a wrong shape or cannot be read; the message names it.
     pub fn load(ctx: &Context, ckpt: &Checkpoint, load: Load) -> Result<Model, Error> {
         let config = Config::from_checkpoint(ckpt)?;
+        let size = match load {
+            Load::Train => 4,
+            Load::Inference(dtype) => dtype.size(),
+        };
+        check_memory((config.parameters() * size) as u64, memory::available())?;
         let find = |name: &str, shape: &[usize]| -> Result<TensorView<'_>, Error> {
             let t = ckpt.get(name).ok_or_else(|| Error::Checkpoint(format!("tensor {name} is missing")))?;
             let squeezed = |s: &[usize]| s.iter().copied().filter(|&d| d != 1).collect::<Vec<_>>();
@@ -236,6 +241,18 @@ impl Model {
     }
 }
 
+/// An error before a model is read that memory will not hold.
+fn check_memory(needed: u64, available: Option<u64>) -> Result<(), Error> {
+    match available {
+        Some(available) if needed > available => {
+            let (needed, left) = (needed >> 20, available >> 20);
+            let advice = "close other programs, or choose a type with fewer bytes (--dtype bf16) or a smaller model";
+            Err(Error::Checkpoint(format!("the weights need {needed} MB of memory and {left} MB are left: {advice}")))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn not_finite(name: &str, element: usize) -> Error {
     Error::Checkpoint(format!(
         "tensor {name} is not finite at element {element}: the file is damaged or the training run diverged"
@@ -246,4 +263,14 @@ fn not_finite(name: &str, element: usize) -> Error {
 fn pack(ctx: &Context, dtype: DType, shape: &[usize], in_out: bool, read: impl Fn(usize, &mut [f32]) + Sync) -> Packed {
     let (n, k) = if in_out { (shape[1], shape[0]) } else { (shape[0], shape[1]) };
     Packed::new(ctx, dtype, n, k, in_out, read)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn too_little_memory_is_said_before_reading() {
+        let check = |needed, available| super::check_memory(needed, available).map_err(|e| e.to_string());
+        assert_eq!((check(5 << 20, Some(5 << 20)), check(u64::MAX, None)), (Ok(()), Ok(())));
+        assert!(check(6 << 20, Some(5 << 20)).unwrap_err().contains("need 6 MB of memory and 5 MB are left"));
+    }
 }
