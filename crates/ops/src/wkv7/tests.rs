@@ -166,3 +166,84 @@ fn head_sizes_resets_and_cuts_are_bitwise() {
         assert!(run(2, n, &inputs(0, heads, n, None), &state, &[], &[], &[], heads).0.is_empty());
     }
 }
+
+/// The forward pass of one head in chunks of `l` tokens, as matrix products with the inverse of I - M_ab by substitution, in f32.
+fn chunked(n: usize, inputs: &[Vec<f32>; 6], s: &mut [f32], l: usize) -> Vec<f32> {
+    let tokens = inputs[0].len() / n;
+    let mut y = Vec::new();
+    for first in (0..tokens).step_by(l) {
+        let len = l.min(tokens - first);
+        let at = |x: usize, t: usize, j: usize| inputs[x][(first + t) * n + j];
+        let d = |t: usize, j: usize| (-BOUND * math::sigmoid(at(1, t, j))).exp();
+        // Decay products before each token and after the last: [len + 1][n].
+        let mut p = vec![vec![1f32; n]];
+        for t in 0..len {
+            p.push((0..n).map(|j| p[t][j] * d(t, j)).collect());
+        }
+        let r = |t: usize, j: usize| at(0, t, j) * p[t + 1][j];
+        let k = |t: usize, j: usize| at(2, t, j) / p[t + 1][j];
+        let a = |t: usize, j: usize| at(4, t, j) * p[t][j];
+        let b = |t: usize, j: usize| at(5, t, j) / p[t + 1][j];
+        let pair = |x: &dyn Fn(usize, usize) -> f32, t, z: &dyn Fn(usize, usize) -> f32, u| -> f32 {
+            (0..n).map(|j| x(t, j) * z(u, j)).sum()
+        };
+        let read =
+            |x: &dyn Fn(usize, usize) -> f32, t, i: usize| -> f32 { (0..n).map(|j| x(t, j) * s[i * n + j]).sum() };
+        let mut inverse = vec![vec![0f32; len]; len];
+        for t in 0..len {
+            inverse[t][t] = 1.0;
+            for u in 0..t {
+                let m = pair(&a, t, &b, u);
+                for c in 0..=u {
+                    inverse[t][c] += m * inverse[u][c];
+                }
+            }
+        }
+        let removed =
+            |t: usize, i: usize| (0..t).map(|u| pair(&a, t, &k, u) * at(3, u, i)).sum::<f32>() + read(&a, t, i);
+        let before: Vec<Vec<f32>> = (0..len).map(|t| (0..n).map(|i| removed(t, i)).collect()).collect();
+        let us: Vec<Vec<f32>> =
+            (0..len).map(|t| (0..n).map(|i| (0..=t).map(|c| inverse[t][c] * before[c][i]).sum()).collect()).collect();
+        for t in 0..len {
+            for i in 0..n {
+                let written: f32 =
+                    (0..=t).map(|u| pair(&r, t, &k, u) * at(3, u, i) + pair(&r, t, &b, u) * us[u][i]).sum();
+                y.push(read(&r, t, i) + written);
+            }
+        }
+        let mut next = vec![0f32; n * n];
+        for i in 0..n {
+            for j in 0..n {
+                let written: f32 = (0..len).map(|t| at(3, t, i) * k(t, j) + us[t][i] * b(t, j)).sum();
+                next[i * n + j] = (s[i * n + j] + written) * p[len][j];
+            }
+        }
+        s.copy_from_slice(&next);
+    }
+    y
+}
+
+#[test]
+fn recurrent_equals_chunked() {
+    let (n, t) = (16, 43);
+    // Typical, one key all along, decay at its floor.
+    for (rate, floor) in [(None, false), (Some(0.9), false), (None, true)] {
+        let mut x = inputs(t, 1, n, rate);
+        if floor {
+            x[1].fill(30.0);
+        }
+        let state = Noise(11).vec(n * n, 0.5);
+        let zeros = vec![0.0; t * n];
+        let (y, s, _) = run(1, n, &x, &state, &batch(1, t, true), &zeros, &state, 1);
+        for l in [1, 5, 16] {
+            let mut end = state.clone();
+            let chunked: Vec<f64> = chunked(n, &x, &mut end, l).iter().map(|&v| v.into()).collect();
+            let end: Vec<f64> = end.iter().map(|&v| v.into()).collect();
+            assert!(
+                error(&y, &chunked) < 2e-5 && error(&s, &end) < 2e-5,
+                "{rate:?} {floor} {l}: {:.1e}",
+                error(&y, &chunked)
+            );
+        }
+    }
+}
