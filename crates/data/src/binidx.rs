@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 
 const MAGIC: &[u8; 9] = b"MMIDIDX\0\0";
 
-/// `PREFIX.bin` or `PREFIX.idx`; a prefix given with either ending is understood.
-fn file(prefix: &Path, ending: &str) -> PathBuf {
+/// `PREFIX.bin`, `PREFIX.idx` or what else stands beside them; a prefix given with either ending is understood.
+pub(crate) fn file(prefix: &Path, ending: &str) -> PathBuf {
     let text = prefix.as_os_str().to_string_lossy();
     let bare = text.strip_suffix(".bin").or(text.strip_suffix(".idx")).unwrap_or(&text);
     PathBuf::from(format!("{bare}.{ending}"))

@@ -1,3 +1,4 @@
+use crate::binidx::file;
 use crate::documents::{Piece, read};
 use crate::{BinidxWriter, Error};
 use anser_formats::write_atomic;
@@ -22,14 +23,8 @@ pub struct Built {
 impl Built {
     /// What [`build`] wrote beside the data set, if it did.
     pub fn read(prefix: &Path) -> Option<Built> {
-        serde_json::from_slice(&std::fs::read(sidecar(prefix)).ok()?).ok()
+        serde_json::from_slice(&std::fs::read(file(prefix, "json")).ok()?).ok()
     }
-}
-
-fn sidecar(prefix: &Path) -> PathBuf {
-    let mut name = prefix.as_os_str().to_os_string();
-    name.push(".json");
-    name.into()
 }
 
 /// Tokenizes the documents of `inputs` into the binidx data set `PREFIX.bin`, `PREFIX.idx`, with [`Built`] in `PREFIX.json`.
@@ -68,7 +63,7 @@ pub fn build(
     let (documents, tokens) = out.finish()?;
     let built = Built { tokenizer: tokenizer.name().into(), documents, tokens, bytes };
     let json = serde_json::to_vec(&built).unwrap_or_default();
-    write_atomic(&sidecar(prefix), |f| f.write_all(&json))?;
+    write_atomic(&file(prefix, "json"), |f| f.write_all(&json))?;
     Ok(Some(built))
 }
 
@@ -166,7 +161,9 @@ mod tests {
             let built = build(&[folder.join(name)], &folder.join("out"), &world, 1 << 30, go).unwrap().unwrap();
             assert_eq!((built.documents, built.tokens), (2, want.len()), "{name}");
             assert!(tokens(&folder.join("out")) == want, "{name}");
-            assert_eq!(Built::read(&folder.join("out")).unwrap(), built);
+            for prefix in ["out", "out.bin", "out.idx"] {
+                assert_eq!(Built::read(&folder.join(prefix)).unwrap(), built);
+            }
             assert_eq!(seen, std::fs::metadata(folder.join(name)).unwrap().len());
         }
         std::fs::write(folder.join("one.txt"), "one").unwrap();
