@@ -25,10 +25,19 @@ pub struct Global {
 }
 
 impl Global {
-    /// The device and threads asked for.
+    /// The device and threads asked for; activations on a GPU are of `--dtype`, or bf16.
     pub fn context(&self) -> anyhow::Result<Context> {
+        self.open(self.dtype.unwrap_or(DType::BF16))
+    }
+
+    /// The same with activations in f32, whatever `--dtype` says.
+    pub fn exact_context(&self) -> anyhow::Result<Context> {
+        self.open(DType::F32)
+    }
+
+    fn open(&self, activations: DType) -> anyhow::Result<Context> {
         let threads = self.threads.unwrap_or(0) as usize;
-        Ok(Context::new(self.device.unwrap_or(Device::Cpu), threads)?)
+        Ok(Context::with_activations(self.device.unwrap_or(Device::Cpu), activations, threads)?)
     }
 
     /// A remark on stderr.

@@ -45,7 +45,7 @@ fn bad_input_is_1_with_one_line() {
         (anser(&f.0, &["convert", &good, "x.txt"]), ".pth or .safetensors"),
         (anser(&f.0, &["convert", &good, &good]), "same file"),
         (anser(&f.0, &["inspect", "--device", "cuda", &noise]), "noise"),
-        (anser(&f.0, &["bench", "train", "--device", "cuda"]), "CPU kernels only"),
+        (anser(&f.0, &["bench", "train", "--device", "cuda:999"]), "cuda:999 is not available"),
     ] {
         assert!(code == 1 && stdout.is_empty(), "{says}: {code} {stdout}");
         assert!(err.starts_with("error: ") && err.lines().count() == 1 && err.contains(says), "{says}: {err}");

@@ -82,22 +82,23 @@ pub fn train(
 fn wkv_seconds(ctx: &Context, config: &Config, rows: usize, t: usize) -> f64 {
     let (n, c) = (rows * t, config.n_embd);
     let fill = |phase: f32| {
-        let mut b = ctx.alloc(n * c);
-        b.iter_mut().enumerate().for_each(|(i, x)| *x = (i as f32 * 0.37 + phase).sin() * 0.2);
-        b
+        let values: Vec<f32> = (0..n * c).map(|i| (i as f32 * 0.37 + phase).sin() * 0.2).collect();
+        ctx.copy_of(&values)
     };
     let params = ParamSet::default();
     let run = |_| {
         let v: Vec<Var> = (0..6).map(|i| Var::leaf(n, c, fill(i as f32))).collect();
         let state = Var::constant(0, c * config.head_size, ctx.alloc(0));
         let dy = fill(9.0);
+        ctx.synchronize();
         let start = Instant::now();
-        let mut none = [];
+        let mut none = ctx.alloc_f32(0);
         let mut tape = Tape::recording(ctx, &params, &mut none);
         let inputs = Wkv7Inputs { r: &v[0], w: &v[1], k: &v[2], v: &v[3], a: &v[4], b: &v[5] };
         let (y, _) = tape.wkv7(inputs, &state, &batch(rows, t, false).into(), config.heads());
         y.add_grad(dy);
         tape.backward();
+        ctx.synchronize();
         start.elapsed().as_secs_f64()
     };
     median((0..7).map(run).collect())

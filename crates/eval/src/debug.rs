@@ -102,21 +102,22 @@ pub fn logits(ctx: &Context, ckpt: &Checkpoint, tokens: &Tokens, mode: Mode) -> 
         let mut tape = Tape::inference(ctx, model.params());
         let hidden;
         (hidden, state) = model.forward(&mut tape, &tokens.columns(from, from + n), &segments, &state, false)?;
-        let part = model.logits(&mut tape, &hidden);
+        let part = model.logits(&mut tape, &hidden).to_vec();
         for i in 0..b {
-            out[(i * t + from) * v..][..n * v].copy_from_slice(&part.data()[i * n * v..][..n * v]);
+            out[(i * t + from) * v..][..n * v].copy_from_slice(&part[i * n * v..][..n * v]);
         }
     }
     let mut named = vec![Named { name: "logits".into(), shape: vec![b, t, v], data: out }];
     let (c, h, s) = (model.config().n_embd, model.config().heads(), model.config().head_size);
     for (i, l) in state.layers.iter().enumerate() {
-        let mut add = |part: &str, shape: Vec<usize>, data: &[f32]| {
-            named.push(Named { name: format!("state.{i}.{part}"), shape, data: data.to_vec() });
+        let mut add = |part: &str, shape: Vec<usize>, v: &anser_ops::Var| {
+            named.push(Named { name: format!("state.{i}.{part}"), shape, data: v.to_vec() });
         };
-        add("att_x", vec![b, c], l.att_x.data());
-        add("wkv", vec![b, h, s, s], l.wkv.data());
-        add("ffn_x", vec![b, c], l.ffn_x.data());
+        add("att_x", vec![b, c], &l.att_x);
+        add("wkv", vec![b, h, s, s], &l.wkv);
+        add("ffn_x", vec![b, c], &l.ffn_x);
     }
+    ctx.check()?;
     Ok(named)
 }
 
@@ -138,13 +139,15 @@ pub fn grads(
         let (token, vocab) = (targets[position] as u32, model.config().vocab_size);
         return Err(anser_model::Error::Token { token, position, vocab }.into());
     }
-    let mut grads = vec![0.0; model.params().values().len()];
+    let mut grads = ctx.zeros_f32(model.params().values().len());
     let mut tape = Tape::recording(ctx, model.params(), &mut grads);
     let segments: Arc<[Segment]> = batch(b, t, false).into();
     let state = State::zeros(ctx, model.config(), 0);
     let (hidden, _) = model.forward(&mut tape, &inputs, &segments, &state, false)?;
     let loss = model.loss(&mut tape, &hidden, &targets, None, CrossEntropy { divisor: (b * t) as f64, l2wrap });
     tape.backward();
+    let grads = grads.to_vec();
+    ctx.check()?;
     let named = |s: &anser_ops::ParamSpec| Named {
         name: format!("grad.{}", s.name),
         shape: s.shape.clone(),

@@ -72,7 +72,7 @@ pub fn accuracy(
             best as i32 == target
         };
         let hits: Vec<bool> =
-            logits.data().chunks_exact(model.config().vocab_size).zip(&b.targets).map(right).collect();
+            logits.to_vec().chunks_exact(model.config().vocab_size).zip(&b.targets).map(right).collect();
         let answers: Vec<&[bool]> = hits.chunks_exact(len).map(|h| &h[digits..]).collect();
         let share = |n: usize, of: usize| n as f64 / of as f64;
         out.push(Accuracy {

@@ -7,6 +7,9 @@ pub mod digits;
 /// What can go wrong in an experiment.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// From the device.
+    #[error(transparent)]
+    Device(#[from] anser_tensor::Error),
     /// Input that isn't what the experiment takes.
     #[error("{0}")]
     Input(String),

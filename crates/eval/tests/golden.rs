@@ -66,15 +66,24 @@ fn check(got: &[Named], want: &HashMap<String, Vec<f32>>, rename: impl Fn(&str) 
     println!("worst of {}: {} {:.1e}", got.len(), worst.1, worst.0);
 }
 
+/// One and two CPU threads and, with ANSER_TEST_DEVICE, that device.
+fn contexts() -> Vec<Context> {
+    let mut all = vec![Context::cpu(1), Context::cpu(2)];
+    if let Ok(device) = std::env::var("ANSER_TEST_DEVICE") {
+        all.push(Context::new(device.parse().unwrap(), 1).unwrap());
+    }
+    all
+}
+
 #[test]
 fn logits_and_states_in_every_mode() {
     let want = expected();
     let tokens = tokens(&want.tokens);
     for file in ["rwkv7.pth", "rwkv7.safetensors"] {
         let ckpt = Checkpoint::open(&fixture(file)).unwrap();
-        for threads in [1, 2] {
+        for ctx in contexts() {
             for mode in [Mode::Parallel, Mode::Recurrent, Mode::Chunked(1), Mode::Chunked(16), Mode::Chunked(23)] {
-                let got = debug::logits(&Context::cpu(threads), &ckpt, &tokens, mode).unwrap();
+                let got = debug::logits(&ctx, &ckpt, &tokens, mode).unwrap();
                 assert_eq!(got.len(), 1 + 3 * 3);
                 check(&got, &want.floats, str::to_string, 2e-5);
             }
@@ -92,9 +101,9 @@ fn gradients_of_every_parameter() {
         assert_eq!(x[1..], y[..y.len() - 1]);
     }
     let ckpt = Checkpoint::open(&fixture("rwkv7.pth")).unwrap();
-    for threads in [1, 2] {
+    for ctx in contexts() {
         for l2wrap in [false, true] {
-            let (loss, got) = debug::grads(&Context::cpu(threads), &ckpt, &tokens(&rows), l2wrap).unwrap();
+            let (loss, got) = debug::grads(&ctx, &ckpt, &tokens(&rows), l2wrap).unwrap();
             assert!((loss - 6.157841048945122).abs() < 1e-5, "loss {loss}");
             let prefix = if l2wrap { "grad_l2wrap." } else { "grad." };
             check(&got, &want.floats, |n| n.replace("grad.", prefix), 1e-4);

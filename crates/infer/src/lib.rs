@@ -12,6 +12,9 @@ pub use text::TextStream;
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// From the device.
+    #[error(transparent)]
+    Device(#[from] anser_tensor::Error),
     /// A sampling option outside its range.
     #[error("{0}")]
     Sampling(String),

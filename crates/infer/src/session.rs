@@ -34,9 +34,10 @@ impl<'m> Session<'m> {
             let segments = batch(1, piece.len(), true).into();
             let (hidden, state) = self.model.forward(&mut tape, piece, &segments, &self.state, false)?;
             let c = hidden.cols();
-            let last = self.ctx.copy_of(&hidden.data()[(piece.len() - 1) * c..]);
+            let last = hidden.buf().part((piece.len() - 1) * c, c);
             let logits = self.model.logits(&mut tape, &anser_ops::Var::constant(1, c, last));
-            self.logits = logits.data().to_vec();
+            self.logits = logits.to_vec();
+            self.ctx.check()?;
             self.state = state;
         }
         Ok(())
@@ -60,11 +61,11 @@ impl<'m> Session<'m> {
     /// # Errors
     /// When writing fails.
     pub fn save(&self, path: &Path) -> Result<(), Error> {
-        let vars: Vec<_> = self.state.vars().collect();
+        let vars: Vec<_> = self.state.vars().map(|v| (v, v.to_vec())).collect();
         let mut sources: Vec<Source<'_>> = vars
             .iter()
             .enumerate()
-            .map(|(i, v)| Source::new(name(i), &[v.rows(), v.cols()], Dtype::F32, v.data()))
+            .map(|(i, (v, data))| Source::new(name(i), &[v.rows(), v.cols()], Dtype::F32, data))
             .collect();
         sources.push(Source::new("logits", &[self.logits.len()], Dtype::F32, &self.logits));
         let metadata = BTreeMap::from([
@@ -90,16 +91,18 @@ impl<'m> Session<'m> {
             return Err(Error::State(reason));
         }
         let mut session = Session::new(ctx, model);
-        let read = |name: &str, len: usize| -> Result<anser_tensor::Buf, Error> {
+        let read = |name: &str, len: usize| -> Result<Vec<f32>, Error> {
             let t = file.get(name).ok_or_else(|| Error::State(format!("{}: no tensor {name}", path.display())))?;
-            let mut buf = ctx.alloc(len);
-            t.read_f32_into(&mut buf)?;
-            Ok(buf)
+            let mut values = vec![0.0; len];
+            t.read_f32_into(&mut values)?;
+            Ok(values)
         };
         let mut index = 0..;
         let mut next = |v: &mut anser_ops::Var| -> Result<(), Error> {
             let i = index.next().unwrap_or_default();
-            *v = anser_ops::Var::constant(v.rows(), v.cols(), read(&name(i), v.rows() * v.cols())?);
+            let mut buf = v.buf().duplicate();
+            buf.copy_from(&read(&name(i), v.rows() * v.cols())?);
+            *v = anser_ops::Var::constant(v.rows(), v.cols(), buf);
             Ok(())
         };
         for l in &mut session.state.layers {
@@ -108,7 +111,7 @@ impl<'m> Session<'m> {
             next(&mut l.ffn_x)?;
         }
         let len = file.shape("logits").map_or(0, |s| s.iter().product());
-        session.logits = read("logits", len)?.to_vec();
+        session.logits = read("logits", len)?;
         Ok(session)
     }
 }

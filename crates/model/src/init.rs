@@ -197,6 +197,7 @@ impl Model {
                 }
             }
         }
+        params.to_device(ctx);
         Ok(Model::assemble(config.clone(), params))
     }
 }

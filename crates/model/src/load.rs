@@ -111,6 +111,8 @@ impl Model {
     /// When a tensor is missing, has a wrong shape or cannot be read; the message names it.
     pub fn load(ctx: &Context, ckpt: &Checkpoint, load: Load) -> Result<Model, Error> {
         let config = Config::from_checkpoint(ckpt)?;
+        // A GPU reads the arena; there are no tiles there.
+        let load = if ctx.cuda().is_some() { Load::Train } else { load };
         let size = match load {
             Load::Train => 4,
             Load::Inference(dtype) => dtype.size(),
@@ -161,11 +163,15 @@ impl Model {
                 return Err(not_finite(&spec.name, i));
             }
         }
+        params.to_device(ctx);
         Ok(Model::build(config, params, &packed))
     }
 
     /// The same model for inference, its matrices packed in `dtype`.
     pub fn packed(&self, ctx: &Context, dtype: DType) -> Model {
+        if ctx.cuda().is_some() {
+            return Model::assemble(self.config.clone(), self.params.clone());
+        }
         let mut weights = HashMap::new();
         let mut list = self.config.tensors();
         let from = |name: &str| {

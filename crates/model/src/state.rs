@@ -25,7 +25,8 @@ impl State {
     pub fn zeros(ctx: &Context, config: &Config, slots: usize) -> State {
         let (c, n) = (config.n_embd, config.n_embd * config.head_size);
         let zeros = |cols: usize| Var::constant(slots, cols, ctx.zeros(slots * cols));
-        let layer = |_| LayerState { att_x: zeros(c), wkv: zeros(n), ffn_x: zeros(c) };
+        let wkv = || Var::constant(slots, n, ctx.zeros_f32(slots * n));
+        let layer = |_| LayerState { att_x: zeros(c), wkv: wkv(), ffn_x: zeros(c) };
         State { layers: (0..config.n_layer).map(layer).collect() }
     }
 

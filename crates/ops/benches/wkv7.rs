@@ -30,7 +30,7 @@ fn wkv7(c: &mut Criterion) {
         });
         group.bench_function(BenchmarkId::new("forward and backward", &name), |bench| {
             bench.iter(|| {
-                let mut none = [];
+                let mut none = ctx.alloc_f32(0);
                 let mut tape = Tape::recording(&ctx, &params, &mut none);
                 let (y, _) = tape.wkv7(x, &state, &segments, h);
                 y.add_grad(ctx.zeros(rows * width));

@@ -7,6 +7,7 @@
 //! rows form a sequence and where its recurrent state comes from and goes to. `[B, T]` batches, packed documents,
 //! pieces of back-propagation through time and single decoding steps are all this one form.
 
+mod gpu;
 mod params;
 mod rows;
 mod segment;

@@ -1,6 +1,11 @@
 //! The parameter arena: all f32 master weights in one flat vector, ordered by optimiser group.
 
+use anser_tensor::cuda::DevicePtr;
+use anser_tensor::{Buf, Context, DType};
+use std::borrow::Cow;
+use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// The three groups of the official optimiser.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -44,9 +49,69 @@ pub struct Param {
 pub struct ParamSet {
     specs: Vec<ParamSpec>,
     values: Vec<f32>,
+    device: Option<Arc<OnDevice>>,
+}
+
+/// The arena on a GPU: master weights, and a copy in the type of activations if that is not f32.
+struct OnDevice {
+    master: Buf,
+    rounded: Option<Buf>,
+}
+
+impl fmt::Debug for OnDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "OnDevice({} parameters)", self.master.len())
+    }
 }
 
 impl ParamSet {
+    /// Copies the values to the context's GPU, if it has one, where kernels read them from then on.
+    pub fn to_device(&mut self, ctx: &Context) {
+        let Some(cuda) = ctx.cuda() else { return };
+        let mut master = ctx.alloc_f32(self.values.len());
+        master.copy_from(&self.values);
+        let rounded = (ctx.dtype() != DType::F32).then(|| ctx.alloc(self.values.len()));
+        if let Some(r) = &rounded {
+            cuda.round(master.ptr(), r.ptr(), r.len(), r.dtype());
+        }
+        self.device = Some(Arc::new(OnDevice { master, rounded }));
+    }
+
+    /// The current values, from wherever they are.
+    pub fn current(&self) -> Cow<'_, [f32]> {
+        match &self.device {
+            Some(d) => Cow::Owned(d.master.to_vec()),
+            None => Cow::Borrowed(&self.values),
+        }
+    }
+
+    /// Copies the values back from the GPU, if they are on one.
+    pub fn to_host(&mut self) {
+        if let Some(d) = &self.device {
+            self.values = d.master.to_vec();
+        }
+    }
+
+    /// The arenas on the GPU: f32, and the rounded copy (null if there is none).
+    pub fn arenas(&self) -> (DevicePtr, DevicePtr) {
+        let Some(d) = &self.device else { return (DevicePtr::NULL, DevicePtr::NULL) };
+        (d.master.ptr(), d.rounded.as_ref().map_or(DevicePtr::NULL, Buf::ptr))
+    }
+
+    /// Where a parameter's f32 values are on the GPU.
+    pub fn master(&self, p: Param) -> DevicePtr {
+        self.arenas().0.offset(self.specs[p.id].range.start, DType::F32)
+    }
+
+    /// Where a parameter's values for matrix products are on the GPU, in the type of activations.
+    pub fn rounded(&self, p: Param) -> DevicePtr {
+        let start = self.specs[p.id].range.start;
+        match self.device.as_ref().and_then(|d| d.rounded.as_ref()) {
+            Some(r) => r.ptr().offset(start, r.dtype()),
+            None => self.master(p),
+        }
+    }
+
     /// Lays out an arena of zeros for parameters (name, shape, group); the order within a group is kept. Handles
     /// come back in the order given.
     pub fn new(list: Vec<(String, Vec<usize>, Group)>) -> (ParamSet, Vec<Param>) {
@@ -63,7 +128,7 @@ impl ParamSet {
             ParamSpec { name, shape, group, range, trainable: true }
         };
         let specs: Vec<ParamSpec> = starts.into_iter().zip(list).map(spec).collect();
-        let set = ParamSet { specs, values: vec![0.0; at] };
+        let set = ParamSet { specs, values: vec![0.0; at], device: None };
         let handles = (0..set.specs.len()).map(|id| set.handle(id)).collect();
         (set, handles)
     }

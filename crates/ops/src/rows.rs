@@ -44,12 +44,8 @@ pub(crate) fn param_sums<const K: usize>(
 }
 
 /// A copy of a value.
-pub(crate) fn copy(ctx: &Context, v: &Var) -> Buf {
-    let mut out = ctx.alloc(v.rows() * v.cols());
-    if !ctx.is_dry() {
-        out.copy_from_slice(v.data());
-    }
-    out
+pub(crate) fn copy(v: &Var) -> Buf {
+    v.buf().duplicate()
 }
 
 /// f(0) + .. + f(n - 1) in sixteen partial sums: vectorised, in a fixed order.

@@ -5,7 +5,8 @@
 //! closures in reverse. Memory follows ownership: a value lives as long as a [`Var`] or a closure holds it.
 
 use crate::{Param, ParamSet};
-use anser_tensor::{Buf, Context};
+use anser_tensor::cuda::DevicePtr;
+use anser_tensor::{Buf, Context, DType};
 use std::sync::{Arc, Mutex};
 
 type Slot = Arc<Mutex<Option<Buf>>>;
@@ -51,8 +52,18 @@ impl Var {
         self.cols
     }
 
-    /// The values, row-major. Empty in a forecast.
+    /// The values, row-major, on the CPU. Empty in a forecast and on a GPU: see [`Var::to_vec`].
     pub fn data(&self) -> &[f32] {
+        &self.value
+    }
+
+    /// A copy of the values, wherever they are; waits for the device.
+    pub fn to_vec(&self) -> Vec<f32> {
+        self.value.to_vec()
+    }
+
+    /// The buffer of the values.
+    pub fn buf(&self) -> &Buf {
         &self.value
     }
 
@@ -73,7 +84,7 @@ impl Var {
         let mut slot = lock(slot);
         match &mut *slot {
             None => *slot = Some(g),
-            Some(sum) => sum.iter_mut().zip(g.iter()).for_each(|(s, g)| *s += g),
+            Some(sum) => sum.add(&g),
         }
     }
 
@@ -116,7 +127,7 @@ impl GradSlot {
         let mut slot = lock(slot);
         match &mut *slot {
             None => *slot = Some(g),
-            Some(sum) => sum.iter_mut().zip(g.iter()).for_each(|(s, g)| *s += g),
+            Some(sum) => sum.add(&g),
         }
     }
 }
@@ -129,7 +140,7 @@ fn lock(slot: &Slot) -> std::sync::MutexGuard<'_, Option<Buf>> {
 pub struct Backward<'a> {
     ctx: &'a Context,
     params: &'a ParamSet,
-    grads: &'a mut [f32],
+    grads: &'a mut Buf,
 }
 
 impl<'a> Backward<'a> {
@@ -143,9 +154,9 @@ impl<'a> Backward<'a> {
         self.params
     }
 
-    /// Runs `compute` unless this is a forecast.
+    /// Runs `compute` on the CPU; nothing in a forecast and on a GPU.
     pub fn run(&mut self, compute: impl FnOnce(&mut Self)) {
-        if !self.ctx.is_dry() {
+        if !self.ctx.is_dry() && self.ctx.cuda().is_none() {
             compute(self);
         }
     }
@@ -153,6 +164,12 @@ impl<'a> Backward<'a> {
     /// The values of a parameter.
     pub fn param(&self, p: Param) -> &'a [f32] {
         self.params.get(p)
+    }
+
+    /// Where the gradient of a parameter is on the GPU; `None` if it is frozen.
+    pub fn param_grad_ptr(&self, p: Param) -> Option<DevicePtr> {
+        let s = &self.params.specs()[p.id];
+        s.trainable.then(|| self.grads.ptr().offset(s.range.start, DType::F32))
     }
 
     /// The gradient of a parameter, to be added to; `None` if it is frozen.
@@ -168,7 +185,7 @@ type Step<'p> = Box<dyn FnOnce(&mut Backward<'_>) + 'p>;
 pub struct Tape<'p> {
     ctx: Context,
     params: &'p ParamSet,
-    grads: Option<&'p mut [f32]>,
+    grads: Option<&'p mut Buf>,
     steps: Vec<Step<'p>>,
 }
 
@@ -179,7 +196,7 @@ impl<'p> Tape<'p> {
     }
 
     /// A tape that records; parameter gradients are added to `grads`, laid out like the arena of `params`.
-    pub fn recording(ctx: &Context, params: &'p ParamSet, grads: &'p mut [f32]) -> Tape<'p> {
+    pub fn recording(ctx: &Context, params: &'p ParamSet, grads: &'p mut Buf) -> Tape<'p> {
         assert!(ctx.is_dry() || grads.len() == params.values().len());
         Tape { ctx: ctx.clone(), params, grads: Some(grads), steps: Vec::new() }
     }
@@ -220,9 +237,9 @@ impl<'p> Tape<'p> {
         self.steps.push(Box::new(step));
     }
 
-    /// Runs `compute` unless this is a forecast, in which buffers have no memory.
+    /// Runs `compute` on the CPU; nothing in a forecast, in which buffers have no memory, and on a GPU, which has kernels.
     pub fn run(&self, compute: impl FnOnce()) {
-        if !self.ctx.is_dry() {
+        if !self.ctx.is_dry() && self.ctx.cuda().is_none() {
             compute();
         }
     }

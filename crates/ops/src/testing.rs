@@ -38,7 +38,7 @@ pub(crate) fn check(
         set.get_mut(h).copy_from_slice(&p.2);
     }
     let run = |ctx: &Context, set: &ParamSet, differentiable: bool| {
-        let mut grads = vec![0.0; set.values().len()];
+        let mut grads = ctx.zeros_f32(set.values().len());
         let mut t = Tape::recording(ctx, set, &mut grads);
         let vars: Vec<Var> = leaves
             .iter()
@@ -58,7 +58,10 @@ pub(crate) fn check(
         let result = Run {
             outputs: outputs.iter().map(|y| y.data().to_vec()).collect(),
             dleaves: vars.iter().map(|v| v.take_grad().map_or(Vec::new(), |g| g.to_vec())).collect(),
-            dparams: handles.iter().map(|h| grads[set.specs()[h.id].range.clone()].to_vec()).collect(),
+            dparams: handles
+                .iter()
+                .map(|h| grads.get(set.specs()[h.id].range.clone()).unwrap_or_default().to_vec())
+                .collect(),
         };
         (result, outputs.iter().any(Var::needs_grad))
     };

@@ -14,8 +14,19 @@ fn best(n: usize, mut f: impl FnMut()) -> f64 {
     (0..n).map(time).fold(f64::INFINITY, f64::min)
 }
 
-/// Speed of a large f32 matrix product (1024 x 1024 x 1024), in floating-point operations per second.
+/// Speed of a large matrix product, in floating-point operations per second: on the CPU in f32 (1024 x 1024 x 1024), on a GPU in the
+/// type of activations (8192 x 8192 x 8192).
 pub fn gemm_peak(ctx: &Context) -> f64 {
+    if let Some(gpu) = ctx.cuda() {
+        let (n, t) = (8192, ctx.dtype());
+        let values: Vec<f32> = (0..n * n).map(|i| (i as f32 * 0.7).sin()).collect();
+        let (a, b, c) = (ctx.copy_of(&values), ctx.copy_of(&values), ctx.alloc(n * n));
+        let seconds = best(8, || {
+            gpu.gemm(Trans::N, Trans::T, n, n, n, a.ptr(), b.ptr(), t, false, c.ptr(), t);
+            gpu.synchronize();
+        });
+        return 2.0 * (n * n * n) as f64 / seconds;
+    }
     let n = 1024;
     let (a, b, mut c) = (vec![0.5; n * n], vec![0.25; n * n], vec![0.0; n * n]);
     let seconds = best(8, || gemm(ctx, Trans::N, Trans::T, n, n, n, &a, &b, false, &mut c));
@@ -25,14 +36,25 @@ pub fn gemm_peak(ctx: &Context) -> f64 {
 /// Floating-point operations per second by the data sheet: two multiply-adds of eight f32 a cycle and thread at the clock that
 /// the system reports. The processor may run faster than that clock. `None` where it is not known.
 pub fn nominal_peak(ctx: &Context) -> Option<f64> {
+    if ctx.cuda().is_some() {
+        return None;
+    }
     let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
     let clock = |l: &str| l.strip_prefix("cpu MHz")?.split(':').nth(1)?.trim().parse::<f64>().ok();
     let mhz = info.lines().find_map(clock)?;
     crate::simd::has_avx2().then(|| mhz * 1e6 * 32.0 * ctx.threads().len() as f64)
 }
 
-/// Speed of reading memory on all threads, in bytes per second.
+/// Speed of reading memory on all threads, in bytes per second; on a GPU of copying it, bytes read plus bytes written.
 pub fn read_bandwidth(ctx: &Context) -> f64 {
+    if let Some(gpu) = ctx.cuda() {
+        let (a, b) = (ctx.zeros_f32(1 << 28), ctx.alloc_f32(1 << 28));
+        let seconds = best(8, || {
+            gpu.copy(a.ptr(), b.ptr(), a.bytes());
+            gpu.synchronize();
+        });
+        return 2.0 * a.bytes() as f64 / seconds;
+    }
     let data = vec![1u64; 1 << 25];
     let parts = 64;
     let sums: Vec<std::sync::atomic::AtomicU64> = (0..parts).map(|_| Default::default()).collect();

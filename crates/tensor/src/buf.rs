@@ -1,10 +1,13 @@
-//! The pooled allocator: buffers of f32 that return to the pool of their context when dropped.
+//! The pooled allocator: buffers that return to the pool of their context when dropped.
 //!
 //! Reuse is by exact length, last in first out. A training step allocates the same lengths in the same order
 //! every time, so from the second step on it allocates nothing new and sees the same addresses: the step has a
 //! fixed allocation plan per shape. [`crate::Context::forecast`] runs the same code with lengths only, which
 //! makes its peak the memory forecast.
 
+use crate::DType;
+use crate::cuda::{Cuda, DevicePtr};
+use half::{bf16, f16};
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -20,22 +23,30 @@ pub struct MemoryStats {
     pub reserved: usize,
 }
 
+/// Where a buffer's elements are.
+enum Data {
+    /// Nowhere: a forecast.
+    Dry,
+    Host(Box<[f32]>),
+    Device(DevicePtr),
+}
+
 #[derive(Default)]
 struct State {
-    free: HashMap<usize, Vec<Box<[f32]>>>,
-    /// Dry pools count their free buffers only.
-    dry_free: HashMap<usize, usize>,
+    /// Free buffers by bytes.
+    free: HashMap<usize, Vec<Data>>,
     stats: MemoryStats,
 }
 
 pub(crate) struct Pool {
     state: Mutex<State>,
     dry: bool,
+    cuda: Option<Arc<Cuda>>,
 }
 
 impl Pool {
-    pub(crate) fn new(dry: bool) -> Arc<Pool> {
-        Arc::new(Pool { state: Mutex::default(), dry })
+    pub(crate) fn new(dry: bool, cuda: Option<Arc<Cuda>>) -> Arc<Pool> {
+        Arc::new(Pool { state: Mutex::default(), dry, cuda })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -47,82 +58,207 @@ impl Pool {
         self.dry
     }
 
+    pub(crate) fn cuda(&self) -> Option<&Arc<Cuda>> {
+        self.cuda.as_ref()
+    }
+
     pub(crate) fn stats(&self) -> MemoryStats {
         self.state().stats
     }
 
-    pub(crate) fn alloc(self: &Arc<Pool>, len: usize) -> Buf {
+    pub(crate) fn alloc(self: &Arc<Pool>, len: usize, dtype: DType) -> Buf {
+        let bytes = len * dtype.size();
         let mut guard = self.state();
         let s = &mut *guard;
-        s.stats.in_use += len * 4;
+        s.stats.in_use += bytes;
         s.stats.peak = s.stats.peak.max(s.stats.in_use);
-        let data = if self.dry {
-            match s.dry_free.get_mut(&len) {
-                Some(n) if *n > 0 => *n -= 1,
-                _ => s.stats.reserved += len * 4,
-            }
-            Box::default()
-        } else {
-            match s.free.get_mut(&len).and_then(Vec::pop) {
-                Some(b) => b,
-                None => {
-                    s.stats.reserved += len * 4;
-                    vec![0.0; len].into_boxed_slice()
+        let data = s.free.get_mut(&bytes).and_then(Vec::pop).unwrap_or_else(|| {
+            s.stats.reserved += bytes;
+            match &self.cuda {
+                _ if self.dry => Data::Dry,
+                None => Data::Host(vec![0.0; len].into_boxed_slice()),
+                Some(cuda) => {
+                    let p = cuda.take(bytes).or_else(|| {
+                        // Buffers of other lengths may be in the way.
+                        release(s, cuda);
+                        cuda.take(bytes)
+                    });
+                    Data::Device(p.unwrap_or_else(|| {
+                        cuda.out_of_memory(bytes);
+                        DevicePtr::NULL
+                    }))
                 }
             }
-        };
+        });
         drop(guard);
-        Buf { data, len, pool: self.clone() }
+        Buf { data, len, dtype, pool: self.clone() }
     }
 
     pub(crate) fn trim(&self) {
         let mut s = self.state();
-        s.free.clear();
-        s.dry_free.clear();
+        match &self.cuda {
+            Some(cuda) => release(&mut s, cuda),
+            None => s.free.clear(),
+        }
         s.stats.reserved = s.stats.in_use;
     }
 }
 
-/// A buffer of f32 from a context's pool; it goes back there when dropped.
+/// Gives all free device buffers back.
+fn release(s: &mut State, cuda: &Cuda) {
+    for (bytes, list) in s.free.drain() {
+        for data in list {
+            if let Data::Device(p) = data {
+                s.stats.reserved -= bytes;
+                cuda.give_back(p);
+            }
+        }
+    }
+}
+
+/// A buffer from a context's pool; it goes back there when dropped.
 ///
-/// In a forecast context it has a length but no memory: [`Buf::len`] works, the contents are empty.
+/// On the CPU it is a slice of f32. On a GPU, as in a forecast, the slice is empty: kernels take [`Buf::ptr`], and [`Buf::to_vec`]
+/// and [`Buf::copy_from`] move values.
 pub struct Buf {
-    data: Box<[f32]>,
+    data: Data,
     len: usize,
+    dtype: DType,
     pool: Arc<Pool>,
 }
 
 impl Buf {
-    /// Number of elements, also in a forecast.
-    #[allow(clippy::len_without_is_empty)] // `is_empty` of the slice would disagree in a forecast
+    /// Number of elements, wherever they are.
+    #[allow(clippy::len_without_is_empty)] // `is_empty` of the slice would disagree off the CPU
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// Element type; always f32 on the CPU.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.len * self.dtype.size()
+    }
+
+    /// Address on the device; null on the CPU.
+    pub fn ptr(&self) -> DevicePtr {
+        match self.data {
+            Data::Device(p) => p,
+            _ => DevicePtr::NULL,
+        }
+    }
+
+    /// Sets all elements to zero.
+    pub fn clear(&mut self) {
+        match (&mut self.data, &self.pool.cuda) {
+            (Data::Host(h), _) => h.fill(0.0),
+            (Data::Device(p), Some(cuda)) => cuda.clear(*p, self.len * self.dtype.size()),
+            _ => {}
+        }
+    }
+
+    /// The values as f32; waits for the device. Empty in a forecast.
+    pub fn to_vec(&self) -> Vec<f32> {
+        match (&self.data, &self.pool.cuda) {
+            (Data::Host(h), _) => h.to_vec(),
+            (Data::Device(p), Some(cuda)) => {
+                let mut raw = vec![0u8; self.bytes()];
+                cuda.download(*p, &mut raw);
+                match self.dtype {
+                    DType::F32 => raw.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+                    DType::F16 => raw.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+                    DType::BF16 => raw.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+                }
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Adds the values of `other`, of the same length and type.
+    pub fn add(&mut self, other: &Buf) {
+        assert!(self.len == other.len && self.dtype == other.dtype);
+        match (&mut self.data, &self.pool.cuda) {
+            (Data::Host(h), _) => h.iter_mut().zip(other.iter()).for_each(|(s, g)| *s += g),
+            (Data::Device(p), Some(cuda)) => cuda.add(*p, other.ptr(), self.len, self.dtype),
+            _ => {}
+        }
+    }
+
+    /// A copy of `len` elements from `start` on.
+    pub fn part(&self, start: usize, len: usize) -> Buf {
+        let mut to = self.pool.alloc(len, self.dtype);
+        match (&mut to.data, &self.pool.cuda) {
+            (Data::Host(h), _) => h.copy_from_slice(&self[start..start + len]),
+            (Data::Device(p), Some(cuda)) => {
+                cuda.copy(self.ptr().offset(start, self.dtype), *p, len * self.dtype.size());
+            }
+            _ => {}
+        }
+        to
+    }
+
+    /// A copy in a buffer of its own.
+    pub fn duplicate(&self) -> Buf {
+        let mut to = self.pool.alloc(self.len, self.dtype);
+        match (&mut to.data, &self.pool.cuda) {
+            (Data::Host(h), _) => h.copy_from_slice(self),
+            (Data::Device(p), Some(cuda)) => cuda.copy(self.ptr(), *p, self.bytes()),
+            _ => {}
+        }
+        to
+    }
+
+    /// Overwrites the values, rounding to the element type. Nothing happens in a forecast.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn copy_from(&mut self, src: &[f32]) {
+        match (&mut self.data, &self.pool.cuda) {
+            (Data::Host(h), _) => h.copy_from_slice(src),
+            (Data::Device(p), Some(cuda)) => {
+                assert_eq!(src.len(), self.len);
+                let raw: Vec<u8> = match self.dtype {
+                    DType::F32 => src.iter().flat_map(|v| v.to_le_bytes()).collect(),
+                    DType::F16 => src.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
+                    DType::BF16 => src.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+                };
+                cuda.upload(*p, &raw);
+            }
+            _ => {}
+        }
     }
 }
 
 impl Deref for Buf {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
-        &self.data
+        match &self.data {
+            Data::Host(h) => h,
+            _ => &[],
+        }
     }
 }
 
 impl DerefMut for Buf {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.data
+        match &mut self.data {
+            Data::Host(h) => h,
+            _ => &mut [],
+        }
     }
 }
 
 impl Drop for Buf {
     fn drop(&mut self) {
-        let data = std::mem::take(&mut self.data);
+        let data = std::mem::replace(&mut self.data, Data::Dry);
+        let bytes = self.bytes();
         let mut s = self.pool.state();
-        s.stats.in_use -= self.len * 4;
-        if self.pool.dry {
-            *s.dry_free.entry(self.len).or_default() += 1;
-        } else {
-            s.free.entry(self.len).or_default().push(data);
-        }
+        s.stats.in_use -= bytes;
+        s.free.entry(bytes).or_default().push(data);
     }
 }
 
@@ -132,13 +268,13 @@ mod tests {
 
     #[test]
     fn reuse_is_exact_and_counted() {
-        let p = Pool::new(false);
-        let a = p.alloc(10);
+        let p = Pool::new(false, None);
+        let a = p.alloc(10, DType::F32);
         let at = a.as_ptr();
         drop(a);
-        let b = p.alloc(10);
+        let b = p.alloc(10, DType::F32);
         assert_eq!(b.as_ptr(), at);
-        let _c = p.alloc(11);
+        let _c = p.alloc(11, DType::F32);
         assert_eq!(p.stats(), MemoryStats { in_use: 84, peak: 84, reserved: 84 });
         drop(b);
         p.trim();
@@ -147,13 +283,13 @@ mod tests {
 
     #[test]
     fn forecast_counts_like_the_real_pool() {
-        let (real, dry) = (Pool::new(false), Pool::new(true));
+        let (real, dry) = (Pool::new(false, None), Pool::new(true, None));
         for p in [&real, &dry] {
-            let a = p.alloc(100);
-            drop(p.alloc(50));
-            let _b = p.alloc(50);
+            let a = p.alloc(100, DType::F32);
+            drop(p.alloc(50, DType::F32));
+            let _b = p.alloc(50, DType::F32);
             drop(a);
-            let _c = p.alloc(70);
+            let _c = p.alloc(70, DType::F32);
         }
         assert_eq!(real.stats(), dry.stats());
     }

@@ -1,6 +1,9 @@
 use crate::buf::Pool;
-use crate::{Buf, Error, MemoryStats, ThreadPool};
-use std::sync::Arc;
+use crate::cuda::Cuda;
+use crate::cuda::DevicePtr;
+use crate::{Buf, DType, Error, MemoryStats, ThreadPool};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 use std::{fmt, str::FromStr};
 
 /// Where work runs, chosen at run time.
@@ -38,8 +41,17 @@ impl FromStr for Device {
 
 struct Inner {
     device: Device,
+    /// Element type of activations.
+    dtype: DType,
     pool: Arc<Pool>,
     threads: ThreadPool,
+    memo: Mutex<HashMap<(usize, &'static str), Table>>,
+}
+
+/// A device table and whether somebody still holds what it was made from.
+struct Table {
+    wanted: Box<dyn Fn() -> bool + Send + Sync>,
+    buf: Buf,
 }
 
 /// A device with its memory pool and its threads; cheap to clone.
@@ -54,36 +66,69 @@ struct Inner {
 pub struct Context(Arc<Inner>);
 
 impl Context {
-    /// Opens `device` with `threads` CPU threads (0: as many as this process may use).
+    /// Opens `device` with `threads` CPU threads (0: as many as this process may use); activations are f32.
     ///
     /// # Errors
     /// When the device cannot be used.
     pub fn new(device: Device, threads: usize) -> Result<Context, Error> {
+        Context::with_activations(device, DType::F32, threads)
+    }
+
+    /// Opens `device` for activations of `dtype`, which on the CPU are always f32.
+    ///
+    /// # Errors
+    /// When the device cannot be used.
+    pub fn with_activations(device: Device, dtype: DType, threads: usize) -> Result<Context, Error> {
         match device {
             Device::Cpu => Ok(Context::cpu(threads)),
-            Device::Cuda(_) => {
-                Err(Error::Device(device.to_string(), "this build has CPU kernels only; use --device cpu".into()))
+            Device::Cuda(n) => {
+                Ok(Context::with(device, dtype, Pool::new(false, Some(Arc::new(Cuda::open(n)?))), threads))
             }
         }
     }
 
     /// The CPU with `threads` threads (0: as many as this process may use, which respects container limits).
     pub fn cpu(threads: usize) -> Context {
-        Context::with(Device::Cpu, false, threads)
+        Context::with(Device::Cpu, DType::F32, Pool::new(false, None), threads)
     }
 
     /// A context that allocates nothing and computes nothing: run a step in it and read [`Context::memory`].
     pub fn forecast() -> Context {
-        Context::with(Device::Cpu, true, 1)
+        Context::with(Device::Cpu, DType::F32, Pool::new(true, None), 1)
     }
 
-    fn with(device: Device, dry: bool, threads: usize) -> Context {
-        Context(Arc::new(Inner { device, pool: Pool::new(dry), threads: ThreadPool::new(threads) }))
+    fn with(device: Device, dtype: DType, pool: Arc<Pool>, threads: usize) -> Context {
+        Context(Arc::new(Inner { device, dtype, pool, threads: ThreadPool::new(threads), memo: Mutex::default() }))
     }
 
     /// The device.
     pub fn device(&self) -> Device {
         self.0.device
+    }
+
+    /// The GPU, if this is one.
+    pub fn cuda(&self) -> Option<&Cuda> {
+        self.0.pool.cuda().map(|c| &**c)
+    }
+
+    /// Element type of activations.
+    pub fn dtype(&self) -> DType {
+        self.0.dtype
+    }
+
+    /// Whether all work so far went well; a GPU is not waited for.
+    ///
+    /// # Errors
+    /// When device memory ran out or a kernel failed: nothing computed since can be used.
+    pub fn check(&self) -> Result<(), Error> {
+        self.cuda().map_or(Ok(()), Cuda::check)
+    }
+
+    /// Waits until all work is done; the CPU has no other.
+    pub fn synchronize(&self) {
+        if let Some(cuda) = self.cuda() {
+            cuda.synchronize();
+        }
     }
 
     /// Whether this is a forecast: buffers have lengths only and operations must not touch them.
@@ -96,25 +141,66 @@ impl Context {
         &self.0.threads
     }
 
-    /// A buffer of `len` f32 with unspecified (but initialised) contents.
+    /// A buffer of `len` activations with unspecified contents.
     pub fn alloc(&self, len: usize) -> Buf {
-        self.0.pool.alloc(len)
+        self.0.pool.alloc(len, self.0.dtype)
     }
 
-    /// A buffer of `len` zeros.
+    /// A buffer of `len` f32, whatever the type of activations, with unspecified contents.
+    pub fn alloc_f32(&self, len: usize) -> Buf {
+        self.0.pool.alloc(len, DType::F32)
+    }
+
+    /// A buffer of `len` activations, all zero.
     pub fn zeros(&self, len: usize) -> Buf {
         let mut b = self.alloc(len);
-        b.fill(0.0);
+        b.clear();
         b
     }
 
-    /// A buffer holding a copy of `src`. In a forecast only its length counts.
+    /// A buffer of `len` f32 zeros, whatever the type of activations.
+    pub fn zeros_f32(&self, len: usize) -> Buf {
+        let mut b = self.alloc_f32(len);
+        b.clear();
+        b
+    }
+
+    /// A buffer of activations holding a copy of `src`. In a forecast only its length counts.
     pub fn copy_of(&self, src: &[f32]) -> Buf {
         let mut b = self.alloc(src.len());
-        if !self.is_dry() {
-            b.copy_from_slice(src);
-        }
+        b.copy_from(src);
         b
+    }
+
+    /// Integers on the GPU, as the bits of a buffer; `None` elsewhere.
+    pub fn upload_i32(&self, src: &[i32]) -> Option<Buf> {
+        let cuda = self.cuda()?;
+        let b = self.alloc_f32(src.len());
+        let raw: Vec<u8> = src.iter().flat_map(|v| v.to_le_bytes()).collect();
+        cuda.upload(b.ptr(), &raw);
+        Some(b)
+    }
+
+    /// Where the integers that `make` gives are on the GPU: made once for as long as somebody else holds `key`, which many
+    /// operations share, and `what`. Null on the CPU.
+    pub fn table<K: ?Sized + Send + Sync + 'static>(
+        &self, key: &Arc<K>, what: &'static str, make: impl FnOnce() -> Vec<i32>,
+    ) -> DevicePtr {
+        if self.cuda().is_none() {
+            return DevicePtr::NULL;
+        }
+        let mut memo = self.0.memo.lock().unwrap_or_else(|e| e.into_inner());
+        memo.retain(|_, table| (table.wanted)());
+        let at = (Arc::as_ptr(key).cast::<()>() as usize, what);
+        if let Some(table) = memo.get(&at) {
+            return table.buf.ptr();
+        }
+        let Some(buf) = self.upload_i32(&make()) else { return DevicePtr::NULL };
+        // A weak reference keeps the address from being used again, so that it stays a key.
+        let (p, owner) = (buf.ptr(), Arc::downgrade(key));
+        let wanted = Box::new(move || owner.strong_count() > 0);
+        memo.insert(at, Table { wanted, buf });
+        p
     }
 
     /// Bytes in use, at peak and reserved.

@@ -7,6 +7,7 @@
 pub mod bench;
 mod buf;
 mod context;
+pub mod cuda;
 mod dtype;
 pub mod gemm;
 pub mod math;

@@ -21,6 +21,9 @@ pub use trajectory::{Trajectory, trajectory};
 /// What can go wrong in training.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// From the device.
+    #[error(transparent)]
+    Device(#[from] anser_tensor::Error),
     /// A loss or gradient that is not a number.
     #[error(
         "step {step}: {what} is not finite; the last checkpoint is good: lower the learning rate and resume from it"

@@ -1,8 +1,11 @@
 //! AdamW over the flat arenas: one pass over values, gradients and both moments.
 
 use anser_ops::{Group, ParamSet};
-use anser_tensor::{Context, DisjointMut, simd::vectorize};
+use anser_tensor::cuda::{Arg, Module};
+use anser_tensor::{Buf, Context, DisjointMut, simd::vectorize};
 use std::ops::Range;
+
+static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 
 /// Hyper-parameters of [`AdamW`].
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,12 +28,11 @@ impl Default for Hyper {
 }
 
 /// The optimiser's state: moments laid out like the parameter arena, and the number of steps taken.
-#[derive(Clone, Debug, Default, PartialEq)]
 pub struct AdamW {
-    /// First moment.
-    pub m: Vec<f32>,
-    /// Second moment.
-    pub v: Vec<f32>,
+    /// First moment, f32.
+    pub m: Buf,
+    /// Second moment, f32.
+    pub v: Buf,
     /// Steps taken.
     pub steps: u64,
 }
@@ -46,13 +48,13 @@ fn pieces(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
 
 impl AdamW {
     /// Zero moments for an arena of `len` parameters.
-    pub fn new(len: usize) -> AdamW {
-        AdamW { m: vec![0.0; len], v: vec![0.0; len], steps: 0 }
+    pub fn new(ctx: &Context, len: usize) -> AdamW {
+        AdamW { m: ctx.zeros_f32(len), v: ctx.zeros_f32(len), steps: 0 }
     }
 
     /// One step with learning rate `lr` (2x for the `Double` group), gradients multiplied by `scale` (clipping). Frozen
     /// parameters and their moments stay as they are.
-    pub fn step(&mut self, ctx: &Context, params: &mut ParamSet, grads: &[f32], hyper: Hyper, lr: f64, scale: f64) {
+    pub fn step(&mut self, ctx: &Context, params: &mut ParamSet, grads: &Buf, hyper: Hyper, lr: f64, scale: f64) {
         assert!(grads.len() == self.m.len() && params.values().len() == self.m.len());
         self.steps += 1;
         let mut tasks = Vec::new();
@@ -64,6 +66,20 @@ impl AdamW {
         let (n1, n2) = ((1.0 - hyper.beta1) as f32, (1.0 - hyper.beta2) as f32);
         let root = (1.0 / (1.0 - hyper.beta2.powi(t)).sqrt()) as f32;
         let (eps, scale) = (hyper.eps as f32, scale as f32);
+        if let Some(gpu) = ctx.cuda() {
+            let rate = |lr: f64| Arg::F32((lr / (1.0 - hyper.beta1.powi(t))) as f32);
+            let keep = Arg::F32((1.0 - lr * hyper.weight_decay) as f32);
+            let words: Vec<i32> =
+                tasks.iter().flat_map(|(r, g)| [(r.start / 8) as i32, r.len() as i32, *g as i32]).collect();
+            let Some(table) = ctx.upload_i32(&words) else { return };
+            let (master, rounded) = params.arenas();
+            let mut args = vec![Arg::Ptr(master), Arg::Ptr(rounded)];
+            args.extend([grads, &self.m, &self.v, &table].map(|b| Arg::Ptr(b.ptr())));
+            args.extend([b1, b2, n1, n2, root, eps, scale].map(Arg::F32));
+            args.extend([keep, rate(lr), rate(2.0 * lr)]);
+            let name = format!("adamw_{}", ctx.dtype());
+            return gpu.launch(&KERNELS, &name, [tasks.len(), 1, 1], [256, 1, 1], &args);
+        }
         let (values, ms, vs) =
             (DisjointMut::new(params.values_mut()), DisjointMut::new(&mut self.m), DisjointMut::new(&mut self.v));
         ctx.threads().run(tasks.len(), |i| {
@@ -91,9 +107,17 @@ impl AdamW {
 }
 
 /// Euclidean norm of the gradients of all trainable parameters, in f64 over fixed pieces in order.
-pub fn grad_norm(ctx: &Context, params: &ParamSet, grads: &[f32]) -> f64 {
+pub fn grad_norm(ctx: &Context, params: &ParamSet, grads: &Buf) -> f64 {
     let tasks: Vec<_> = params.specs().iter().filter(|s| s.trainable).flat_map(|s| pieces(s.range.clone())).collect();
     let mut sums = vec![0f64; tasks.len()];
+    if let Some(gpu) = ctx.cuda() {
+        let words: Vec<i32> = tasks.iter().flat_map(|r| [(r.start / 8) as i32, r.len() as i32]).collect();
+        let Some(table) = ctx.upload_i32(&words) else { return 0.0 };
+        let parts = ctx.alloc_f32(tasks.len());
+        let args = [grads.ptr().into(), table.ptr().into(), parts.ptr().into()];
+        gpu.launch(&KERNELS, "sum_of_squares", [tasks.len(), 1, 1], [256, 1, 1], &args);
+        return parts.to_vec().iter().map(|&s| s as f64).sum::<f64>().sqrt();
+    }
     let shared = DisjointMut::new(&mut sums);
     ctx.threads().run(tasks.len(), |i| {
         let mut parts = [0f64; 8];
@@ -143,10 +167,10 @@ mod tests {
         let grads: Vec<f32> = (0..120_000).map(|i| (i as f32 * 0.7).cos()).collect();
         let run = |threads| {
             let (ctx, mut p) = (Context::cpu(threads), set());
-            let mut adam = AdamW::new(120_000);
-            let norm = grad_norm(&ctx, &p, &grads);
+            let mut adam = AdamW::new(&ctx, 120_000);
+            let norm = grad_norm(&ctx, &p, &ctx.copy_of(&grads));
             for _ in 0..3 {
-                adam.step(&ctx, &mut p, &grads, hyper, 1e-2, clip(norm, 1.0));
+                adam.step(&ctx, &mut p, &ctx.copy_of(&grads), hyper, 1e-2, clip(norm, 1.0));
             }
             (p, norm)
         };
@@ -174,9 +198,9 @@ mod tests {
     fn frozen_parameters_stay() {
         let (ctx, mut p) = (Context::cpu(1), set());
         p.set_trainable(|n| n != "b");
-        let grads = vec![1.0; 120_000];
+        let grads = ctx.copy_of(&[1.0; 120_000]);
         assert!((grad_norm(&ctx, &p, &grads) - 80_000f64.sqrt()).abs() < 1e-9);
-        AdamW::new(120_000).step(&ctx, &mut p, &grads, Hyper::default(), 1e-2, 1.0);
+        AdamW::new(&ctx, 120_000).step(&ctx, &mut p, &grads, Hyper::default(), 1e-2, 1.0);
         let start = set();
         for s in p.specs() {
             let same = p.values()[s.range.clone()] == start.values()[s.range.clone()];

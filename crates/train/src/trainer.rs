@@ -67,7 +67,7 @@ pub struct Trainer {
     ctx: Context,
     model: Model,
     adam: AdamW,
-    grads: Vec<f32>,
+    grads: Buf,
     settings: Settings,
     metadata: BTreeMap<String, String>,
 }
@@ -122,13 +122,14 @@ const FORMAT: &str = "anser.checkpoint";
 
 impl Trainer {
     /// Starts training `model`.
-    pub fn new(ctx: &Context, model: Model, settings: Settings) -> Trainer {
+    pub fn new(ctx: &Context, mut model: Model, settings: Settings) -> Trainer {
+        model.params_mut().to_device(ctx);
         let n = model.params().values().len();
         Trainer {
             ctx: ctx.clone(),
             model,
-            adam: AdamW::new(n),
-            grads: vec![0.0; n],
+            adam: AdamW::new(ctx, n),
+            grads: ctx.zeros_f32(n),
             settings,
             metadata: BTreeMap::new(),
         }
@@ -161,15 +162,17 @@ impl Trainer {
     pub fn step(&mut self, micro: &[Batch]) -> Result<StepInfo, Error> {
         let targets: usize = micro.iter().flat_map(|b| &b.targets).filter(|t| **t >= 0).count();
         let opts = CrossEntropy { divisor: targets.max(1) as f64, l2wrap: self.settings.l2wrap };
-        self.grads.fill(0.0);
+        self.grads.clear();
         let mut loss = 0.0;
         for b in micro {
             loss += self.back_propagate(b, opts)?;
         }
         let step = self.adam.steps;
+        self.ctx.check()?;
         let norm = grad_norm(&self.ctx, self.model.params(), &self.grads);
         if !(loss.is_finite() && norm.is_finite()) {
-            let bad = |s: &&anser_model::ParamSpec| self.grads[s.range.clone()].iter().any(|g| !g.is_finite());
+            let grads = self.grads.to_vec();
+            let bad = |s: &&anser_model::ParamSpec| grads[s.range.clone()].iter().any(|g| !g.is_finite());
             let what = match self.model.params().specs().iter().find(bad) {
                 Some(s) => format!("the gradient of {}", s.name),
                 None => "the loss".into(),
@@ -253,7 +256,8 @@ impl Trainer {
         let n = rows * piece;
         let cut = piece < t;
         let segments = batch(rows, piece, cut).into();
-        let mut tape = Tape::recording(&dry, self.model.params(), &mut []);
+        let mut none = dry.alloc_f32(0);
+        let mut tape = Tape::recording(&dry, self.model.params(), &mut none);
         let state = State::zeros(&dry, self.model.config(), if cut { rows } else { 0 });
         let (hidden, _) = self.model.forward(&mut tape, &vec![0; n], &segments, &state, self.settings.checkpointing)?;
         self.model.loss(&mut tape, &hidden, &vec![0; n], None, CrossEntropy { divisor: 1.0, l2wrap: false });
@@ -279,14 +283,14 @@ impl Trainer {
     /// # Errors
     /// When writing fails.
     pub fn save_model(&self, path: &Path) -> Result<(), Error> {
-        Ok(write_safetensors(path, &self.weights(), &self.metadata(&[]))?)
+        let values = self.model.params().current();
+        Ok(write_safetensors(path, &self.weights(&values), &self.metadata(&[]))?)
     }
 
-    fn weights(&self) -> Vec<Source<'_>> {
+    fn weights<'a>(&'a self, values: &'a [f32]) -> Vec<Source<'a>> {
         let p = self.model.params();
-        let source = |s: &anser_model::ParamSpec| {
-            Source::new(s.name.as_str(), &s.shape, Dtype::F32, &p.values()[s.range.clone()])
-        };
+        let source =
+            |s: &anser_model::ParamSpec| Source::new(s.name.as_str(), &s.shape, Dtype::F32, &values[s.range.clone()]);
         p.specs().iter().map(source).collect()
     }
 
@@ -304,9 +308,12 @@ impl Trainer {
     /// When writing fails; the checkpoints before are untouched then.
     pub fn save(&self, folder: &Path, keep: usize) -> Result<PathBuf, Error> {
         let path = folder.join(format!("step-{:09}.safetensors", self.adam.steps));
-        let mut sources = self.weights();
-        sources.push(Source::new("adam.m", &[self.adam.m.len()], Dtype::F32, &self.adam.m));
-        sources.push(Source::new("adam.v", &[self.adam.v.len()], Dtype::F32, &self.adam.v));
+        let values = self.model.params().current();
+        let (m, v) = (self.adam.m.to_vec(), self.adam.v.to_vec());
+        self.ctx.check()?;
+        let mut sources = self.weights(&values);
+        sources.push(Source::new("adam.m", &[m.len()], Dtype::F32, &m));
+        sources.push(Source::new("adam.v", &[v.len()], Dtype::F32, &v));
         write_safetensors(&path, &sources, &self.metadata(&[(FORMAT, "1"), (STEP, &self.adam.steps.to_string())]))?;
         for old in checkpoints(folder).iter().rev().skip(keep.max(1)) {
             // One that cannot be removed takes room and does no harm.
@@ -346,7 +353,9 @@ impl Trainer {
         // What every file says of itself anew.
         [FORMAT, STEP].iter().for_each(|key| drop(t.metadata.remove(*key)));
         for (name, to) in [("adam.m", &mut t.adam.m), ("adam.v", &mut t.adam.v)] {
-            file.get(name).ok_or_else(|| bad("it has no optimiser state"))?.read_f32_into(to)?;
+            let mut values = vec![0.0; to.len()];
+            file.get(name).ok_or_else(|| bad("it has no optimiser state"))?.read_f32_into(&mut values)?;
+            to.copy_from(&values);
         }
         Ok(t)
     }

@@ -28,13 +28,14 @@ pub fn trajectory(
         return Err(Error::Token { token: tokens[position], position, vocab });
     }
     let mut out = Trajectory::default();
-    let mut grads = vec![0.0; model.params().values().len()];
-    let mut adam = AdamW::new(grads.len());
+    model.params_mut().to_device(ctx);
+    let mut grads = ctx.zeros_f32(model.params().values().len());
+    let mut adam = AdamW::new(ctx, grads.len());
     let segments: Arc<[Segment]> = batch(b, t, false).into();
     for (step, rows) in tokens.chunks_exact(b * (t + 1)).enumerate() {
         let inputs: Vec<u32> = rows.chunks(t + 1).flat_map(|r| &r[..t]).copied().collect();
         let targets: Vec<i32> = rows.chunks(t + 1).flat_map(|r| &r[1..]).map(|&i| i as i32).collect();
-        grads.fill(0.0);
+        grads.clear();
         let mut tape = Tape::recording(ctx, model.params(), &mut grads);
         let state = State::zeros(ctx, model.config(), 0);
         let (hidden, _) = model.forward(&mut tape, &inputs, &segments, &state, false)?;
@@ -47,5 +48,6 @@ pub fn trajectory(
         out.lrs.push(lr);
         out.grad_norms.push(norm);
     }
+    model.params_mut().to_host();
     Ok(out)
 }

@@ -23,8 +23,11 @@ fn official_recipe_step_by_step() {
     let [steps, b, t1] = tokens.shape()[..] else { panic!() };
     let size = tokens.data().len() / (steps * b * t1);
     let ids: Vec<u32> = tokens.data().chunks(size).map(|c| u32::from_le_bytes(c[..4].try_into().unwrap())).collect();
-    for threads in [1, 2] {
-        let ctx = Context::cpu(threads);
+    let mut contexts = vec![Context::cpu(1), Context::cpu(2)];
+    if let Ok(device) = std::env::var("ANSER_TEST_DEVICE") {
+        contexts.push(Context::new(device.parse().unwrap(), 1).unwrap());
+    }
+    for ctx in contexts {
         let start = Checkpoint::open(&fixture(meta["start"].as_str().unwrap())).unwrap();
         let mut model = Model::load(&ctx, &start, Load::Train).unwrap();
         let schedule = Schedule {

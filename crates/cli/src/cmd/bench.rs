@@ -76,7 +76,8 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             });
             global.result(json, || {
                 format!(
-                    "training L{layers} D{width} V{vocab} B{rows} T{t}, f32, {} threads: {:.0} tokens/s, {:.1} GFLOP/s = {:.1}% of the measured GEMM peak {:.0}{}; WKV-7 {:.1}% of the step\n",
+                    "training L{layers} D{width} V{vocab} B{rows} T{t}, {}, {} threads: {:.0} tokens/s, {:.1} GFLOP/s = {:.1}% of the measured GEMM peak {:.0}{}; WKV-7 {:.1}% of the step\n",
+                    ctx.dtype(),
                     ctx.threads().len(),
                     r.tokens_per_second,
                     r.flops / 1e9,

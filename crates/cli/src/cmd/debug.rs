@@ -98,13 +98,13 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     match &args.what {
         What::Logits(a) => {
             let (ckpt, tokens) = open(&a.input)?;
-            let out = debug::logits(&global.context()?, &ckpt, &tokens, a.mode)?;
+            let out = debug::logits(&global.exact_context()?, &ckpt, &tokens, a.mode)?;
             write(&a.input.out, &out)?;
             global.result(json!({ "out": a.input.out, "tensors": out.len() }), String::new)
         }
         What::Grads(a) => {
             let (ckpt, tokens) = open(&a.input)?;
-            let (loss, out) = debug::grads(&global.context()?, &ckpt, &tokens, a.l2wrap)?;
+            let (loss, out) = debug::grads(&global.exact_context()?, &ckpt, &tokens, a.l2wrap)?;
             write(&a.input.out, &out)?;
             let json = json!({ "loss": loss });
             global.result(json.clone(), || format!("{json}\n"))
@@ -126,7 +126,7 @@ fn write(path: &Path, tensors: &[Named]) -> anyhow::Result<()> {
 }
 
 fn trajectory(a: &Trajectory, global: &Global) -> anyhow::Result<()> {
-    let ctx = global.context()?;
+    let ctx = global.exact_context()?;
     let batches = Checkpoint::open(&a.batches)?;
     let tokens = batches.get("tokens").with_context(|| format!("{}: no tensor \"tokens\"", a.batches.display()))?;
     let &[steps, b, t1] = tokens.shape() else {

@@ -13,6 +13,10 @@ impl<'p> Tape<'p> {
         let needs = self.needs_grad(&[&x, y], &[]);
         let (dx, dy) = (x.slot(), y.slot());
         let mut out = self.ctx().alloc(rows * c);
+        if let Some(gpu) = self.ctx().cuda() {
+            gpu.copy(x.buf().ptr(), out.ptr(), out.bytes());
+            gpu.add(out.ptr(), y.buf().ptr(), rows * c, out.dtype());
+        }
         self.run(|| {
             vectorize(
                 #[inline(always)]
@@ -26,13 +30,10 @@ impl<'p> Tape<'p> {
         let out = self.output(rows, c, out, needs);
         if needs {
             let d = out.slot();
-            let ctx = self.ctx().clone();
-            self.record(move |b| {
+            self.record(move |_| {
                 let Some(d) = d.take() else { return };
                 if dy.wanted() {
-                    let mut g = ctx.alloc(rows * c);
-                    b.run(|_| g.copy_from_slice(&d));
-                    dy.add(g);
+                    dy.add(d.duplicate());
                 }
                 dx.add(d);
             });

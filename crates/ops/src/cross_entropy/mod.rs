@@ -9,6 +9,7 @@ use crate::linear::Weight;
 use crate::{Tape, Var};
 use anser_tensor::{DisjointMut, math, simd::vectorize};
 
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -83,11 +84,19 @@ impl<'p> Tape<'p> {
         let ctx = self.ctx().clone();
         let params = self.params();
         let grad = self.needs_grad(&[x], head.param().as_slice());
-        let chunk = (CHUNK / vocab).clamp(1, rows.max(1));
+        let held = if ctx.cuda().is_some() { cuda::CHUNK } else { CHUNK };
+        let chunk = (held / vocab).clamp(1, rows.max(1));
         let mut z = ctx.alloc(chunk * vocab);
         let mut dx = (grad && x.needs_grad()).then(|| ctx.alloc(rows * cols));
         let mut out = Loss { loss: 0.0, per_token: vec![0.0; rows] };
         if ctx.is_dry() {
+            if let Some(dx) = dx {
+                x.add_grad(dx);
+            }
+            return out;
+        }
+        if let Some(gpu) = ctx.cuda() {
+            out = cuda::run(self, gpu, x, head, targets, weights, opts, &z, chunk, dx.as_mut(), grad);
             if let Some(dx) = dx {
                 x.add_grad(dx);
             }

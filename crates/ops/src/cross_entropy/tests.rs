@@ -63,12 +63,12 @@ fn run(
     c: &Case, threads: usize, targets: &[i32], weights: Option<&[f32]>, opts: CrossEntropy,
 ) -> (Loss, Vec<f32>, Vec<f32>) {
     let ctx = Context::cpu(threads);
-    let mut grads = vec![0.0; c.set.values().len()];
+    let mut grads = ctx.zeros_f32(c.set.values().len());
     let mut t = Tape::recording(&ctx, &c.set, &mut grads);
     let x = Var::leaf(targets.len(), c.cols, ctx.copy_of(&c.x));
     let loss = t.cross_entropy(&x, &c.head, targets, weights, opts);
     t.backward();
-    (loss, x.take_grad().unwrap().to_vec(), grads)
+    (loss, x.take_grad().unwrap().to_vec(), grads.to_vec())
 }
 
 #[test]

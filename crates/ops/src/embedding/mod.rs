@@ -2,6 +2,7 @@
 
 use crate::{Tape, Var, Weight};
 
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -10,6 +11,9 @@ impl<'p> Tape<'p> {
     pub fn embedding(&mut self, tokens: &[u32], table: &Weight) -> Var {
         let c = table.inputs();
         let mut y = self.ctx().alloc(tokens.len() * c);
+        if let Some(gpu) = self.ctx().cuda() {
+            cuda::forward(self.ctx(), gpu, table.device(self.params()), tokens, &y, c);
+        }
         self.run(|| {
             for (y, &t) in y.chunks_exact_mut(c).zip(tokens) {
                 match table {
@@ -27,6 +31,9 @@ impl<'p> Tape<'p> {
             let (dy, tokens) = (out.slot(), tokens.to_vec());
             self.record(move |b| {
                 let Some(dy) = dy.take() else { return };
+                if let (Some(gpu), Some(g)) = (b.ctx().cuda(), b.param_grad_ptr(table)) {
+                    cuda::backward(b.ctx(), gpu, g, &dy, &tokens, c);
+                }
                 b.run(|b| {
                     if let Some(g) = b.param_grad(table) {
                         for (d, &t) in dy.chunks_exact(c).zip(&tokens) {

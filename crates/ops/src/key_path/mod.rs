@@ -8,6 +8,7 @@ use crate::rows::{blocks, param_sums, row, sum};
 use crate::{Param, Tape, Var};
 use anser_tensor::{Buf, DisjointMut, math, simd::vectorize};
 
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -28,6 +29,9 @@ impl<'p> Tape<'p> {
         let n = c / heads;
         let ctx = self.ctx().clone();
         let mut o: [Buf; 3] = std::array::from_fn(|_| ctx.alloc(rows * c));
+        if let Some(gpu) = ctx.cuda() {
+            cuda::forward(self, gpu, k, rate, [k_k, k_a], &o, heads);
+        }
         let (pk, pa) = (self.param(k_k), self.param(k_a));
         self.run(|| {
             let o = o.each_mut().map(|o| DisjointMut::new(&mut o[..]));
@@ -64,6 +68,11 @@ impl<'p> Tape<'p> {
             self.record(move |b| {
                 let d = slots.map(|s| s.take().unwrap_or_else(|| ctx.zeros(rows * c)));
                 let (mut dk, mut dz) = (ctx.alloc(rows * c), ctx.alloc(rows * c));
+                if let Some(gpu) = ctx.cuda() {
+                    cuda::backward(b, gpu, &k, &rate, &d, [k_k, k_a], [&dk, &dz], heads);
+                    k.add_grad(dk);
+                    return rate.add_grad(dz);
+                }
                 let (pk, pa) = (b.param(k_k), b.param(k_a));
                 let (gk, gz) = (DisjointMut::new(&mut dk), DisjointMut::new(&mut dz));
                 param_sums(b, [k_k, k_a], rows, |r, [dkk, dka]| {

@@ -42,7 +42,7 @@ fn a_zero_key_has_finite_gradients() {
     let (mut set, p) = ParamSet::new(vec![vector("k_k"), vector("k_a")]);
     set.values_mut().fill(0.7);
     let ctx = Context::cpu(1);
-    let mut grads = vec![0.0; 16];
+    let mut grads = ctx.zeros_f32(16);
     let mut t = Tape::recording(&ctx, &set, &mut grads);
     let (k, rate) = (Var::leaf(1, 8, ctx.zeros(8)), Var::leaf(1, 8, ctx.copy_of(&[0.5; 8])));
     let key = t.key_path(&k, &rate, p[0], p[1], HEADS);
@@ -52,5 +52,5 @@ fn a_zero_key_has_finite_gradients() {
     }
     t.backward();
     let (dk, drate) = (k.take_grad().unwrap(), rate.take_grad().unwrap());
-    assert!(dk.iter().chain(drate.iter()).chain(&grads).all(|g| g.is_finite()));
+    assert!(dk.iter().chain(drate.iter()).chain(grads.iter()).all(|g| g.is_finite()));
 }

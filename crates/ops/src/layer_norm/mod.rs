@@ -7,6 +7,7 @@ use crate::rows::{blocks, norm_grad, param_sums, row, stats};
 use crate::{Param, Tape, Var};
 use anser_tensor::{DisjointMut, simd::vectorize};
 
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -16,6 +17,9 @@ impl<'p> Tape<'p> {
         let (rows, c) = (x.rows(), x.cols());
         let ctx = self.ctx().clone();
         let mut y = ctx.alloc(rows * c);
+        if let Some(gpu) = ctx.cuda() {
+            cuda::forward(self, gpu, x, weight, bias, &y);
+        }
         let (w, bi) = (self.param(weight), self.param(bias));
         self.run(|| {
             let (ys, xs) = (DisjointMut::new(&mut y), x.data());
@@ -41,6 +45,9 @@ impl<'p> Tape<'p> {
             let (dy, dx, x) = (out.slot(), x.slot(), x.clone());
             self.record(move |b| {
                 let Some(dy) = dy.take() else { return };
+                if let Some(gpu) = ctx.cuda() {
+                    return cuda::backward(b, gpu, &x, &dy, &dx, weight, bias);
+                }
                 param_sums(b, [weight, bias], rows, |r, [dw, db]| {
                     for i in r {
                         let (x, d) = (&x.data()[i * c..(i + 1) * c], &dy[i * c..(i + 1) * c]);

@@ -4,8 +4,9 @@
 //! Backward: `dx = dy W`, `dW += dy^T x`.
 
 use crate::{Backward, Param, ParamSet, Tape, Var};
+use anser_tensor::cuda::{Cuda, DevicePtr};
 use anser_tensor::gemm::{Trans, gemm};
-use anser_tensor::{Context, Packed};
+use anser_tensor::{Context, DType, Packed};
 use std::sync::Arc;
 
 #[cfg(test)]
@@ -94,11 +95,57 @@ impl Weight {
     }
 }
 
+/// The same three products on a GPU: x and dx [rows, in], y and dy [rows, out] in the type of activations.
+impl Weight {
+    /// Where the weights for products are.
+    pub(crate) fn device(&self, params: &ParamSet) -> DevicePtr {
+        match self {
+            Weight::OutIn(p) | Weight::InOut(p) => params.rounded(*p),
+            Weight::Packed(_) => DevicePtr::NULL,
+        }
+    }
+
+    /// How the matrix [out, in] is stored.
+    fn stored(&self) -> (Trans, Trans) {
+        match self {
+            Weight::OutIn(_) | Weight::Packed(_) => (Trans::T, Trans::N),
+            Weight::InOut(_) => (Trans::N, Trans::T),
+        }
+    }
+
+    pub(crate) fn product_cuda(
+        &self, ctx: &Context, gpu: &Cuda, params: &ParamSet, x: DevicePtr, y: DevicePtr, rows: usize,
+    ) {
+        let (n, k, t) = (self.outputs(), self.inputs(), ctx.dtype());
+        gpu.gemm(Trans::N, self.stored().0, rows, n, k, x, self.device(params), t, false, y, t);
+    }
+
+    pub(crate) fn input_grad_cuda(
+        &self, ctx: &Context, gpu: &Cuda, params: &ParamSet, dy: DevicePtr, dx: DevicePtr, rows: usize,
+    ) {
+        let (n, k, t) = (self.outputs(), self.inputs(), ctx.dtype());
+        gpu.gemm(Trans::N, self.stored().1, rows, k, n, dy, self.device(params), t, false, dx, t);
+    }
+
+    pub(crate) fn add_weight_grad_cuda(&self, b: &Backward<'_>, gpu: &Cuda, x: DevicePtr, dy: DevicePtr, rows: usize) {
+        let (n, k, t) = (self.outputs(), self.inputs(), b.ctx().dtype());
+        let Some(dw) = self.param().and_then(|p| b.param_grad_ptr(p)) else { return };
+        match self {
+            Weight::OutIn(_) => gpu.gemm(Trans::T, Trans::N, n, k, rows, dy, x, t, true, dw, DType::F32),
+            Weight::InOut(_) => gpu.gemm(Trans::T, Trans::N, k, n, rows, x, dy, t, true, dw, DType::F32),
+            Weight::Packed(_) => {}
+        }
+    }
+}
+
 impl<'p> Tape<'p> {
     /// `y = x W^T`: x [tokens, in] to y [tokens, out].
     pub fn linear(&mut self, x: &Var, w: &Weight) -> Var {
         assert_eq!(x.cols(), w.inputs());
         let mut y = self.ctx().alloc(x.rows() * w.outputs());
+        if let Some(gpu) = self.ctx().cuda() {
+            w.product_cuda(self.ctx(), gpu, self.params(), x.buf().ptr(), y.ptr(), x.rows());
+        }
         self.run(|| w.product(self.ctx(), self.params(), x.data(), &mut y));
         let param = w.param();
         let needs = self.needs_grad(&[x], param.as_slice());
@@ -110,11 +157,17 @@ impl<'p> Tape<'p> {
             self.record(move |b| {
                 let Some(dy) = dy.take() else { return };
                 let ctx = b.ctx();
+                if let (Some(x), Some(gpu)) = (&kept, ctx.cuda()) {
+                    w.add_weight_grad_cuda(b, gpu, x.buf().ptr(), dy.ptr(), x.rows());
+                }
                 if let Some(x) = kept {
                     b.run(|b| w.add_weight_grad(b, x.data(), &dy));
                 }
                 if dx.wanted() {
                     let mut g = ctx.alloc(dx.len());
+                    if let Some(gpu) = ctx.cuda() {
+                        w.input_grad_cuda(ctx, gpu, b.params(), dy.ptr(), g.ptr(), dy.len() / w.outputs());
+                    }
                     b.run(|b| w.input_grad(ctx, b.params(), &dy, &mut g));
                     dx.add(g);
                 }

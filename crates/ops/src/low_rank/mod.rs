@@ -8,6 +8,7 @@ use crate::linear::Weight;
 use crate::{Param, Tape, Var};
 use anser_tensor::{math, simd::vectorize};
 
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -68,6 +69,14 @@ impl<'p> Tape<'p> {
         let ctx = self.ctx().clone();
         let mut h = ctx.alloc(rows * rank);
         let mut y = ctx.alloc(rows * cols);
+        if let Some(gpu) = ctx.cuda() {
+            w.down.product_cuda(&ctx, gpu, self.params(), x.buf().ptr(), h.ptr(), rows);
+            cuda::apply(&ctx, gpu, w.activation, &h);
+            w.up.product_cuda(&ctx, gpu, self.params(), h.ptr(), y.ptr(), rows);
+            if let Some(bias) = w.bias {
+                cuda::add_bias(&ctx, gpu, &y, self.params().master(bias), cols);
+            }
+        }
         self.run(|| {
             w.down.product(&ctx, self.params(), x.data(), &mut h);
             w.activation.apply(&mut h);
@@ -85,6 +94,15 @@ impl<'p> Tape<'p> {
             self.record(move |b| {
                 let Some(dy) = dy.take() else { return };
                 let mut dh = ctx.alloc(rows * rank);
+                if let Some(gpu) = ctx.cuda() {
+                    if let Some(bias) = w.bias.filter(|&p| b.params().is_trainable(p)) {
+                        cuda::add_bias_grad(b, gpu, &dy, bias, cols);
+                    }
+                    w.up.add_weight_grad_cuda(b, gpu, h.ptr(), dy.ptr(), rows);
+                    w.up.input_grad_cuda(&ctx, gpu, b.params(), dy.ptr(), dh.ptr(), rows);
+                    cuda::scale_by_derivative(&ctx, gpu, w.activation, &h, &dh);
+                    w.down.add_weight_grad_cuda(b, gpu, x.buf().ptr(), dh.ptr(), rows);
+                }
                 b.run(|b| {
                     if let Some(db) = w.bias.and_then(|p| b.param_grad(p)) {
                         dy.chunks_exact(cols).for_each(|dy| db.iter_mut().zip(dy).for_each(|(b, d)| *b += d));
@@ -96,6 +114,9 @@ impl<'p> Tape<'p> {
                 });
                 if dx.wanted() {
                     let mut g = ctx.alloc(dx.len());
+                    if let Some(gpu) = ctx.cuda() {
+                        w.down.input_grad_cuda(&ctx, gpu, b.params(), dh.ptr(), g.ptr(), rows);
+                    }
                     b.run(|b| w.down.input_grad(&ctx, b.params(), &dh, &mut g));
                     dx.add(g);
                 }

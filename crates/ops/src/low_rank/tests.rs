@@ -58,14 +58,14 @@ fn gradients_equal_finite_differences() {
             };
             let run = |threads| {
                 let ctx = Context::cpu(threads);
-                let mut grads = vec![0.0; set.values().len()];
+                let mut grads = ctx.zeros_f32(set.values().len());
                 let mut t = Tape::recording(&ctx, &set, &mut grads);
                 let xv = Var::leaf(rows, C, ctx.copy_of(&x));
                 let y = t.low_rank(&xv, &w);
                 let value: f64 = y.data().iter().zip(&dy).map(|(y, d)| (y * d) as f64).sum();
                 y.add_grad(ctx.copy_of(&dy));
                 t.backward();
-                (value, xv.take_grad().unwrap().to_vec(), grads)
+                (value, xv.take_grad().unwrap().to_vec(), grads.to_vec())
             };
             let (value, dx, dp) = run(2);
             assert_eq!((value, dx.clone(), dp.clone()), run(1));

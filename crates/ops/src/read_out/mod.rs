@@ -7,6 +7,7 @@ use crate::rows::{blocks, norm_grad, param_sums, row, stats, sum};
 use crate::{Param, Tape, Var};
 use anser_tensor::{Buf, DisjointMut, simd::vectorize};
 
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -22,6 +23,9 @@ impl<'p> Tape<'p> {
         let n = c / heads;
         let ctx = self.ctx().clone();
         let mut o = ctx.alloc(rows * c);
+        if let Some(gpu) = ctx.cuda() {
+            cuda::forward(self, gpu, [y, r, k, v, gate], [r_k, weight, bias], &o, heads);
+        }
         let (rk, w, bi) = (self.param(r_k), self.param(weight), self.param(bias));
         self.run(|| {
             let o = DisjointMut::new(&mut o);
@@ -54,6 +58,10 @@ impl<'p> Tape<'p> {
             self.record(move |b| {
                 let Some(d) = d.take() else { return };
                 let mut gs: [Buf; 5] = std::array::from_fn(|_| ctx.alloc(rows * c));
+                if let Some(gpu) = ctx.cuda() {
+                    cuda::backward(b, gpu, &d, ins.each_ref(), [r_k, weight, bias], gs.each_ref(), heads);
+                    return ins.iter().zip(gs).for_each(|(x, g)| x.add_grad(g));
+                }
                 let (rk, w, bi) = (b.param(r_k), b.param(weight), b.param(bias));
                 let go = gs.each_mut().map(|g| DisjointMut::new(&mut g[..]));
                 param_sums(b, [r_k, weight, bias], rows, |range, [drk, dw, db]| {

@@ -4,6 +4,7 @@ use crate::rows::blocks;
 use crate::{Tape, Var};
 use anser_tensor::{DisjointMut, simd::vectorize};
 
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -13,6 +14,9 @@ impl<'p> Tape<'p> {
         let (rows, c) = (x.rows(), x.cols());
         let ctx = self.ctx().clone();
         let mut y = ctx.alloc(rows * c);
+        if let Some(gpu) = ctx.cuda() {
+            cuda::launch(&ctx, gpu, "relu_squared", x.buf(), &y);
+        }
         self.run(|| {
             let (ys, xs) = (DisjointMut::new(&mut y), x.data());
             blocks(&ctx, rows, |_, r| {
@@ -36,6 +40,9 @@ impl<'p> Tape<'p> {
             let (d, dx, x) = (out.slot(), x.slot(), x.clone());
             self.record(move |b| {
                 let Some(mut d) = d.take() else { return };
+                if let Some(gpu) = ctx.cuda() {
+                    cuda::launch(&ctx, gpu, "relu_squared_back", x.buf(), &d);
+                }
                 b.run(|_| {
                     let ds = DisjointMut::new(&mut d);
                     blocks(&ctx, rows, |_, r| {

@@ -8,6 +8,7 @@ use crate::{Param, Segment, Tape, Var};
 use anser_tensor::{Buf, DisjointMut, simd::vectorize};
 use std::sync::Arc;
 
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -40,6 +41,9 @@ impl<'p> Tape<'p> {
         let (rows, c) = (x.rows(), x.cols());
         let ctx = self.ctx().clone();
         let mut ys: [Buf; K] = std::array::from_fn(|_| ctx.alloc(rows * c));
+        if let Some(gpu) = ctx.cuda() {
+            cuda::forward(self, gpu, x, last, segments, mu, &ys);
+        }
         let m = mu.map(|p| self.param(p));
         let zero: Arc<[f32]> = vec![0.0; c].into();
         let own: Arc<[u32]> = if ctx.is_dry() { Vec::new().into() } else { owner(segments, rows).into() };
@@ -68,7 +72,10 @@ impl<'p> Tape<'p> {
         let outs = ys.map(|y| self.output(rows, c, y, needs));
         let writes = segments.iter().any(|s| s.state_out.is_some());
         let new_last = if writes {
-            let mut n = copy(&ctx, last);
+            let mut n = copy(last);
+            if let Some(gpu) = ctx.cuda() {
+                cuda::keep_last(&ctx, gpu, x, segments, &n);
+            }
             self.run(|| {
                 for s in segments.iter() {
                     if let Some(k) = s.state_out {
@@ -91,6 +98,9 @@ impl<'p> Tape<'p> {
                 let dn = dlast_new.and_then(|s| s.take());
                 if dn.is_none() && d.iter().all(Option::is_none) {
                     return;
+                }
+                if let Some(gpu) = ctx.cuda() {
+                    return cuda::backward(b, gpu, &x, &last, &segments, mu, &d, dn.as_ref(), &dx, &dlast);
                 }
                 let xd = x.data();
                 param_sums(b, mu, rows, |r, mut dm| {

@@ -6,6 +6,7 @@ use crate::rows::{blocks, row};
 use crate::{Tape, Var};
 use anser_tensor::{DisjointMut, math, simd::vectorize};
 
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -15,6 +16,9 @@ impl<'p> Tape<'p> {
         let (rows, c) = (v.rows(), v.cols());
         let ctx = self.ctx().clone();
         let mut y = ctx.alloc(rows * c);
+        if let Some(gpu) = ctx.cuda() {
+            cuda::forward(&ctx, gpu, [v, v_first, gate].map(Var::buf), &y);
+        }
         self.run(|| {
             let ys = DisjointMut::new(&mut y);
             blocks(&ctx, rows, |_, r| {
@@ -39,6 +43,9 @@ impl<'p> Tape<'p> {
             self.record(move |b| {
                 let Some(d) = d.take() else { return };
                 let (mut dv, mut df, mut dg) = (ctx.alloc(rows * c), ctx.alloc(rows * c), ctx.alloc(rows * c));
+                if let Some(gpu) = ctx.cuda() {
+                    cuda::backward(&ctx, gpu, &d, [&v, &f, &gate].map(Var::buf), [&dv, &df, &dg]);
+                }
                 b.run(|_| {
                     let o = [DisjointMut::new(&mut dv), DisjointMut::new(&mut df), DisjointMut::new(&mut dg)];
                     blocks(&ctx, rows, |_, r| {

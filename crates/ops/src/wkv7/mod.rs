@@ -32,6 +32,7 @@
 //! harmless in f32; no state is ever rebuilt by dividing.
 
 mod chunk;
+mod cuda;
 
 use crate::rows::copy;
 use crate::{Segment, Tape, Var};
@@ -317,8 +318,13 @@ impl<'p> Tape<'p> {
         let shape = Shape::new(segments, heads);
         let needs = self.needs_grad(&[r, w, k, v, a, b, state], &[]);
         let mut y = ctx.alloc(rows * c);
-        let mut new = segments.iter().any(|s| s.state_out.is_some()).then(|| copy(&ctx, state));
-        let mut saved = needs.then(|| (ctx.alloc(shape.kept() * n * n), ctx.alloc(rows * c)));
+        let mut new = segments.iter().any(|s| s.state_out.is_some()).then(|| copy(state));
+        let kept = if ctx.cuda().is_some() { cuda::kept(&shape) } else { shape.kept() };
+        let mut saved = needs.then(|| (ctx.alloc_f32(kept * n * n), ctx.alloc_f32(rows * c)));
+        if let Some(gpu) = ctx.cuda() {
+            let saved = saved.as_ref().map(|(s, u)| (s, u));
+            cuda::forward(&ctx, gpu, &shape, inputs, state, &y, new.as_ref(), saved);
+        }
         self.run(|| {
             let x = [r, w, k, v, a, b].map(Var::data);
             for_head_size!(
@@ -345,7 +351,21 @@ impl<'p> Tape<'p> {
                     return;
                 }
                 let mut grads: [Buf; 6] = std::array::from_fn(|_| ctx.alloc(rows * c));
-                let mut initial = state.needs_grad().then(|| ctx.alloc(shape.segments.len() * c * n));
+                let mut initial = state.needs_grad().then(|| ctx.alloc_f32(shape.segments.len() * c * n));
+                if let Some(gpu) = ctx.cuda() {
+                    let (dy, dnew) = (dy.as_ref(), dnew.as_ref());
+                    cuda::backward(
+                        &ctx,
+                        gpu,
+                        &shape,
+                        &inputs,
+                        (&saved, &u),
+                        dy,
+                        dnew,
+                        grads.each_ref(),
+                        initial.as_ref(),
+                    );
+                }
                 back.run(|_| {
                     let x = inputs.each_ref().map(Var::data);
                     let to = grads.each_mut().map(|g| &mut g[..]);
@@ -354,7 +374,10 @@ impl<'p> Tape<'p> {
                 });
                 inputs.iter().zip(grads).for_each(|(x, g)| x.add_grad(g));
                 if let Some(initial) = initial {
-                    let mut dstate = ctx.alloc(state.rows() * state.cols());
+                    let mut dstate = ctx.alloc_f32(state.rows() * state.cols());
+                    if let Some(gpu) = ctx.cuda() {
+                        cuda::state_grad(&ctx, gpu, &shape, &dstate, c * n, dnew.as_ref(), &initial);
+                    }
                     back.run(|_| state_grad(&mut dstate, c * n, &shape.segments, dnew.as_deref(), &initial));
                     state.add_grad(dstate);
                 }

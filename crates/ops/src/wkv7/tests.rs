@@ -15,7 +15,7 @@ fn run(
     let [r, w, k, v, a, b] = inputs.each_ref().map(leaf);
     let s = Var::leaf(state.len() / (c * n), c * n, ctx.copy_of(state));
     let params = ParamSet::default();
-    let mut none = [];
+    let mut none = ctx.alloc_f32(0);
     let mut t = Tape::recording(&ctx, &params, &mut none);
     let x = Wkv7Inputs { r: &r, w: &w, k: &k, v: &v, a: &a, b: &b };
     let (y, new) = t.wkv7(x, &s, &segments.into(), heads);

@@ -1,0 +1,69 @@
+//! What the operations' GPU sides share: names of kernels by type, runs of rows, sums over rows, segment tables.
+
+use crate::{Backward, Param, Segment};
+use anser_tensor::cuda::{Arg, Cuda, DevicePtr};
+use anser_tensor::{Buf, Context, DType};
+use std::sync::Arc;
+
+/// The kernel `base` for activations of the context's type.
+pub(crate) fn kernel(ctx: &Context, base: &str) -> String {
+    format!("{base}_{}", ctx.dtype())
+}
+
+/// An `int` argument.
+pub(crate) fn int(n: usize) -> Arg {
+    Arg::I32(n as i32)
+}
+
+/// A `size_t` argument.
+pub(crate) fn size(n: usize) -> Arg {
+    Arg::Size(n as u64)
+}
+
+/// A struct of addresses.
+pub(crate) fn pointers<const K: usize>(p: [DevicePtr; K]) -> Arg {
+    let mut all = [DevicePtr::NULL; 6];
+    all[..K].copy_from_slice(&p);
+    Arg::Ptrs(all)
+}
+
+/// Rows that one thread walks over where sums over rows are wanted, and the number of such runs. It depends on the number of
+/// rows only, so that sums have a fixed order.
+pub(crate) fn runs(rows: usize) -> (usize, usize) {
+    let run = match rows {
+        16384.. => 64,
+        2048.. => 16,
+        _ => 4,
+    };
+    (run, rows.div_ceil(run))
+}
+
+/// Threads of a block, and blocks, that cover `c` channels 8 at a time.
+pub(crate) fn channels(c: usize) -> (usize, usize) {
+    let vectors = c.div_ceil(8);
+    let blocks = vectors.div_ceil(128);
+    (vectors.div_ceil(blocks).next_multiple_of(32), blocks)
+}
+
+/// Adds partial sums [count, K, size] to the gradients of K parameters.
+pub(crate) fn add_param_sums<const K: usize>(
+    b: &Backward<'_>, gpu: &Cuda, params: [Param; K], parts: &Buf, count: usize, size: usize,
+) {
+    for (k, p) in params.into_iter().enumerate() {
+        if let Some(grad) = b.param_grad_ptr(p) {
+            gpu.add_partial_sums(grad, parts.ptr().offset(k * size, DType::F32), count, K * size, size);
+        }
+    }
+}
+
+/// The segments as the kernels have them: {start, len, state_in, state_out}, -1 for none.
+pub(crate) fn segments(ctx: &Context, segments: &Arc<[Segment]>) -> DevicePtr {
+    let slot = |s: Option<usize>| s.map_or(-1, |n| n as i32);
+    let words = |s: &Segment| [s.start as i32, s.len as i32, slot(s.state_in), slot(s.state_out)];
+    ctx.table(segments, "segments", || segments.iter().flat_map(words).collect())
+}
+
+/// Integers on the GPU.
+pub(crate) fn table(ctx: &Context, words: &[i32]) -> Buf {
+    ctx.upload_i32(words).unwrap_or_else(|| ctx.alloc_f32(words.len()))
+}

@@ -1,0 +1,49 @@
+//! Keys on a GPU.
+
+use crate::gpu::{add_param_sums, channels, int, kernel, runs, size};
+use crate::{Backward, Param, Tape, Var};
+use anser_tensor::Buf;
+use anser_tensor::cuda::{Cuda, Module};
+
+static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
+
+pub(super) fn forward(
+    t: &Tape<'_>, gpu: &Cuda, k: &Var, rate: &Var, [k_k, k_a]: [Param; 2], out: &[Buf; 3], heads: usize,
+) {
+    let (n, c, total) = (k.cols() / heads, k.cols(), k.rows() * k.cols());
+    let [ko, ao, bo] = out.each_ref().map(|b| b.ptr().into());
+    let (pk, pa) = (t.params().master(k_k).into(), t.params().master(k_a).into());
+    let args = [k.buf().ptr().into(), rate.buf().ptr().into(), pk, pa, ko, ao, bo, int(n), int(c), size(total)];
+    let grid = [total.div_ceil(8 * 128), 1, 1];
+    gpu.launch(&KERNELS, &kernel(t.ctx(), "key_path"), grid, [128, 1, 1], &args);
+}
+
+pub(super) fn backward(
+    b: &Backward<'_>, gpu: &Cuda, k: &Var, rate: &Var, d: &[Buf; 3], params: [Param; 2], grads: [&Buf; 2], heads: usize,
+) {
+    let (rows, c) = (k.rows(), k.cols());
+    let (run, count) = runs(rows);
+    let (threads, blocks) = channels(c);
+    let parts = b.ctx().alloc_f32(count * 2 * c);
+    let [d0, d1, d2] = d.each_ref().map(|b| b.ptr().into());
+    let ([pk, pa], [dk, dz]) = (params.map(|p| b.params().master(p).into()), grads.map(|g| g.ptr().into()));
+    let args = [
+        k.buf().ptr().into(),
+        rate.buf().ptr().into(),
+        d0,
+        d1,
+        d2,
+        pk,
+        pa,
+        dk,
+        dz,
+        parts.ptr().into(),
+        int(c / heads),
+        int(rows),
+        int(c),
+        int(run),
+    ];
+    let name = kernel(b.ctx(), "key_path_back");
+    gpu.launch(&KERNELS, &name, [count, blocks, 1], [threads, 1, 1], &args);
+    add_param_sums(b, gpu, params, &parts, count, c);
+}

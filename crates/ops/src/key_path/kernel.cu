@@ -1,0 +1,87 @@
+// Removal and replacement keys. 8 channels a thread; the N / 8 threads of a head are neighbours in a warp.
+#include "common.cuh"
+
+// Sum over the threads of a head of n channels (n / 8 of them, a power of two).
+__device__ __forceinline__ float head_sum(float x, int n) {
+    for (int o = n >> 4; o; o >>= 1) x += __shfl_xor_sync(~0u, x, o);
+    return x;
+}
+
+template <class T>
+__device__ void forward(const T* k, const T* rate, const float* k_k, const float* k_a, T* ko, T* ao, T* bo, int n, int c,
+                        size_t total) {
+    const size_t i = (blockIdx.x * size_t(blockDim.x) + threadIdx.x) * 8;
+    const bool in = i < total;
+    const int col = i % c;
+    const Vec x = in ? load(k + i) : zeros(), z = in ? load(rate + i) : zeros();
+    const Vec pk = load(k_k + col), pa = load(k_a + col);
+    float s = 0.f;
+    for (int j = 0; j < 8; j++) s += x[j] * pk[j] * (x[j] * pk[j]);
+    const float inv = 1.f / fmaxf(sqrtf(head_sum(s, n)), 1e-12f);
+    Vec o, a, b;
+    for (int j = 0; j < 8; j++) {
+        const float u = x[j] * pk[j] * inv, r = sigmoid(z[j]);
+        o[j] = x[j] * (1.f + (r - 1.f) * pa[j]);
+        a[j] = -u;
+        b[j] = u * r;
+    }
+    if (!in) return;
+    store(ko + i, o);
+    store(ao + i, a);
+    store(bo + i, b);
+}
+
+// A thread owns 8 channels and walks over a run of rows; parts[run][2][c] get dk_k and dk_a.
+template <class T>
+__device__ void backward(const T* k, const T* rate, const T* d0, const T* d1, const T* d2, const float* k_k, const float* k_a,
+                         T* dk, T* drate, float* parts, int n, int rows, int c, int run) {
+    const int col = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
+    const bool in = col < c; // whole heads are in or out
+    const Vec pk = in ? load(k_k + col) : zeros(), pa = in ? load(k_a + col) : zeros();
+    Vec sk = zeros(), sa = zeros();
+    const int first = blockIdx.x * run, end = min(rows, first + run);
+    for (int r = first; r < end; r++) {
+        const size_t i = size_t(r) * c + col;
+        const Vec x = in ? load(k + i) : zeros(), z = in ? load(rate + i) : zeros();
+        const Vec e0 = in ? load(d0 + i) : zeros(), e1 = in ? load(d1 + i) : zeros(), e2 = in ? load(d2 + i) : zeros();
+        float s = 0.f, along = 0.f;
+        Vec a, na;
+        for (int j = 0; j < 8; j++) {
+            a[j] = sigmoid(z[j]);
+            na[j] = sigmoid(-z[j]);
+            const float u = x[j] * pk[j];
+            s += u * u;
+            along += u * (a[j] * e2[j] - e1[j]);
+        }
+        const float norm = sqrtf(head_sum(s, n)), inv = 1.f / fmaxf(norm, 1e-12f);
+        along = head_sum(along, n) * inv;
+        if (norm <= 1e-12f) along = 0.f;
+        Vec gk, gz;
+        for (int j = 0; j < 8; j++) {
+            const float u = x[j] * pk[j] * inv;
+            const float du = (a[j] * e2[j] - e1[j] - u * along) * inv;
+            gk[j] = e0[j] * (1.f - na[j] * pa[j]) + du * pk[j];
+            gz[j] = (e0[j] * x[j] * pa[j] + e2[j] * u) * a[j] * na[j];
+            sk[j] += du * x[j];
+            sa[j] -= e0[j] * x[j] * na[j];
+        }
+        if (in) {
+            store(dk + i, gk);
+            store(drate + i, gz);
+        }
+    }
+    if (!in) return;
+    store(parts + size_t(blockIdx.x) * 2 * c + col, sk);
+    store(parts + (size_t(blockIdx.x) * 2 + 1) * c + col, sa);
+}
+
+#define KEY_PATH(T, name)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(128) key_path_##name(const T* k, const T* rate, const float* k_k,        \
+        const float* k_a, T* ko, T* ao, T* bo, int n, int c, size_t total) {                                              \
+        forward(k, rate, k_k, k_a, ko, ao, bo, n, c, total);                                                              \
+    }                                                                                                                     \
+    extern "C" __global__ void __launch_bounds__(128) key_path_back_##name(const T* k, const T* rate, const T* d0, const T* d1, \
+        const T* d2, const float* k_k, const float* k_a, T* dk, T* drate, float* parts, int n, int rows, int c, int run) { \
+        backward(k, rate, d0, d1, d2, k_k, k_a, dk, drate, parts, n, rows, c, run);                                       \
+    }
+FOR_EACH_TYPE(KEY_PATH)

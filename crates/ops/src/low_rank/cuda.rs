@@ -1,0 +1,46 @@
+//! The function, the bias and its gradient of a low-rank map on a GPU.
+
+use super::Activation;
+use crate::gpu::{add_param_sums, channels, int, kernel, runs, size};
+use crate::{Backward, Param};
+use anser_tensor::cuda::{Cuda, DevicePtr, Module};
+use anser_tensor::{Buf, Context};
+
+static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
+
+fn kind(a: Activation) -> Option<usize> {
+    match a {
+        Activation::Identity => None,
+        Activation::Tanh => Some(1),
+        Activation::Sigmoid => Some(2),
+    }
+}
+
+pub(super) fn apply(ctx: &Context, gpu: &Cuda, a: Activation, h: &Buf) {
+    let Some(kind) = kind(a) else { return };
+    let (grid, block) = gpu.walk(h.len());
+    gpu.launch(&KERNELS, &kernel(ctx, "activate"), grid, block, &[h.ptr().into(), int(kind), size(h.len())]);
+}
+
+pub(super) fn scale_by_derivative(ctx: &Context, gpu: &Cuda, a: Activation, h: &Buf, d: &Buf) {
+    let Some(kind) = kind(a) else { return };
+    let (grid, block) = gpu.walk(h.len());
+    let args = [h.ptr().into(), d.ptr().into(), int(kind), size(h.len())];
+    gpu.launch(&KERNELS, &kernel(ctx, "activate_back"), grid, block, &args);
+}
+
+pub(super) fn add_bias(ctx: &Context, gpu: &Cuda, y: &Buf, bias: DevicePtr, c: usize) {
+    let (grid, block) = gpu.walk(y.len());
+    let args = [y.ptr().into(), bias.into(), int(c), size(y.len())];
+    gpu.launch(&KERNELS, &kernel(ctx, "add_bias"), grid, block, &args);
+}
+
+pub(super) fn add_bias_grad(b: &Backward<'_>, gpu: &Cuda, dy: &Buf, bias: Param, c: usize) {
+    let ctx = b.ctx();
+    let (run, count) = runs(dy.len() / c);
+    let (threads, blocks) = channels(c);
+    let parts = ctx.alloc_f32(count * c);
+    let args = [dy.ptr().into(), parts.ptr().into(), int(dy.len() / c), int(c), int(run)];
+    gpu.launch(&KERNELS, &kernel(ctx, "column_sums"), [count, blocks, 1], [threads, 1, 1], &args);
+    add_param_sums(b, gpu, [bias], &parts, count, c);
+}

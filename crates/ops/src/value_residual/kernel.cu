@@ -1,0 +1,40 @@
+// y = v + (v_first - v) sigmoid(gate), elementwise.
+#include "common.cuh"
+
+#define EACH for (size_t i = (blockIdx.x * size_t(blockDim.x) + threadIdx.x) * 8; i < n; i += size_t(gridDim.x) * blockDim.x * 8)
+
+template <class T> __device__ void forward(const T* v, const T* first, const T* gate, T* y, size_t n) {
+    EACH {
+        Vec x = load(v + i);
+        const Vec f = load(first + i), g = load(gate + i);
+        for (int j = 0; j < 8; j++) x[j] += (f[j] - x[j]) * sigmoid(g[j]);
+        store(y + i, x);
+    }
+}
+
+template <class T>
+__device__ void backward(const T* dy, const T* v, const T* first, const T* gate, T* dv, T* dfirst, T* dgate, size_t n) {
+    EACH {
+        const Vec d = load(dy + i), x = load(v + i), f = load(first + i), g = load(gate + i);
+        Vec a, b, e;
+        for (int j = 0; j < 8; j++) {
+            const float s = sigmoid(g[j]), r = sigmoid(-g[j]);
+            a[j] = d[j] * r;
+            b[j] = d[j] * s;
+            e[j] = d[j] * (f[j] - x[j]) * s * r;
+        }
+        store(dv + i, a);
+        store(dfirst + i, b);
+        store(dgate + i, e);
+    }
+}
+
+#define RESIDUAL(T, name)                                                                                                 \
+    extern "C" __global__ void value_residual_##name(const T* v, const T* first, const T* gate, T* y, size_t n) {         \
+        forward(v, first, gate, y, n);                                                                                    \
+    }                                                                                                                     \
+    extern "C" __global__ void value_residual_back_##name(const T* dy, const T* v, const T* first, const T* gate, T* dv,  \
+                                                          T* dfirst, T* dgate, size_t n) {                                \
+        backward(dy, v, first, gate, dv, dfirst, dgate, n);                                                               \
+    }
+FOR_EACH_TYPE(RESIDUAL)

@@ -1,0 +1,242 @@
+//! Every operation on a GPU against the CPU: values and gradients, in f32 and in 16 bits, twice with the same bits.
+//!
+//! Needs a GPU: `cargo test -p anser-ops --test device -- --ignored` (the device is cuda:0).
+
+use anser_ops::wkv7::Wkv7Inputs;
+use anser_ops::{Activation, CrossEntropy, Group, LowRank, Param, ParamSet, Segment, Tape, Var, Weight};
+use anser_tensor::{Buf, Context, DType, Device};
+use std::sync::Arc;
+
+fn noise(n: usize, seed: u32, scale: f32) -> Vec<f32> {
+    let mut s = seed.wrapping_mul(2654435761) | 1;
+    let mut next = || {
+        s = s.wrapping_mul(1664525).wrapping_add(1013904223);
+        (s >> 8) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..n).map(|_| next() * scale).collect()
+}
+
+/// How a matrix is stored: activations, or f32 whatever their type (states).
+#[derive(Clone, Copy)]
+enum Kind {
+    Act,
+    F32,
+}
+
+struct Leaf(usize, usize, f32, Kind);
+
+type Numbers = Vec<Vec<f32>>;
+type Op<'a> = &'a dyn Fn(&mut Tape<'_>, &[Var], &[Param]) -> Vec<Var>;
+
+/// Runs `op` and returns values, gradients of leaves and gradients of parameters.
+fn run(ctx: &Context, leaves: &[Leaf], params: &[(usize, usize)], op: Op<'_>) -> [Numbers; 3] {
+    let spec = |(i, p): (usize, &(usize, usize))| (i.to_string(), vec![p.0, p.1], Group::Plain);
+    let (mut set, handles) = ParamSet::new(params.iter().enumerate().map(spec).collect());
+    for (i, &h) in handles.iter().enumerate() {
+        let n = set.get(h).len();
+        set.get_mut(h).copy_from_slice(&rounded(&noise(n, 500 + i as u32, 0.5)));
+    }
+    set.to_device(ctx);
+    let mut grads = ctx.zeros_f32(set.values().len());
+    let mut t = Tape::recording(ctx, &set, &mut grads);
+    let fill = |n: usize, kind: Kind, values: &[f32]| -> Buf {
+        let mut b = if let Kind::Act = kind { ctx.alloc(n) } else { ctx.alloc_f32(n) };
+        b.copy_from(values);
+        b
+    };
+    let vars: Vec<Var> = leaves
+        .iter()
+        .enumerate()
+        .map(|(i, l)| Var::leaf(l.0, l.1, fill(l.0 * l.1, l.3, &rounded(&noise(l.0 * l.1, i as u32 + 1, l.2)))))
+        .collect();
+    let outputs = op(&mut t, &vars, &handles);
+    for (i, y) in outputs.iter().enumerate() {
+        let mut g = y.buf().duplicate();
+        g.copy_from(&rounded(&noise(g.len(), 900 + i as u32, 1.0)));
+        y.add_grad(g);
+    }
+    t.backward();
+    let values = outputs.iter().map(Var::to_vec).collect();
+    let dleaves = vars.iter().map(|v| v.take_grad().map_or(Vec::new(), |g| g.to_vec())).collect();
+    let all = grads.to_vec();
+    let dparams = handles.iter().map(|h| all[set.specs()[h.id].range.clone()].to_vec()).collect();
+    ctx.check().unwrap();
+    [values, dleaves, dparams]
+}
+
+/// Values that every type holds exactly, so that only the operation's own rounding counts.
+fn rounded(x: &[f32]) -> Vec<f32> {
+    x.iter().map(|v| (v * 128.0).round() / 128.0).collect()
+}
+
+fn error(got: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let d: f64 = got.iter().zip(want).map(|(g, w)| (*g as f64 - *w as f64).powi(2)).sum();
+    let n: f64 = want.iter().map(|w| (*w as f64).powi(2)).sum();
+    if n == 0.0 { d.sqrt() } else { (d / n).sqrt() }
+}
+
+const TYPES: [(DType, f64); 3] = [(DType::F32, 2e-5), (DType::F16, 5e-3), (DType::BF16, 3e-2)];
+
+fn check(
+    name: &str, leaves: &[Leaf], params: &[(usize, usize)], op: impl Fn(&mut Tape<'_>, &[Var], &[Param]) -> Vec<Var>,
+) {
+    check_in(&TYPES, name, leaves, params, op);
+}
+
+fn check_in(
+    types: &[(DType, f64)], name: &str, leaves: &[Leaf], params: &[(usize, usize)],
+    op: impl Fn(&mut Tape<'_>, &[Var], &[Param]) -> Vec<Var>,
+) {
+    let want = run(&Context::cpu(2), leaves, params, &op);
+    for &(dtype, tolerance) in types {
+        let ctx = Context::with_activations(Device::Cuda(0), dtype, 1).unwrap();
+        let got = run(&ctx, leaves, params, &op);
+        let again = run(&ctx, leaves, params, &op);
+        let bits = |n: &[Numbers; 3]| n.iter().flatten().flatten().map(|v| v.to_bits()).collect::<Vec<u32>>();
+        assert!(bits(&got) == bits(&again), "{name} {dtype}: two runs differ");
+        let mut worst: f64 = 0.0;
+        for (part, (got, want)) in ["value", "leaf", "parameter"].iter().zip(got.iter().zip(&want)) {
+            for (i, (g, w)) in got.iter().zip(want).enumerate() {
+                let e = error(g, w);
+                assert!(e <= tolerance, "{name} {dtype}: {part} {i} is off by {e:.1e}");
+                worst = worst.max(e);
+            }
+        }
+        println!("{name} {dtype}: worst relative error {worst:.1e}");
+    }
+}
+
+fn segments() -> Arc<[Segment]> {
+    let s = |start, len, state_in, state_out| Segment { start, len, state_in, state_out };
+    // Lengths that fill no block, a single token, states that are shared, replaced and left alone.
+    vec![s(0, 37, Some(0), Some(1)), s(37, 1, Some(0), Some(2)), s(38, 16, None, None), s(54, 66, Some(3), Some(3))]
+        .into()
+}
+
+const ROWS: usize = 120;
+const SLOTS: usize = 5;
+
+#[test]
+#[ignore = "needs a GPU"]
+fn elementwise_operations() {
+    use Kind::Act;
+    for c in [64, 768, 2056] {
+        check("layer_norm", &[Leaf(ROWS, c, 2.0, Act)], &[(1, c), (1, c)], |t, x, p| {
+            let y = t.layer_norm(&x[0], p[0], p[1]);
+            vec![t.add(y, &x[0])]
+        });
+        check("relu_squared", &[Leaf(ROWS, c, 2.0, Act)], &[], |t, x, _| vec![t.relu_squared(&x[0])]);
+        let three: [Leaf; 3] = std::array::from_fn(|_| Leaf(ROWS, c, 2.0, Act));
+        check("value_residual", &three, &[], |t, x, _| vec![t.value_residual(&x[0], &x[1], &x[2])]);
+    }
+    for rows in [1, 3, 3000] {
+        check("layer_norm", &[Leaf(rows, 128, 2.0, Act)], &[(1, 128), (1, 128)], |t, x, p| {
+            vec![t.layer_norm(&x[0], p[0], p[1])]
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn token_shift() {
+    use Kind::Act;
+    for c in [64, 1032] {
+        let leaves = [Leaf(ROWS, c, 1.0, Act), Leaf(SLOTS, c, 1.0, Act)];
+        check("token_shift 6", &leaves, &[(1, c); 6], |t, x, p| {
+            let mu = std::array::from_fn::<_, 6, _>(|i| p[i]);
+            let (y, last) = t.token_shift(&x[0], &x[1], &segments(), mu);
+            y.into_iter().chain([last]).collect()
+        });
+        check("token_shift 1", &leaves, &[(1, c)], |t, x, p| {
+            let ([y], last) = t.token_shift(&x[0], &x[1], &segments(), [p[0]]);
+            vec![y, last]
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn heads() {
+    use Kind::Act;
+    for (heads, n) in [(2, 16), (3, 32), (12, 64), (3, 128)] {
+        let c = heads * n;
+        let five: [Leaf; 5] = std::array::from_fn(|_| Leaf(ROWS, c, 1.0, Act));
+        check("key_path", &five[..2], &[(1, c), (1, c)], |t, x, p| {
+            let k = t.key_path(&x[0], &x[1], p[0], p[1], heads);
+            vec![k.k, k.a, k.b]
+        });
+        check("read_out", &five, &[(heads, n), (1, c), (1, c)], |t, x, p| {
+            vec![t.read_out(&x[0], &x[1], &x[2], &x[3], &x[4], p[0], p[1], p[2], heads)]
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn products() {
+    use Kind::Act;
+    let (c, out, rank) = (64, 200, 32);
+    check("linear", &[Leaf(ROWS, c, 1.0, Act)], &[(out, c)], |t, x, p| vec![t.linear(&x[0], &Weight::OutIn(p[0]))]);
+    check("linear [in, out]", &[Leaf(ROWS, c, 1.0, Act)], &[(c, out)], |t, x, p| {
+        vec![t.linear(&x[0], &Weight::InOut(p[0]))]
+    });
+    for activation in [Activation::Identity, Activation::Tanh, Activation::Sigmoid] {
+        for biased in [true, false] {
+            let name = format!("low_rank {activation:?}");
+            check(&name, &[Leaf(ROWS, c, 1.0, Act)], &[(c, rank), (rank, c), (1, c)], |t, x, p| {
+                let (down, up) = (Weight::InOut(p[0]), Weight::InOut(p[1]));
+                vec![t.low_rank(&x[0], &LowRank { down, up, bias: biased.then_some(p[2]), activation })]
+            });
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn embedding_and_cross_entropy() {
+    let c = 64;
+    for vocab in [304, 65] {
+        let ids: Vec<u32> = (0..ROWS as u32).map(|i| i * i % vocab).collect();
+        check("embedding", &[], &[(vocab as usize, c)], |t, _, p| vec![t.embedding(&ids, &Weight::OutIn(p[0]))]);
+        let targets: Vec<i32> = (0..ROWS as i32).map(|i| if i % 7 == 0 { -1 } else { i * 5 % vocab as i32 }).collect();
+        let weights: Vec<f32> = (0..ROWS).map(|i| i as f32 / 64.0).collect();
+        for (l2wrap, weights) in [(false, None), (true, Some(&weights[..]))] {
+            check("cross_entropy", &[Leaf(ROWS, c, 1.0, Kind::Act)], &[(vocab as usize, c)], |t, x, p| {
+                let opts = CrossEntropy { divisor: 64.0, l2wrap };
+                let loss = t.cross_entropy(&x[0], &Weight::OutIn(p[0]), &targets, weights, opts);
+                let ctx = t.ctx();
+                let mut b = ctx.alloc_f32(ROWS);
+                b.copy_from(&loss.per_token);
+                vec![Var::constant(ROWS, 1, b)]
+            });
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn wkv7() {
+    use Kind::{Act, F32};
+    for (heads, n) in [(2, 16), (3, 32), (3, 64), (2, 128)] {
+        let c = heads * n;
+        for floor in [0.0, 20.0] {
+            let scales = [1.0, 3.0, 1.0, 1.0];
+            let mut leaves: Vec<Leaf> = scales.map(|s| Leaf(ROWS, c, s, Act)).into();
+            leaves.extend([Leaf(ROWS, c, 1.0, Act), Leaf(SLOTS, c * n, 1.0, F32)]);
+            // Removal keys of unit length through key_path, as in the model; floor adds to the decay's logits.
+            leaves.push(Leaf(ROWS, c, 1.0, Act));
+            // At the floor the gradient of the logits is too small for 16 bits.
+            let types = if floor > 0.0 { &TYPES[..1] } else { &TYPES };
+            check_in(types, &format!("wkv7 {n} floor {floor}"), &leaves, &[(1, c), (1, c)], |t, x, p| {
+                let key = t.key_path(&x[2], &x[4], p[0], p[1], heads);
+                let mut shift = x[1].buf().duplicate();
+                shift.copy_from(&vec![floor; ROWS * c]);
+                let w = t.add(x[1].clone(), &Var::constant(ROWS, c, shift));
+                let inputs = Wkv7Inputs { r: &x[0], w: &w, k: &key.k, v: &x[3], a: &key.a, b: &key.b };
+                let (y, s) = t.wkv7(inputs, &x[5], &segments(), heads);
+                vec![y, s]
+            });
+        }
+    }
+}

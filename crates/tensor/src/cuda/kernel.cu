@@ -1,0 +1,47 @@
+// Kernels on flat buffers: filling, adding, converting, and the second half of sums over rows.
+#include "common.cuh"
+
+extern "C" __global__ void fill_f32(float* x, float value, size_t n) {
+    for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < n; i += size_t(gridDim.x) * blockDim.x) x[i] = value;
+}
+
+// x += y.
+#define ADD(T, name)                                                                                                          \
+    extern "C" __global__ void add_##name(T* x, const T* y, size_t n) {                                                      \
+        for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < n / 8; i += size_t(gridDim.x) * blockDim.x) {     \
+            Vec a = load(x + i * 8);                                                                                          \
+            const Vec b = load(y + i * 8);                                                                                    \
+            for (int j = 0; j < 8; j++) a[j] += b[j];                                                                         \
+            store(x + i * 8, a);                                                                                              \
+        }                                                                                                                     \
+        const size_t i = n / 8 * 8 + threadIdx.x;                                                                             \
+        if (blockIdx.x == 0 && i < n) x[i] = from_f32<T>(to_f32(x[i]) + to_f32(y[i]));                                        \
+    }
+FOR_EACH_TYPE(ADD)
+
+template <class A, class B> __device__ void convert(const A* x, B* y, size_t n) {
+    for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < n; i += size_t(gridDim.x) * blockDim.x)
+        y[i] = from_f32<B>(to_f32(x[i]));
+}
+#define CONVERT(T, name)                                                                                              \
+    extern "C" __global__ void f32_to_##name(const float* x, T* y, size_t n) { convert(x, y, n); }                   \
+    extern "C" __global__ void name##_to_f32(const T* x, float* y, size_t n) { convert(x, y, n); }
+CONVERT(bf16, bf16)
+CONVERT(f16, f16)
+
+// to[c] += sum over p of parts[p * stride + c], in the order of p within each of 8 groups and then over the groups.
+// Grid: columns / 32; block: 32 x 8.
+extern "C" __global__ void add_partial_sums(float* to, const float* parts, int count, int stride, int cols) {
+    __shared__ float group[8][33];
+    const int c = blockIdx.x * 32 + threadIdx.x;
+    float s = 0.f;
+    if (c < cols)
+        for (int p = threadIdx.y; p < count; p += 8) s += parts[size_t(p) * stride + c];
+    group[threadIdx.y][threadIdx.x] = s;
+    __syncthreads();
+    if (threadIdx.y == 0 && c < cols) {
+        s = 0.f;
+        for (int i = 0; i < 8; i++) s += group[i][threadIdx.x];
+        to[c] += s;
+    }
+}

@@ -1,0 +1,424 @@
+//! The CUDA runtime under the operations: one device, one stream, modules embedded as fatbins, launches, copies and matrix products.
+//!
+//! The driver and cuBLASLt are opened by name at run time, so that a binary with GPU support starts on a machine without one.
+//! Work is asynchronous. The first failure (no memory left, a failed launch) is kept and later work is dropped, so that
+//! operations need no error paths; [`Cuda::check`] reports it before any result is believed.
+
+mod blas;
+
+use crate::{DType, Error};
+use cudarc::cublaslt::sys as lt;
+use cudarc::driver::sys as cu;
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_void};
+use std::sync::{Mutex, MutexGuard, OnceLock};
+
+/// CUDA version the kernels are built with; its driver or a later one is needed.
+const NEEDED_DRIVER: i32 = 13000;
+
+/// An address in device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DevicePtr(pub(crate) u64);
+
+impl DevicePtr {
+    /// The null address: "not given" to a kernel.
+    pub const NULL: DevicePtr = DevicePtr(0);
+
+    /// The address `elements` elements of `dtype` further.
+    pub fn offset(self, elements: usize, dtype: DType) -> DevicePtr {
+        DevicePtr(self.0 + (elements * dtype.size()) as u64)
+    }
+}
+
+/// One argument of a kernel.
+#[derive(Clone, Copy, Debug)]
+pub enum Arg {
+    /// A device address.
+    Ptr(DevicePtr),
+    /// `int`.
+    I32(i32),
+    /// `float`.
+    F32(f32),
+    /// `size_t`.
+    Size(u64),
+    /// A struct of up to six addresses, of which the kernel reads as many as it has.
+    Ptrs([DevicePtr; 6]),
+}
+
+impl From<DevicePtr> for Arg {
+    fn from(p: DevicePtr) -> Arg {
+        Arg::Ptr(p)
+    }
+}
+
+impl From<f32> for Arg {
+    fn from(v: f32) -> Arg {
+        Arg::F32(v)
+    }
+}
+
+impl From<i32> for Arg {
+    fn from(v: i32) -> Arg {
+        Arg::I32(v)
+    }
+}
+
+/// The kernels of one folder: a fatbin embedded with `include_bytes!`, loaded at its first launch.
+pub struct Module {
+    fatbin: &'static [u8],
+}
+
+impl Module {
+    /// A module over an embedded fatbin.
+    pub const fn new(fatbin: &'static [u8]) -> Module {
+        Module { fatbin }
+    }
+}
+
+static FLAT: Module = Module::new(include_bytes!("kernel.fatbin"));
+
+/// What a device is.
+#[derive(Clone, Debug)]
+pub struct Info {
+    /// Marketing name.
+    pub name: String,
+    /// Compute capability, for instance (9, 0).
+    pub capability: (i32, i32),
+    /// Multiprocessors.
+    pub multiprocessors: u32,
+    /// Bytes of memory.
+    pub memory: usize,
+}
+
+/// Addresses of loaded functions by (fatbin, name), and of their modules.
+#[derive(Default)]
+struct Functions {
+    modules: HashMap<usize, usize>,
+    functions: HashMap<(usize, String), usize>,
+}
+
+/// An open device.
+pub struct Cuda {
+    context: cu::CUcontext,
+    stream: cu::CUstream,
+    blas: blas::Blas,
+    info: Info,
+    functions: Mutex<Functions>,
+    failure: OnceLock<String>,
+}
+
+// SAFETY: the driver's handles may be used from any thread; every entry makes the context current first.
+unsafe impl Send for Cuda {}
+// SAFETY: as above; the maps are behind mutexes.
+unsafe impl Sync for Cuda {}
+
+/// The text of a driver error.
+fn text(code: cu::CUresult) -> String {
+    let mut p = std::ptr::null();
+    // SAFETY: the driver writes a pointer to a static string.
+    let known = unsafe { cu::cuGetErrorString(code, &mut p) };
+    if known != cu::CUresult::CUDA_SUCCESS || p.is_null() {
+        return format!("{code:?}");
+    }
+    // SAFETY: a string of the driver's, terminated by zero.
+    unsafe { CStr::from_ptr(p) }.to_string_lossy().into_owned()
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Cuda {
+    /// Opens device `ordinal`.
+    ///
+    /// # Errors
+    /// When there is no driver, the driver is too old, cuBLASLt is missing, there is no such device, or no kernel was built for it;
+    /// the message names what was found and what is needed.
+    pub fn open(ordinal: usize) -> Result<Cuda, Error> {
+        let fail = |what: String| Error::Device(format!("cuda:{ordinal}"), what);
+        // SAFETY: opens libraries by name and looks at nothing in them.
+        let (driver, library) = unsafe { (cu::is_culib_present(), lt::is_culib_present()) };
+        if !driver {
+            return Err(fail("no NVIDIA driver was found (libcuda.so.1); install one, or use --device cpu".into()));
+        }
+        let ok = |code: cu::CUresult, what: &str| match code {
+            cu::CUresult::CUDA_SUCCESS => Ok(()),
+            code => Err(fail(format!("{what}: {}", text(code)))),
+        };
+        let (mut version, mut count, mut device) = (0, 0, 0);
+        // SAFETY: plain driver calls that write to the variables given.
+        unsafe {
+            ok(cu::cuInit(0), "the driver doesn't start")?;
+            ok(cu::cuDriverGetVersion(&mut version), "the driver doesn't tell its version")?;
+            ok(cu::cuDeviceGetCount(&mut count), "the driver doesn't count its devices")?;
+        }
+        if version < NEEDED_DRIVER {
+            let name = |v: i32| format!("{}.{}", v / 1000, v % 1000 / 10);
+            let (found, needed) = (name(version), name(NEEDED_DRIVER));
+            return Err(fail(format!(
+                "the driver supports CUDA {found}, and CUDA {needed} is needed (driver 580 or later); update it, or use --device cpu"
+            )));
+        }
+        if ordinal >= count as usize {
+            return Err(fail(format!("there are {count} NVIDIA GPUs here, numbered from 0")));
+        }
+        if !library {
+            return Err(fail(
+                "cuBLASLt was not found (libcublasLt.so.13); install the CUDA 13 libraries (for instance \
+                 `pip install nvidia-cublas`) and put their folder on LD_LIBRARY_PATH, or use --device cpu"
+                    .into(),
+            ));
+        }
+        let mut name = [0u8; 128];
+        let (mut context, mut stream) = (std::ptr::null_mut(), std::ptr::null_mut());
+        let (mut major, mut minor, mut sms, mut memory) = (0, 0, 0, 0);
+        // SAFETY: driver calls in the order they are documented; buffers have the sizes given.
+        unsafe {
+            use cu::CUdevice_attribute as A;
+            ok(cu::cuDeviceGet(&mut device, ordinal as i32), "opening the device")?;
+            ok(cu::cuDeviceGetName(name.as_mut_ptr().cast(), name.len() as i32, device), "the device's name")?;
+            let get = |to: &mut i32, what| ok(cu::cuDeviceGetAttribute(to, what, device), "the device's properties");
+            get(&mut major, A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+            get(&mut minor, A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+            get(&mut sms, A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+            ok(cu::cuDeviceTotalMem_v2(&mut memory, device), "the device's memory")?;
+        }
+        let name = CStr::from_bytes_until_nul(&name).map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+        if major < 8 {
+            return Err(fail(format!(
+                "{name} has compute capability {major}.{minor}, and 8.0 (Ampere) or later is needed; use --device cpu"
+            )));
+        }
+        // SAFETY: as above.
+        unsafe {
+            ok(cu::cuDevicePrimaryCtxRetain(&mut context, device), "making the device ready")?;
+            ok(cu::cuCtxSetCurrent(context), "making the device ready")?;
+            let flag = cu::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+            ok(cu::cuStreamCreate(&mut stream, flag), "making a stream")?;
+        }
+        let blas = blas::Blas::new().map_err(fail)?;
+        let info = Info { name, capability: (major, minor), multiprocessors: sms as u32, memory };
+        Ok(Cuda { context, stream, blas, info, functions: Mutex::default(), failure: OnceLock::new() })
+    }
+
+    /// What the device is.
+    pub fn info(&self) -> &Info {
+        &self.info
+    }
+
+    /// The first failure since the device was opened.
+    ///
+    /// # Errors
+    /// When there was one: nothing computed since can be used.
+    pub fn check(&self) -> Result<(), Error> {
+        match self.failure.get() {
+            Some(what) => Err(Error::Device("cuda".into(), what.clone())),
+            None => Ok(()),
+        }
+    }
+
+    fn failed(&self) -> bool {
+        self.failure.get().is_some()
+    }
+
+    fn note(&self, code: cu::CUresult, what: impl FnOnce() -> String) -> bool {
+        if code == cu::CUresult::CUDA_SUCCESS {
+            return true;
+        }
+        // Only the first failure says what went wrong.
+        let _ = self.failure.set(format!("{}: {}", what(), text(code)));
+        false
+    }
+
+    /// Makes the context current for this thread.
+    fn enter(&self) {
+        // SAFETY: the context lives as long as the process.
+        let code = unsafe { cu::cuCtxSetCurrent(self.context) };
+        self.note(code, || "making the device current".into());
+    }
+
+    /// Free bytes of device memory.
+    pub fn free_memory(&self) -> usize {
+        self.enter();
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: writes two numbers.
+        unsafe { cu::cuMemGetInfo_v2(&mut free, &mut total) };
+        free
+    }
+
+    /// Device memory from the driver; `None` when there is none left.
+    pub(crate) fn take(&self, bytes: usize) -> Option<DevicePtr> {
+        self.enter();
+        let mut p = 0;
+        // SAFETY: writes an address.
+        let code = unsafe { cu::cuMemAlloc_v2(&mut p, bytes.max(16)) };
+        (code == cu::CUresult::CUDA_SUCCESS).then_some(DevicePtr(p))
+    }
+
+    /// Notes that `bytes` could not be had.
+    pub(crate) fn out_of_memory(&self, bytes: usize) {
+        let (free, mb) = (self.free_memory() >> 20, bytes >> 20);
+        let _ = self.failure.set(format!(
+            "{mb} MB more of device memory are needed and {free} MB are free: use smaller batches, checkpointing or a smaller model"
+        ));
+    }
+
+    /// Gives memory back to the driver, after all work that may use it.
+    pub(crate) fn give_back(&self, p: DevicePtr) {
+        self.enter();
+        self.synchronize();
+        // SAFETY: came from `take`, is given back once, and nothing runs.
+        unsafe { cu::cuMemFree_v2(p.0) };
+    }
+
+    /// Waits until all work is done.
+    pub fn synchronize(&self) {
+        self.enter();
+        // SAFETY: the stream lives as long as this.
+        let code = unsafe { cu::cuStreamSynchronize(self.stream) };
+        self.note(code, || "running on the device".into());
+    }
+
+    /// Copies bytes to the device.
+    pub(crate) fn upload(&self, to: DevicePtr, from: &[u8]) {
+        self.enter();
+        if self.failed() || from.is_empty() {
+            return;
+        }
+        // SAFETY: `to` has room for `from` (the caller's buffer); the copy from pageable memory has left `from` on return.
+        let code = unsafe { cu::cuMemcpyHtoDAsync_v2(to.0, from.as_ptr().cast(), from.len(), self.stream) };
+        self.note(code, || "copying to the device".into());
+    }
+
+    /// Copies bytes from the device, after all work before.
+    pub(crate) fn download(&self, from: DevicePtr, to: &mut [u8]) {
+        self.enter();
+        if self.failed() || to.is_empty() {
+            return;
+        }
+        // SAFETY: `from` holds as many bytes; the copy is waited for below.
+        let code = unsafe { cu::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from.0, to.len(), self.stream) };
+        self.note(code, || "copying from the device".into());
+        self.synchronize();
+    }
+
+    /// Copies bytes on the device.
+    pub fn copy(&self, from: DevicePtr, to: DevicePtr, bytes: usize) {
+        self.enter();
+        if self.failed() || bytes == 0 {
+            return;
+        }
+        // SAFETY: both are buffers of at least `bytes` bytes.
+        let code = unsafe { cu::cuMemcpyDtoDAsync_v2(to.0, from.0, bytes, self.stream) };
+        self.note(code, || "copying on the device".into());
+    }
+
+    /// Sets bytes to zero.
+    pub fn clear(&self, p: DevicePtr, bytes: usize) {
+        self.enter();
+        if self.failed() || bytes == 0 {
+            return;
+        }
+        // SAFETY: a buffer of at least `bytes` bytes.
+        let code = unsafe { cu::cuMemsetD8Async(p.0, 0, bytes, self.stream) };
+        self.note(code, || "clearing device memory".into());
+    }
+
+    /// The function `name` of `module`.
+    fn function(&self, module: &'static Module, name: &str) -> Option<cu::CUfunction> {
+        let key = module.fatbin.as_ptr() as usize;
+        let mut f = lock(&self.functions);
+        if let Some(&p) = f.functions.get(&(key, name.to_string())) {
+            return Some(p as cu::CUfunction);
+        }
+        let loaded = match f.modules.get(&key) {
+            Some(&m) => m as cu::CUmodule,
+            None => {
+                let mut m = std::ptr::null_mut();
+                // SAFETY: the image is a whole fatbin.
+                let code = unsafe { cu::cuModuleLoadData(&mut m, module.fatbin.as_ptr().cast()) };
+                if !self.note(code, || format!("loading kernels for {}", self.info.name)) {
+                    return None;
+                }
+                f.modules.insert(key, m as usize);
+                m
+            }
+        };
+        let symbol = CString::new(name).ok()?;
+        let mut p = std::ptr::null_mut();
+        // SAFETY: a loaded module and a name terminated by zero.
+        let code = unsafe { cu::cuModuleGetFunction(&mut p, loaded, symbol.as_ptr()) };
+        if !self.note(code, || format!("kernel {name}")) {
+            return None;
+        }
+        f.functions.insert((key, name.to_string()), p as usize);
+        Some(p)
+    }
+
+    /// Launches the kernel `name` of `module`. Nothing happens on an empty grid.
+    ///
+    /// The arguments must be those of the kernel, and its buffers large enough: that is checked by nothing but the tests, which is
+    /// why launches stand beside their kernels in the operations' folders.
+    pub fn launch(&self, module: &'static Module, name: &str, grid: [usize; 3], block: [usize; 3], args: &[Arg]) {
+        self.enter();
+        if self.failed() || grid.contains(&0) {
+            return;
+        }
+        let Some(function) = self.function(module, name) else { return };
+        let pointer = |a: &Arg| -> *mut c_void {
+            match a {
+                Arg::Ptr(p) => (&raw const p.0).cast_mut().cast(),
+                Arg::I32(v) => (&raw const *v).cast_mut().cast(),
+                Arg::F32(v) => (&raw const *v).cast_mut().cast(),
+                Arg::Size(v) => (&raw const *v).cast_mut().cast(),
+                Arg::Ptrs(p) => p.as_ptr().cast_mut().cast(),
+            }
+        };
+        let mut params: Vec<*mut c_void> = args.iter().map(pointer).collect();
+        let [gx, gy, gz] = grid.map(|n| n as u32);
+        let [bx, by, bz] = block.map(|n| n as u32);
+        // SAFETY: `params` point to the arguments, which live until the call returns; the rest is the caller's promise.
+        let code = unsafe {
+            cu::cuLaunchKernel(
+                function,
+                gx,
+                gy,
+                gz,
+                bx,
+                by,
+                bz,
+                0,
+                self.stream,
+                params.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        };
+        self.note(code, || format!("launching {name}"));
+    }
+
+    /// Grid of a kernel that walks over `n` elements, 8 at a time, in blocks of 256 threads.
+    pub fn walk(&self, n: usize) -> ([usize; 3], [usize; 3]) {
+        ([n.div_ceil(8 * 256).clamp(1, self.info.multiprocessors as usize * 16), 1, 1], [256, 1, 1])
+    }
+
+    /// `x += y` for `n` elements of `dtype`.
+    pub fn add(&self, x: DevicePtr, y: DevicePtr, n: usize, dtype: DType) {
+        let (grid, block) = self.walk(n);
+        self.launch(&FLAT, &format!("add_{dtype}"), grid, block, &[x.into(), y.into(), Arg::Size(n as u64)]);
+    }
+
+    /// `to[c] += parts[p * stride + c]` summed over p < count, for c < cols, all f32, in a fixed order.
+    pub fn add_partial_sums(&self, to: DevicePtr, parts: DevicePtr, count: usize, stride: usize, cols: usize) {
+        let args = [to.into(), parts.into(), (count as i32).into(), (stride as i32).into(), (cols as i32).into()];
+        self.launch(&FLAT, "add_partial_sums", [cols.div_ceil(32), 1, 1], [32, 8, 1], &args);
+    }
+
+    /// Rounds `n` f32 to `dtype`.
+    pub fn round(&self, from: DevicePtr, to: DevicePtr, n: usize, dtype: DType) {
+        let (grid, block) = self.walk(n);
+        if dtype == DType::F32 {
+            return self.copy(from, to, n * 4);
+        }
+        self.launch(&FLAT, &format!("f32_to_{dtype}"), grid, block, &[from.into(), to.into(), Arg::Size(n as u64)]);
+    }
+}
