@@ -99,7 +99,7 @@ pub(super) fn saved(ctx: &Context, shape: &Shape, n: usize, tokens: usize) -> Sa
     let states = |block: usize| shape.segments.iter().map(|s| s.len.div_ceil(block)).sum::<usize>() * shape.heads;
     if on_tensor_cores(ctx, n) {
         let chunks = states(CHUNK);
-        let inverses = Some(ctx.alloc(chunks * CHUNK * CHUNK));
+        let inverses = Some(ctx.alloc(2 * chunks * CHUNK * CHUNK));
         return Saved { states: ctx.alloc(chunks * n * n), u: ctx.alloc(tokens * shape.heads * n), inverses };
     }
     Saved { states: ctx.alloc_f32(states(BLOCK) * n * n), u: ctx.alloc_f32(tokens * shape.heads * n), inverses: None }
@@ -146,10 +146,9 @@ fn at(b: Option<&Buf>) -> DevicePtr {
 fn shared(n: usize, back: bool) -> usize {
     let (tile, small) = (2 * CHUNK * (n + 8), 2 * CHUNK * 24);
     if back {
-        let floats = 4 * ((CHUNK + 1) * (n + 8) + 4 * n + n);
-        (2 * 8 + 6 + 1) * tile + 2 * n * (n + 8) + (2 + 3 + 4) * small + floats
+        (2 * 8 + 8) * tile + 2 * n * (n + 8) + (2 * 2 + 4) * small + 4 * ((CHUNK + 1) * (n + 8) + n)
     } else {
-        (2 * 6 + 6) * tile + 4 * small + 4 * (CHUNK * 20 + 4 * n + n)
+        (2 * 6 + 7) * tile + 6 * small + 4 * (CHUNK * 20 + 4 * n + n)
     }
 }
 

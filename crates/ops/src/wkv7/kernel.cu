@@ -5,6 +5,7 @@
 // elements q, q + 4, .. of row i, so that the vectors in shared memory are read without bank conflicts.
 // The widest head fills the register file in the backward pass:
 // may spill: wkv7_back_\w+_128
+// may spill: wkv7_tensor_back_128
 #include "common.cuh"
 #include "tensor.cuh"
 

@@ -5,7 +5,10 @@
 // 16 w .. 16 w + 15. No sum runs across warps. A fragment of the state is at once the operand of the next product, and
 // saved states have the order of registers, so that they go to memory and back in whole lines.
 //
-// Bytes a token and channel, forward: 12 read, 2 written, 8 for the states, 2.5 for u and the inverse; backward 24.5 read, 12 written.
+// Where keys repeat, u and its gradient are small differences of large terms. What makes them (A~ S^T, M_ak V, the inverse; B^ D^T,
+// M_rb^T dY) therefore has operands of two bf16 each, the rounded value and what rounding left ("low"); the rest gains nothing from it.
+//
+// Bytes a token and channel, forward: 12 read, 2 written, 8 for the states, 3 for u and the inverse; backward 25 read, 12 written.
 #pragma once
 #include "mma.cuh"
 
@@ -51,12 +54,23 @@ __device__ __forceinline__ void as_a(uint32_t (&a)[4], const uint32_t (&b)[4]) {
     a[2] = b[1];
     a[3] = b[3];
 }
-// A 16 x 16 result as the B operand (k = rows).
+// What rounding x and y to `packed` leaves.
+__device__ __forceinline__ uint32_t pack_low(float x, float y, uint32_t packed) {
+    const float2 p = unpack(packed);
+    return pack(x - p.x, y - p.y);
+}
+// A 16 x 16 result as the B operand (k = rows), and its low part.
 __device__ __forceinline__ void as_b(uint32_t (&b)[4], const float (&c)[2][4]) {
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-        b[2 * j] = transpose(pack(c[j][0], c[j][1]));
-        b[2 * j + 1] = transpose(pack(c[j][2], c[j][3]));
+    for (int i = 0; i < 4; i++) b[i] = transpose(pack(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]));
+}
+__device__ __forceinline__ void as_b(uint32_t (&b)[4], uint32_t (&low)[4], const float (&c)[2][4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float x = c[i / 2][i % 2 * 2], y = c[i / 2][i % 2 * 2 + 1];
+        b[i] = pack(x, y);
+        low[i] = transpose(pack_low(x, y, b[i]));
+        b[i] = transpose(b[i]);
     }
 }
 __device__ __forceinline__ void clear(float (&c)[2][4]) {
@@ -70,6 +84,10 @@ template <int N> __device__ __forceinline__ void state_operand(uint32_t (&b)[4],
     b[1] = pack(s[2 * k + 1][0], s[2 * k + 1][1]);
     b[2] = pack(s[2 * k][2], s[2 * k][3]);
     b[3] = pack(s[2 * k + 1][2], s[2 * k + 1][3]);
+}
+template <int N> __device__ __forceinline__ void state_low(uint32_t (&low)[4], const uint32_t (&b)[4], const float (&s)[N / 8][4], int k) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) low[i] = pack_low(s[2 * k + i % 2][i / 2 * 2], s[2 * k + i % 2][i / 2 * 2 + 1], b[i]);
 }
 
 // Stores a 16 x 16 result (tokens, columns) as bf16; rows from `rows` on are left out. `to` is row 0, column 0.
@@ -135,20 +153,37 @@ template <int N> __device__ __forceinline__ void add_to_state(float (&s)[N / 8][
     }
 }
 
-// c += A s^T for the tile A [16 tokens, N].
-template <int N> __device__ __forceinline__ void times_state(float (&c)[2][4], const bf16* tile, const float (&s)[N / 8][4]) {
+// c += A s^T in two parts for the tile A [16 tokens, N] with its low part; unless null, d += B s^T for the tile B.
+template <int N>
+__device__ __forceinline__ void times_state(float (&c)[2][4], const bf16* tile, const bf16* tile_low, const float (&s)[N / 8][4], float (&d)[2][4],
+                                            const bf16* other) {
 #pragma unroll
     for (int k = 0; k < N / 16; k++) {
-        uint32_t a[4], b[4];
-        load_tiles(a, by_rows<PITCH<N>>(tile, 16 * k));
+        uint32_t a[4], b[4], low[4];
         state_operand<N>(b, s, k);
+        state_low<N>(low, b, s, k);
+        load_tiles(a, by_rows<PITCH<N>>(tile, 16 * k));
         mma2(c, a, b);
+        mma2(c, a, low);
+        load_tiles(a, by_rows<PITCH<N>>(tile_low, 16 * k));
+        mma2(c, a, b);
+        if (other) {
+            load_tiles(a, by_rows<PITCH<N>>(other, 16 * k));
+            mma2(d, a, b);
+        }
     }
 }
 
-// c = A B^T of two tiles [16, N].
-template <int N> __device__ __forceinline__ void product(float (&c)[2][4], const bf16* x, const bf16* y) {
-    clear(c);
+// c += A B in two parts.
+__device__ __forceinline__ void mma2_low(float (&c)[2][4], const uint32_t (&a)[4], const uint32_t (&a_low)[4], const uint32_t (&b)[4],
+                                         const uint32_t (&b_low)[4]) {
+    mma2(c, a, b);
+    mma2(c, a, b_low);
+    mma2(c, a_low, b);
+}
+
+// c += A B^T of two tiles [16, N].
+template <int N> __device__ __forceinline__ void add_product(float (&c)[2][4], const bf16* x, const bf16* y) {
 #pragma unroll
     for (int k = 0; k < N / 16; k++) {
         uint32_t a[4], b[4];
@@ -184,8 +219,12 @@ struct Part {
 template <int N> __device__ __forceinline__ float2 pair(const bf16* tile, int row, int channel) {
     return unpack(*reinterpret_cast<const uint32_t*>(tile + row * PITCH<N> + channel));
 }
-template <int N> __device__ __forceinline__ void set_pair(bf16* tile, int row, int channel, float2 x, float2 y) {
-    *reinterpret_cast<uint32_t*>(tile + row * PITCH<N> + channel) = pack(x.x * y.x, x.y * y.y);
+// Writes x y to a tile, and what rounding leaves of it to another, unless that is null.
+template <int N> __device__ __forceinline__ void set_pair(bf16* tile, int row, int channel, float2 x, float2 y, bf16* low = nullptr) {
+    const int at = row * PITCH<N> + channel;
+    const uint32_t p = pack(x.x * y.x, x.y * y.y);
+    *reinterpret_cast<uint32_t*>(tile + at) = p;
+    if (low) *reinterpret_cast<uint32_t*>(low + at) = pack_low(x.x * y.x, x.y * y.y, p);
 }
 
 // Sums of log decays: of the thread's rows up to each, and over its rows into sums[row group][N].
@@ -202,11 +241,12 @@ template <int N> __device__ __forceinline__ void sum_decays(float2 (&sum)[4], co
 }
 
 enum { R, W, K, V, A, B }; // inputs
-enum { RT, AT, KT, BT, KH, BH }; // tiles: R~ A~ K~ B~ K^ B^
+// Tiles: R~ A~ K~ B~ K^ B^, and low parts: of A~ (forward), of B~ and B^ (backward).
+enum { RT, AT, KT, BT, KH, BH, AL, BL = AL, HL };
 
-// The six tiles of a chunk, the decay over the whole chunk, and (unless null) the sums of log decays before and after each token:
+// The tiles of a chunk, the decay over the whole chunk and, BACK, the sums of log decays before and after each token:
 // total[0..16][N], pitch N + 8.
-template <int N>
+template <int N, bool BACK>
 __device__ __forceinline__ void make_tiles(bf16* tiles, const bf16* raw, const float2 (&sum)[4], const float* sums, float* whole, float* total) {
     const Part p = Part::of<N>();
     float2 before = {0.f, 0.f}, all = {0.f, 0.f};
@@ -225,12 +265,12 @@ __device__ __forceinline__ void make_tiles(bf16* tiles, const bf16* raw, const f
         const float2 down = {exp2_fast(-now.x), exp2_fast(-now.y)}, rest = {exp2_fast(all.x - now.x), exp2_fast(all.y - now.y)};
         const float2 k = pair<N>(raw + K * TILE<N>, row, p.channel), b = pair<N>(raw + B * TILE<N>, row, p.channel);
         set_pair<N>(tiles + RT * TILE<N>, row, p.channel, pair<N>(raw + R * TILE<N>, row, p.channel), up);
-        set_pair<N>(tiles + AT * TILE<N>, row, p.channel, pair<N>(raw + A * TILE<N>, row, p.channel), up_before);
+        set_pair<N>(tiles + AT * TILE<N>, row, p.channel, pair<N>(raw + A * TILE<N>, row, p.channel), up_before, BACK ? nullptr : tiles + AL * TILE<N>);
         set_pair<N>(tiles + KT * TILE<N>, row, p.channel, k, down);
-        set_pair<N>(tiles + BT * TILE<N>, row, p.channel, b, down);
+        set_pair<N>(tiles + BT * TILE<N>, row, p.channel, b, down, BACK ? tiles + BL * TILE<N> : nullptr);
         set_pair<N>(tiles + KH * TILE<N>, row, p.channel, k, rest);
-        set_pair<N>(tiles + BH * TILE<N>, row, p.channel, b, rest);
-        if (total) {
+        set_pair<N>(tiles + BH * TILE<N>, row, p.channel, b, rest, BACK ? tiles + HL * TILE<N> : nullptr);
+        if (BACK) {
             if (row == 0) *reinterpret_cast<float2*>(total + p.channel) = {0.f, 0.f};
             *reinterpret_cast<float2*>(total + (row + 1) * (N + 8) + p.channel) = now;
         }
@@ -240,7 +280,7 @@ __device__ __forceinline__ void make_tiles(bf16* tiles, const bf16* raw, const f
 }
 
 // (I - M)^-1 for strictly lower M in c, by substitution in f32: one column a lane. Scratch: 16 x 20 floats.
-__device__ __forceinline__ void invert(const float (&c)[2][4], float* scratch, bf16* to) {
+__device__ __forceinline__ void invert(const float (&c)[2][4], float* scratch, bf16* to, bf16* low) {
     const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, column = lane & 15;
 #pragma unroll
     for (int i = 0; i < 8; i++) scratch[(8 * (i / 4) + 2 * q + i % 2) * 20 + g + 8 * (i % 4 / 2)] = c[i / 4][i % 4];
@@ -261,12 +301,21 @@ __device__ __forceinline__ void invert(const float (&c)[2][4], float* scratch, b
     }
     if (lane < 16)
 #pragma unroll
-        for (int i = 0; i < L; i++) to[i * SMALL + column] = from_f32<bf16>(x[i]);
+        for (int i = 0; i < L; i++) {
+            const bf16 rounded = from_f32<bf16>(x[i]);
+            to[i * SMALL + column] = rounded;
+            low[i * SMALL + column] = from_f32<bf16>(x[i] - to_f32(rounded));
+        }
     __syncwarp();
 }
 
-// A result [16, 16] to a matrix in shared memory.
+// A result [16, 16] to a matrix in shared memory, and what rounding leaves of it.
 __device__ __forceinline__ void keep_small(bf16* to, const float (&c)[2][4]) { store_result(to, SMALL, c, L); }
+__device__ __forceinline__ void keep_low(bf16* to, float (&c)[2][4]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) c[i / 4][i % 4] -= to_f32(from_f32<bf16>(c[i / 4][i % 4]));
+    keep_small(to, c);
+}
 
 struct Inputs {
     const bf16* p[6]; // r, w, k, v, a, b: [tokens, heads N]
@@ -274,7 +323,7 @@ struct Inputs {
 };
 
 // What the forward pass keeps for the backward pass: for every chunk and head the state before it in the order of registers
-// [channels / 16][values / 16][lane] and the inverse [16, 16]; u [tokens, heads N].
+// [channels / 16][values / 16][lane] and the inverse [2, 16, 16], rounded and low; u [tokens, heads N].
 struct Saved {
     uint4* states;
     uint4* inverses;
@@ -283,8 +332,8 @@ struct Saved {
 
 template <int N> struct ForwardShared {
     bf16 raw[2][6][TILE<N>];
-    bf16 tiles[6][TILE<N>];
-    bf16 m[4][L * SMALL]; // inverse, M_ak, M_rb, M_rk
+    bf16 tiles[7][TILE<N>];
+    bf16 m[6][L * SMALL]; // inverse, M_ak, M_rb, M_rk; low parts of the first two
     float scratch[L * 20], sums[4 * N], whole[N];
 };
 
@@ -326,19 +375,25 @@ __device__ void forward(const Inputs& in, const Piece* pieces, const float* aren
         float2 sum[4];
         sum_decays<N>(sum, raw + W * TILE<N>, m.sums, rows);
         __syncthreads();
-        make_tiles<N>(m.tiles[0], raw, sum, m.sums, m.whole, nullptr);
+        make_tiles<N, false>(m.tiles[0], raw, sum, m.sums, m.whole, nullptr);
         __syncthreads();
         const size_t index = (size_t(piece.base) * heads + size_t(h) * chunks + chunk);
 #pragma unroll
         for (int i = warp; i < (SCAN ? 2 : 4); i += WARPS<N>) {
             float p[2][4];
-            product<N>(p, m.tiles[i < 2 ? AT : RT], m.tiles[i % 2 ? KT : BT]);
+            clear(p);
+            add_product<N>(p, m.tiles[i < 2 ? AT : RT], m.tiles[i % 2 ? KT : BT]);
+            if (i == 1) add_product<N>(p, m.tiles[AL], m.tiles[KT]);
             lower(p, i < 2);
             if (i == 0) {
-                invert(p, m.scratch, m.m[0]);
-                if (!SCAN && saved.inverses) saved.inverses[index * 32 + lane] = *reinterpret_cast<const uint4*>(m.m[0] + (lane >> 1) * SMALL + (lane & 1) * 8);
+                invert(p, m.scratch, m.m[0], m.m[4]);
+                if (!SCAN && saved.inverses)
+#pragma unroll
+                    for (int low = 0; low < 2; low++)
+                        saved.inverses[(index * 2 + low) * 32 + lane] = *reinterpret_cast<const uint4*>(m.m[4 * low] + (lane >> 1) * SMALL + (lane & 1) * 8);
             } else {
                 keep_small(m.m[i], p);
+                if (i == 1) keep_low(m.m[5], p);
             }
         }
         if (!SCAN && saved.states)
@@ -352,18 +407,20 @@ __device__ void forward(const Inputs& in, const Piece* pieces, const float* aren
         clear(u);
         clear(out);
         clear(uf);
-        times_state<N>(u, m.tiles[AT], s);
-        if constexpr (SCAN) times_state<N>(uf, m.tiles[AT], f);
-        else times_state<N>(out, m.tiles[RT], s);
+        times_state<N>(u, m.tiles[AT], m.tiles[AL], s, out, SCAN ? nullptr : m.tiles[RT]);
+        if constexpr (SCAN) times_state<N>(uf, m.tiles[AT], m.tiles[AL], f, out, nullptr);
         __syncthreads();
-        uint32_t a[4], inverse[4], v[4], t[4], x[4];
+        uint32_t a[4], inverse[4], inverse_low[4], v[4], t[4], low[4], x[4];
         load_tiles_transposed(v, by_rows<PITCH<N>>(raw + V * TILE<N>, 16 * warp));
         load_tiles(a, by_rows<SMALL>(m.m[1], 0));
         load_tiles(inverse, by_rows<SMALL>(m.m[0], 0));
+        load_tiles(inverse_low, by_rows<SMALL>(m.m[4], 0));
         mma2(u, a, v);
-        as_b(t, u);
+        load_tiles(a, by_rows<SMALL>(m.m[5], 0));
+        mma2(u, a, v);
+        as_b(t, low, u);
         clear(u);
-        mma2(u, inverse, t);
+        mma2_low(u, inverse, inverse_low, t, low);
         as_b(t, u);
         decay_state<N>(s, m.whole);
         as_a(x, v);
@@ -371,9 +428,9 @@ __device__ void forward(const Inputs& in, const Piece* pieces, const float* aren
         as_a(x, t);
         add_to_state<N>(s, x, m.tiles[BH]);
         if constexpr (SCAN) {
-            as_b(t, uf);
+            as_b(t, low, uf);
             clear(uf);
-            mma2(uf, inverse, t);
+            mma2_low(uf, inverse, inverse_low, t, low);
             as_b(t, uf);
             as_a(x, t);
             decay_state<N>(f, m.whole);
@@ -409,14 +466,19 @@ enum { U = 6, DY = 7 };
 
 template <int N> struct BackShared {
     bf16 raw[2][8][TILE<N>];
-    bf16 inverse[2][L * SMALL];
-    bf16 tiles[6][TILE<N>];
-    bf16 d[N * PITCH<N>]; // the gradient of the state after the chunk, by value and channel
-    bf16 z[TILE<N>];
-    bf16 m[3][L * SMALL];  // M_ak, M_rb, M_rk
-    bf16 dm[4][L * SMALL]; // of M_ab, M_ak, M_rb, M_rk
-    float total[(L + 1) * (N + 8)], sums[4 * N], whole[N];
+    bf16 inverse[2][2][L * SMALL];
+    bf16 tiles[8][TILE<N>]; // the last becomes Z
+    bf16 d[N * PITCH<N>];   // the gradient of the state after the chunk, by value and channel
+    union {                 // one after the other
+        float sums[4 * N];
+        bf16 m[4][L * SMALL];  // M_ak, M_rb, M_rk, low part of M_rb
+        bf16 dm[4][L * SMALL]; // gradients of M_ab, M_ak, M_rb, M_rk
+    };
+    float total[(L + 1) * (N + 8)], whole[N];
 };
+// Known to cuda.rs.
+static_assert(sizeof(ForwardShared<64>) == 19 * 2 * TILE<64> + 6 * 768 + 4 * (320 + 5 * 64));
+static_assert(sizeof(BackShared<64>) == 24 * 2 * TILE<64> + 2 * 64 * 72 + 8 * 768 + 4 * (17 * 72 + 64));
 
 // Sum over the 8 rows of a fragment: every lane gets the sum of its column.
 __device__ __forceinline__ float sum_rows(float x) {
@@ -446,7 +508,7 @@ __device__ void backward(const Inputs& in, const Piece* pieces, const Saved& sav
     const auto fetch_chunk = [&](int chunk) {
         const size_t index = size_t(piece.base) * heads + size_t(h) * chunks + chunk;
         fetch<N, 8>(m.raw[chunk & 1][0], from, origin + size_t(chunk) * L * c, c, piece.len - chunk * L);
-        if (warp == 0) copy_async(m.inverse[chunk & 1] + (lane >> 1) * SMALL + (lane & 1) * 8, saved.inverses + index * 32 + lane);
+        if (warp < 2) copy_async(m.inverse[chunk & 1][warp] + (lane >> 1) * SMALL + (lane & 1) * 8, saved.inverses + (index * 2 + warp) * 32 + lane);
     };
     fetch_chunk(chunks - 1);
     copy_commit();
@@ -472,24 +534,26 @@ __device__ void backward(const Inputs& in, const Piece* pieces, const Saved& sav
         float2 sum[4];
         sum_decays<N>(sum, raw + W * TILE<N>, m.sums, rows);
         __syncthreads();
-        make_tiles<N>(m.tiles[0], raw, sum, m.sums, m.whole, SCAN ? nullptr : m.total);
+        make_tiles<N, true>(m.tiles[0], raw, sum, m.sums, m.whole, m.total);
         __syncthreads();
 #pragma unroll
         for (int i = warp; i < 3; i += WARPS<N>) {
             if (SCAN && i != 1) continue;
             float p[2][4];
-            product<N>(p, m.tiles[i == 0 ? AT : RT], m.tiles[i == 1 ? BT : KT]);
+            clear(p);
+            add_product<N>(p, m.tiles[i == 0 ? AT : RT], m.tiles[i == 1 ? BT : KT]);
+            if (i == 1) add_product<N>(p, m.tiles[RT], m.tiles[BL]);
             lower(p, i == 0);
             keep_small(m.m[i], p);
+            if (i == 1) keep_low(m.m[3], p);
         }
         float du[2][4], dv[2][4];
         clear(du);
         clear(dv);
-        times_state<N>(du, m.tiles[BH], d);
+        times_state<N>(du, m.tiles[BH], m.tiles[HL], d, dv, SCAN ? nullptr : m.tiles[KH]);
         // By channels of the warp: V D, U D, dY S, and the sum over values of S D.
         float vd[2][4], ud[2][4], ys[2][4], zs[2][4], along[2][2] = {};
         if constexpr (!SCAN) {
-            times_state<N>(dv, m.tiles[KH], d);
             clear(vd);
             clear(ud);
             clear(ys);
@@ -517,17 +581,21 @@ __device__ void backward(const Inputs& in, const Piece* pieces, const Saved& sav
             }
         }
         __syncthreads();
-        uint32_t a[4], b[4], t[4], x[4];
+        uint32_t a[4], b[4], t[4], x[4], low[4];
+        bf16* const z = m.tiles[HL];
         load_tiles_transposed(b, by_rows<PITCH<N>>(raw + DY * TILE<N>, 16 * warp));
         load_tiles_transposed(a, by_columns<SMALL>(m.m[1], 0));
         mma2(du, a, b);
-        as_b(t, du);
-        load_tiles_transposed(a, by_columns<SMALL>(m.inverse[chunk & 1], 0));
+        load_tiles_transposed(a, by_columns<SMALL>(m.m[3], 0));
+        mma2(du, a, b);
+        as_b(t, low, du);
+        load_tiles_transposed(a, by_columns<SMALL>(m.inverse[chunk & 1][0], 0));
+        load_tiles_transposed(x, by_columns<SMALL>(m.inverse[chunk & 1][1], 0));
         clear(du);
-        mma2(du, a, t); // now Z
+        mma2_low(du, a, x, t, low); // now Z
         as_b(t, du);
         if constexpr (!SCAN) {
-            store_result(m.z + 16 * warp, PITCH<N>, du, L);
+            store_result(z + 16 * warp, PITCH<N>, du, L);
             load_tiles_transposed(a, by_columns<SMALL>(m.m[2], 0));
             mma2(dv, a, b);
             load_tiles_transposed(a, by_columns<SMALL>(m.m[0], 0));
@@ -544,7 +612,8 @@ __device__ void backward(const Inputs& in, const Piece* pieces, const Saved& sav
 #pragma unroll
             for (int i = warp; i < 4; i += WARPS<N>) {
                 float p[2][4];
-                product<N>(p, i < 2 ? m.z : raw + DY * TILE<N>, raw + (i % 2 ? V : U) * TILE<N>);
+                clear(p);
+                add_product<N>(p, i < 2 ? z : raw + DY * TILE<N>, raw + (i % 2 ? V : U) * TILE<N>);
                 lower(p, i < 2);
                 keep_small(m.dm[i], p);
             }
@@ -552,7 +621,7 @@ __device__ void backward(const Inputs& in, const Piece* pieces, const Saved& sav
 #pragma unroll
             for (int w = 0; w < WARPS<N>; w++) {
                 const uint32_t turned[4] = {s[w].x, s[w].y, s[w].z, s[w].w};
-                load_tiles(a, by_rows<PITCH<N>>(m.z, 16 * w));
+                load_tiles(a, by_rows<PITCH<N>>(z, 16 * w));
                 mma2(zs, a, turned);
             }
             __syncthreads();
