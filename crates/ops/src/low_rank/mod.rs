@@ -92,7 +92,7 @@ impl<'p> Tape<'p> {
         if needs {
             let (dy, dx, w, x) = (out.slot(), x.slot(), w.clone(), x.clone());
             self.record(move |b| {
-                let Some(dy) = dy.take() else { return };
+                let Some(dy) = dy.take_shared() else { return };
                 let mut dh = ctx.alloc(rows * rank);
                 if let Some(gpu) = ctx.cuda() {
                     if let Some(bias) = w.bias.filter(|&p| b.params().is_trainable(p)) {
@@ -102,6 +102,9 @@ impl<'p> Tape<'p> {
                     w.up.input_grad_cuda(&ctx, gpu, b.params(), dy.ptr(), dh.ptr(), rows);
                     cuda::scale_by_derivative(&ctx, gpu, w.activation, &h, &dh);
                     w.down.add_weight_grad_cuda(b, gpu, x.buf().ptr(), dh.ptr(), rows);
+                    return dx.accumulate(&ctx, |g, add| {
+                        w.down.input_grad_cuda(&ctx, gpu, b.params(), dh.ptr(), g.ptr(), add, rows);
+                    });
                 }
                 b.run(|b| {
                     if let Some(db) = w.bias.and_then(|p| b.param_grad(p)) {
@@ -114,9 +117,6 @@ impl<'p> Tape<'p> {
                 });
                 if dx.wanted() {
                     let mut g = ctx.alloc(dx.len());
-                    if let Some(gpu) = ctx.cuda() {
-                        w.down.input_grad_cuda(&ctx, gpu, b.params(), dh.ptr(), g.ptr(), rows);
-                    }
                     b.run(|b| w.down.input_grad(&ctx, b.params(), &dh, &mut g));
                     dx.add(g);
                 }

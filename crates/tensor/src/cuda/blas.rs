@@ -28,6 +28,7 @@ struct Plan {
     algo: lt::cublasLtMatmulAlgo_t,
 }
 
+/// The library; without a handle until [`Blas::new`] gives it one.
 pub(super) struct Blas {
     handle: lt::cublasLtHandle_t,
     plans: Mutex<HashMap<Shape, Plan>>,
@@ -49,12 +50,18 @@ fn ok(code: lt::cublasStatus_t) -> Result<(), String> {
     }
 }
 
+impl Default for Blas {
+    fn default() -> Blas {
+        Blas { handle: std::ptr::null_mut(), plans: Mutex::default(), workspace: Mutex::default() }
+    }
+}
+
 impl Blas {
     pub(super) fn new() -> Result<Blas, String> {
         let mut handle = std::ptr::null_mut();
         // SAFETY: writes a handle.
         ok(unsafe { lt::cublasLtCreate(&mut handle) })?;
-        Ok(Blas { handle, plans: Mutex::default(), workspace: Mutex::default() })
+        Ok(Blas { handle, ..Blas::default() })
     }
 
     /// Chooses an algorithm for `c [m, n] = op(a) op(b)`, all row-major. cuBLASLt counts by columns, so it computes c^T = op(b)^T op(a)^T.
@@ -135,8 +142,7 @@ impl Cuda {
         &self, ta: Trans, tb: Trans, m: usize, n: usize, k: usize, a: DevicePtr, b: DevicePtr, input: DType,
         accumulate: bool, c: DevicePtr, output: DType,
     ) {
-        self.enter();
-        if self.failed() || m == 0 || n == 0 {
+        if !self.enter() || m == 0 || n == 0 {
             return;
         }
         if k == 0 {
@@ -170,29 +176,38 @@ impl Cuda {
         };
         let (alpha, beta) = (1f32, if accumulate { 1f32 } else { 0f32 });
         let at = |p: DevicePtr| p.0 as *mut c_void;
-        // SAFETY: the plan fits the shapes; the buffers hold them.
-        let code = unsafe {
-            lt::cublasLtMatmul(
-                self.blas.handle,
-                p.desc,
-                (&raw const alpha).cast(),
-                at(b),
-                p.a,
-                at(a),
-                p.b,
-                (&raw const beta).cast(),
-                at(c),
-                p.c,
-                at(c),
-                p.c,
-                &p.algo,
-                at(workspace),
-                WORKSPACE,
-                self.stream.cast(),
-            )
+        let what = || {
+            let letter = |t| if t == Trans::T { 't' } else { 'n' };
+            let add = if accumulate { " +=" } else { "" };
+            let name = format!("gemm {m}x{n}x{k} {}{} {input}>{output}{add}", letter(ta), letter(tb));
+            let bytes = (m * k + k * n) * input.size() + m * n * output.size() * (1 + accumulate as usize);
+            (name, bytes, 2.0 * (m * n * k) as f64)
         };
-        if let Err(e) = ok(code) {
-            let _ = self.failure.set(format!("a matrix product of {m} x {n} x {k}: {e}"));
-        }
+        self.timed(what, || {
+            // SAFETY: the plan fits the shapes; the buffers hold them.
+            let code = unsafe {
+                lt::cublasLtMatmul(
+                    self.blas.handle,
+                    p.desc,
+                    (&raw const alpha).cast(),
+                    at(b),
+                    p.a,
+                    at(a),
+                    p.b,
+                    (&raw const beta).cast(),
+                    at(c),
+                    p.c,
+                    at(c),
+                    p.c,
+                    &p.algo,
+                    at(workspace),
+                    WORKSPACE,
+                    self.stream.cast(),
+                )
+            };
+            if let Err(e) = ok(code) {
+                let _ = self.failure.set(format!("a matrix product of {m} x {n} x {k}: {e}"));
+            }
+        });
     }
 }
