@@ -155,7 +155,7 @@ fn owned(b: Arc<Buf>) -> Buf {
     Arc::try_unwrap(b).unwrap_or_else(|b| b.duplicate())
 }
 
-fn lock(slot: &Slot) -> std::sync::MutexGuard<'_, Option<Buf>> {
+fn lock(slot: &Slot) -> std::sync::MutexGuard<'_, Option<Arc<Buf>>> {
     slot.lock().unwrap_or_else(|e| e.into_inner())
 }
 

@@ -53,8 +53,7 @@ pub(super) fn backward(
     let count = BLOCKS.min(rows.div_ceil(each));
     let parts = ctx.alloc_f32(count * 2 * c);
     let w = b.params().master(weight);
-    let args =
-        [x.ptr().into(), dy.ptr().into(), at(prior), at(dx), w.into(), parts.ptr().into(), int(rows), int(c)];
+    let args = [x.ptr().into(), dy.ptr().into(), at(prior), at(dx), w.into(), parts.ptr().into(), int(rows), int(c)];
     gpu.launch(&KERNELS, &name(ctx, "layer_norm_back", shape), [count, 1, 1], [threads, 1, 1], &args);
     add_param_sums(b, gpu, [weight, bias], &parts, count, c);
 }

@@ -141,11 +141,11 @@ __device__ void backward(const T* x, const T* dy, const T* prior, T* dx, const f
 }
 
 #define LAYER_NORM(T, name, W, H)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(32 * W * ROWS<W>) layer_norm_##W##x##H##_##name(                         \
+    extern "C" __global__ void __launch_bounds__(32 * W * ROWS<W>, W > 4 ? 2 : 4) layer_norm_##W##x##H##_##name(                         \
         const T* x, const T* dx, T* sum, T* y, const float* weight, const float* bias, int rows, int c) {                 \
         forward<T, W, H>(x, dx, sum, y, weight, bias, rows, c);                                                           \
     }                                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(32 * W * ROWS<W>) layer_norm_back_##W##x##H##_##name(                    \
+    extern "C" __global__ void __launch_bounds__(32 * W * ROWS<W>, W > 4 ? 1 : 2) layer_norm_back_##W##x##H##_##name(                    \
         const T* x, const T* dy, const T* prior, T* dx, const float* weight, float* parts, int rows, int c) {             \
         backward<T, W, H>(x, dy, prior, dx, weight, parts, rows, c);                                                      \
     }

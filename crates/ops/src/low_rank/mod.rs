@@ -99,7 +99,7 @@ impl<'p> Tape<'p> {
                         cuda::add_bias_grad(b, gpu, &dy, bias, cols);
                     }
                     w.up.add_weight_grad_cuda(b, gpu, h.ptr(), dy.ptr(), rows);
-                    w.up.input_grad_cuda(&ctx, gpu, b.params(), dy.ptr(), dh.ptr(), rows);
+                    w.up.input_grad_cuda(&ctx, gpu, b.params(), dy.ptr(), dh.ptr(), false, rows);
                     cuda::scale_by_derivative(&ctx, gpu, w.activation, &h, &dh);
                     w.down.add_weight_grad_cuda(b, gpu, x.buf().ptr(), dh.ptr(), rows);
                     return dx.accumulate(&ctx, |g, add| {

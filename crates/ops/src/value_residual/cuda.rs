@@ -1,7 +1,7 @@
 //! Value residual on a GPU.
 
-use crate::gpu::{kernel, size};
 use crate::Var;
+use crate::gpu::{kernel, size};
 use anser_tensor::cuda::{Arg, Cuda, DevicePtr, Module};
 use anser_tensor::{Buf, Context};
 
