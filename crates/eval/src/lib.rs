@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod debug;
 pub mod digits;
+pub mod profile;
 
 /// What can go wrong in an experiment.
 #[derive(Debug, thiserror::Error)]
