@@ -3,7 +3,7 @@ use anser_data::Batch;
 use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
 use anser_model::{Config, Load, Model, State};
 use anser_ops::{CrossEntropy, Loss, Segment, Tape, batch};
-use anser_tensor::{Buf, Context};
+use anser_tensor::{Buf, Context, DType};
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -269,12 +269,19 @@ impl Trainer {
         let mut tape = Tape::recording(&dry, self.model.params(), &mut none);
         let state = State::zeros(&dry, self.model.config(), if cut { rows } else { 0 });
         let (hidden, _) = self.model.forward(&mut tape, &vec![0; n], &segments, &state, self.settings.checkpointing)?;
-        self.model.loss(&mut tape, &hidden, &vec![0; n], None, CrossEntropy { divisor: 1.0, l2wrap: false });
+        let opts = CrossEntropy { divisor: 1.0, l2wrap: false };
+        let _kept = self.model.loss(&mut tape, &hidden, &vec![0; n], None, opts);
         drop(hidden);
         tape.backward();
         // Exact back-propagation keeps the states between the pieces.
         let states = if cut { t.div_ceil(piece) * rows * self.model.config().state_len() * 4 } else { 0 };
-        Ok(4 * 4 * self.grads.len() + dry.memory().peak + states)
+        Ok(self.resident() + dry.memory().peak + states)
+    }
+
+    /// Bytes of parameters, gradients and moments, which are there already.
+    pub fn resident(&self) -> usize {
+        let rounded = if self.ctx.dtype() == DType::F32 { 0 } else { self.ctx.dtype().size() };
+        (4 * 4 + rounded) * self.grads.len()
     }
 
     /// Notes something that is written into the metadata of checkpoints and models, and is there again after [`Trainer::resume`].
