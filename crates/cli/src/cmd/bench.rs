@@ -2,7 +2,7 @@ use crate::global::Global;
 use anser_eval::bench;
 use anser_eval::profile::{chrome_trace, table};
 use anser_tokenizer::Tokenizer;
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use serde_json::json;
 use std::path::PathBuf;
 
@@ -39,6 +39,21 @@ enum What {
         #[arg(long)]
         profile: Option<PathBuf>,
     },
+    /// WKV-7 alone, forward and backward, beside the time its bytes take
+    Wkv {
+        /// Sequences
+        #[arg(long, default_value_t = 8)]
+        rows: usize,
+        /// Tokens of a sequence
+        #[arg(long, default_value_t = 128)]
+        ctx: usize,
+        /// Heads
+        #[arg(long, default_value_t = 4)]
+        heads: usize,
+        /// Size of a head
+        #[arg(long, default_value_t = 64)]
+        head_size: usize,
+    },
     /// Decoding and prefill of a randomly initialised model: tokens/s and share of the memory bandwidth
     Decode {
         /// Size
@@ -70,7 +85,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let ctx = global.context()?;
     match &args.what {
         What::Train { layers, width, vocab, rows, ctx: t, steps, profile } => {
-            anyhow::ensure!(profile.is_none() || ctx.cuda().is_some(), "--profile: launches are timed on a GPU only");
+            ensure!(profile.is_none() || ctx.cuda().is_some(), "--profile: launches are timed on a GPU only");
             let r = bench::train(&ctx, *layers, *width, *vocab, *rows, *t, *steps, profile.is_some())?;
             if let Some(path) = profile {
                 eprint!("{}", table(&r.profile));
@@ -98,6 +113,23 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                     r.peak / 1e9,
                     r.nominal.map_or(String::new(), |p| format!(" (at the nominal clock {:.0})", p / 1e9)),
                     100.0 * r.wkv_share,
+                )
+            })
+        }
+        What::Wkv { rows, ctx: t, heads, head_size } => {
+            ensure!([16, 32, 64, 128].contains(head_size), "--head-size must be 16, 32, 64 or 128");
+            let r = bench::wkv(&ctx, *rows, *t, *heads, *head_size);
+            global.result(serde_json::to_value(r)?, || {
+                let floor = r.bytes / r.bandwidth;
+                format!(
+                    "WKV-7 B{rows} T{t} H{heads} N{head_size}, {}: forward {:.3} ms, for training {:.3} ms, with backward {:.3} ms; its bytes take {:.3} ms at {:.0} GB/s ({:.0}%)\n",
+                    ctx.dtype(),
+                    1e3 * r.forward,
+                    1e3 * r.recording,
+                    1e3 * r.both,
+                    1e3 * floor,
+                    r.bandwidth / 1e9,
+                    100.0 * floor / r.both,
                 )
             })
         }
