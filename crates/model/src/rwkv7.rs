@@ -71,7 +71,7 @@ impl ChannelMix {
     fn forward(&self, t: &mut Tape<'_>, x: &Var, last: &Var, segments: &Arc<[Segment]>) -> (Var, Var) {
         let ([xk], ffn_x) = t.token_shift(x, last, segments, [self.mix]);
         let k = t.linear(&xk, &self.key);
-        let k = t.relu_squared(&k);
+        let k = t.relu_squared(k);
         (t.linear(&k, &self.value), ffn_x)
     }
 }

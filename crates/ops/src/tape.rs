@@ -88,6 +88,11 @@ impl Var {
         GradSlot(self.grad.clone(), self.rows * self.cols)
     }
 
+    /// The buffer itself, or a copy of it if somebody else holds it.
+    pub fn into_owned(self) -> Buf {
+        owned(self.value)
+    }
+
     /// The buffer itself, if nobody else holds it.
     pub fn into_buf(self) -> Option<Buf> {
         Arc::try_unwrap(self.value).ok()

@@ -131,7 +131,7 @@ fn elementwise_operations() {
             let (x, y) = t.add_norm(x[0].clone(), &x[1], p[0], p[1]);
             vec![x, y]
         });
-        check("relu_squared", &[Leaf(ROWS, c, 2.0, Act)], &[], |t, x, _| vec![t.relu_squared(&x[0])]);
+        check("relu_squared", &[Leaf(ROWS, c, 2.0, Act)], &[], |t, x, _| vec![t.relu_squared(x[0].clone())]);
         let three: [Leaf; 3] = std::array::from_fn(|_| Leaf(ROWS, c, 2.0, Act));
         check("value_residual", &three, &[], |t, x, _| vec![t.value_residual(&x[0], &x[1], &x[2])]);
     }

@@ -472,10 +472,12 @@ impl Cuda {
         self.launch(&FLAT, &format!("add_{dtype}"), grid, block, &[x.into(), y.into(), Arg::Size(n as u64)]);
     }
 
-    /// `to[c] += parts[p * stride + c]` summed over p < count, for c < cols, all f32, in a fixed order.
-    pub fn add_partial_sums(&self, to: DevicePtr, parts: DevicePtr, count: usize, stride: usize, cols: usize) {
-        let args = [to.into(), parts.into(), (count as i32).into(), (stride as i32).into(), (cols as i32).into()];
-        self.launch(&FLAT, "add_partial_sums", [cols.div_ceil(32), 1, 1], [32, 8, 1], &args);
+    /// `to_k[c] += parts[p][k][c]` summed over p < count, for c < cols and K addresses `to` (null: not wanted), all f32, in a fixed order.
+    pub fn add_partial_sums<const K: usize>(&self, to: [DevicePtr; K], parts: DevicePtr, count: usize, cols: usize) {
+        let mut all = [DevicePtr::NULL; 6];
+        all[..K].copy_from_slice(&to);
+        let args = [Arg::Ptrs(all), parts.into(), (count as i32).into(), (cols as i32).into()];
+        self.launch(&FLAT, "add_partial_sums", [cols.div_ceil(32), K, 1], [32, 32, 1], &args);
     }
 
     /// Rounds `n` f32 to `dtype`.
