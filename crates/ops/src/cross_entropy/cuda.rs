@@ -29,7 +29,7 @@ pub(super) fn run(
     for start in (0..rows).step_by(chunk) {
         let n = chunk.min(rows - start);
         let xs = x.buf().ptr().offset(start * cols, size);
-        head.product_cuda(&ctx, gpu, t.params(), xs, z.ptr(), n);
+        head.product_cuda(&ctx, gpu, t.params(), xs, z.ptr(), n, None);
         let args = [
             z.ptr().into(),
             ids.ptr().offset(start, t32).into(),

@@ -115,9 +115,11 @@ impl Weight {
 
     pub(crate) fn product_cuda(
         &self, ctx: &Context, gpu: &Cuda, params: &ParamSet, x: DevicePtr, y: DevicePtr, rows: usize,
+        bias: Option<Param>,
     ) {
         let (n, k, t) = (self.outputs(), self.inputs(), ctx.dtype());
-        gpu.gemm(Trans::N, self.stored().0, rows, n, k, x, self.device(params), t, false, y, t);
+        let bias = bias.map(|b| params.rounded(b));
+        gpu.gemm_bias(Trans::N, self.stored().0, rows, n, k, x, self.device(params), t, false, y, t, bias);
     }
 
     pub(crate) fn input_grad_cuda(
@@ -144,7 +146,7 @@ impl<'p> Tape<'p> {
         assert_eq!(x.cols(), w.inputs());
         let mut y = self.ctx().alloc(x.rows() * w.outputs());
         if let Some(gpu) = self.ctx().cuda() {
-            w.product_cuda(self.ctx(), gpu, self.params(), x.buf().ptr(), y.ptr(), x.rows());
+            w.product_cuda(self.ctx(), gpu, self.params(), x.buf().ptr(), y.ptr(), x.rows(), None);
         }
         self.run(|| w.product(self.ctx(), self.params(), x.data(), &mut y));
         let param = w.param();

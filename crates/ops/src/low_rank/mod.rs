@@ -70,12 +70,9 @@ impl<'p> Tape<'p> {
         let mut h = ctx.alloc(rows * rank);
         let mut y = ctx.alloc(rows * cols);
         if let Some(gpu) = ctx.cuda() {
-            w.down.product_cuda(&ctx, gpu, self.params(), x.buf().ptr(), h.ptr(), rows);
+            w.down.product_cuda(&ctx, gpu, self.params(), x.buf().ptr(), h.ptr(), rows, None);
             cuda::apply(&ctx, gpu, w.activation, &h);
-            w.up.product_cuda(&ctx, gpu, self.params(), h.ptr(), y.ptr(), rows);
-            if let Some(bias) = w.bias {
-                cuda::add_bias(&ctx, gpu, &y, self.params().master(bias), cols);
-            }
+            w.up.product_cuda(&ctx, gpu, self.params(), h.ptr(), y.ptr(), rows, w.bias);
         }
         self.run(|| {
             w.down.product(&ctx, self.params(), x.data(), &mut h);
