@@ -28,7 +28,7 @@ struct Piece {
 };
 
 // log2 of the decay.
-__device__ __forceinline__ float log2_decay(float w) { return -0.60653066f * 1.44269504f / (1.f + exp2_fast(-1.44269504f * w)); }
+__device__ __forceinline__ float log2_decay(float w) { return __fdividef(-0.60653066f * 1.44269504f, 1.f + exp2_fast(-1.44269504f * w)); }
 
 // Where a lane points load_tiles so that it gets, from a row-major matrix of pitch P:
 //   rows 0..15, columns col..: an A fragment; transposed, the B fragments (k = rows) of columns col.. and col + 8..
@@ -90,16 +90,35 @@ template <int N> __device__ __forceinline__ void state_low(uint32_t (&low)[4], c
     for (int i = 0; i < 4; i++) low[i] = pack_low(s[2 * k + i % 2][i / 2 * 2], s[2 * k + i % 2][i / 2 * 2 + 1], b[i]);
 }
 
-// Stores a 16 x 16 result (tokens, columns) as bf16; rows from `rows` on are left out. `to` is row 0, column 0.
-__device__ __forceinline__ void store_result(bf16* to, size_t pitch, const float (&c)[2][4], int rows) {
+// Keeps a 16 x 16 result as bf16 in shared memory. `to` is row 0, column 0.
+__device__ __forceinline__ void keep_result(bf16* to, int pitch, const float (&c)[2][4]) {
     const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        if (g + 8 * half >= rows) continue;
         bf16* row = to + (g + 8 * half) * pitch + 2 * q;
         *reinterpret_cast<uint32_t*>(row) = pack(c[0][2 * half], c[0][2 * half + 1]);
         *reinterpret_cast<uint32_t*>(row + 8) = pack(c[1][2 * half], c[1][2 * half + 1]);
     }
+}
+// Stores it to device memory without rows from `rows` on. The four lanes of a row exchange what they hold, so that each writes 16
+// bytes of one row and a row's two lanes a whole sector.
+__device__ __forceinline__ void store_result(bf16* to, size_t pitch, const float (&c)[2][4], int rows) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
+    uint32_t r[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) r[i] = pack(c[i % 2][i / 2 * 2], c[i % 2][i / 2 * 2 + 1]);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const uint32_t other = __shfl_xor_sync(~0u, q & 1 ? r[i] : r[i + 1], 1);
+        (q & 1 ? r[i] : r[i + 1]) = other;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t other = __shfl_xor_sync(~0u, q & 2 ? r[i] : r[i + 2], 2);
+        (q & 2 ? r[i] : r[i + 2]) = other;
+    }
+    const int row = g + 8 * (q >> 1);
+    if (row < rows) *reinterpret_cast<uint4*>(to + row * pitch + 8 * (q & 1)) = make_uint4(r[0], r[1], r[2], r[3]);
 }
 
 // A state [N, N] by value and channel, f32, to and from the warp's fragments.
@@ -203,12 +222,13 @@ __device__ __forceinline__ void lower(float (&c)[2][4], bool strict) {
     }
 }
 
-// Starts copying the tiles of one chunk; rows past the end become zero.
-template <int N, int K, class Pointers>
+// Starts copying the tiles WHICH of one chunk; rows past the end become zero.
+template <int N, unsigned WHICH, class Pointers>
 __device__ __forceinline__ void fetch(bf16* to, const Pointers& from, size_t at, int c, int rows) {
     const int row = threadIdx.x / (N / 8), col = threadIdx.x % (N / 8) * 8;
 #pragma unroll
-    for (int i = 0; i < K; i++) copy_async(to + i * TILE<N> + row * PITCH<N> + col, from[i] + (row < rows ? at + size_t(row) * c + col : 0), row < rows);
+    for (int i = 0; i < 8; i++)
+        if (WHICH >> i & 1) copy_async(to + i * TILE<N> + row * PITCH<N> + col, from[i] + (row < rows ? at + size_t(row) * c + col : 0), row < rows);
 }
 
 // A thread's part of making the tiles: 4 rows of two neighbouring channels.
@@ -244,9 +264,9 @@ enum { R, W, K, V, A, B }; // inputs
 // Tiles: R~ A~ K~ B~ K^ B^, and low parts: of A~ (forward), of B~ and B^ (backward).
 enum { RT, AT, KT, BT, KH, BH, AL, BL = AL, HL };
 
-// The tiles of a chunk, the decay over the whole chunk and, BACK, the sums of log decays before and after each token:
+// The tiles WHICH of a chunk, the decay over the whole chunk and, BACK, the sums of log decays before and after each token:
 // total[0..16][N], pitch N + 8.
-template <int N, bool BACK>
+template <int N, unsigned WHICH, bool BACK>
 __device__ __forceinline__ void make_tiles(bf16* tiles, const bf16* raw, const float2 (&sum)[4], const float* sums, float* whole, float* total) {
     const Part p = Part::of<N>();
     float2 before = {0.f, 0.f}, all = {0.f, 0.f};
@@ -263,14 +283,22 @@ __device__ __forceinline__ void make_tiles(bf16* tiles, const bf16* raw, const f
         const float2 now = {before.x + sum[i].x, before.y + sum[i].y};
         const float2 up = {exp2_fast(now.x), exp2_fast(now.y)}, up_before = {exp2_fast(last.x), exp2_fast(last.y)};
         const float2 down = {exp2_fast(-now.x), exp2_fast(-now.y)}, rest = {exp2_fast(all.x - now.x), exp2_fast(all.y - now.y)};
-        const float2 k = pair<N>(raw + K * TILE<N>, row, p.channel), b = pair<N>(raw + B * TILE<N>, row, p.channel);
-        set_pair<N>(tiles + RT * TILE<N>, row, p.channel, pair<N>(raw + R * TILE<N>, row, p.channel), up);
-        set_pair<N>(tiles + AT * TILE<N>, row, p.channel, pair<N>(raw + A * TILE<N>, row, p.channel), up_before, BACK ? nullptr : tiles + AL * TILE<N>);
-        set_pair<N>(tiles + KT * TILE<N>, row, p.channel, k, down);
-        set_pair<N>(tiles + BT * TILE<N>, row, p.channel, b, down, BACK ? tiles + BL * TILE<N> : nullptr);
-        set_pair<N>(tiles + KH * TILE<N>, row, p.channel, k, rest);
-        set_pair<N>(tiles + BH * TILE<N>, row, p.channel, b, rest, BACK ? tiles + HL * TILE<N> : nullptr);
-        if (BACK) {
+        const auto has = [](int tile) { return WHICH >> tile & 1; };
+        const auto input = [&](int i) { return pair<N>(raw + i * TILE<N>, row, p.channel); };
+        const auto make = [&](int tile, float2 x, float2 y, int low = 0) {
+            if (has(tile)) set_pair<N>(tiles + tile * TILE<N>, row, p.channel, x, y, low && has(low) ? tiles + low * TILE<N> : nullptr);
+        };
+        if (has(RT)) make(RT, input(R), up);
+        make(AT, input(A), up_before, BACK ? 0 : AL);
+        if (has(KT) || has(KH)) {
+            const float2 k = input(K);
+            make(KT, k, down);
+            make(KH, k, rest);
+        }
+        const float2 b = input(B);
+        make(BT, b, down, BACK ? BL : 0);
+        make(BH, b, rest, BACK ? HL : 0);
+        if (BACK && has(KH)) {
             if (row == 0) *reinterpret_cast<float2*>(total + p.channel) = {0.f, 0.f};
             *reinterpret_cast<float2*>(total + (row + 1) * (N + 8) + p.channel) = now;
         }
@@ -310,7 +338,7 @@ __device__ __forceinline__ void invert(const float (&c)[2][4], float* scratch, b
 }
 
 // A result [16, 16] to a matrix in shared memory, and what rounding leaves of it.
-__device__ __forceinline__ void keep_small(bf16* to, const float (&c)[2][4]) { store_result(to, SMALL, c, L); }
+__device__ __forceinline__ void keep_small(bf16* to, const float (&c)[2][4]) { keep_result(to, SMALL, c); }
 __device__ __forceinline__ void keep_low(bf16* to, float (&c)[2][4]) {
 #pragma unroll
     for (int i = 0; i < 8; i++) c[i / 4][i % 4] -= to_f32(from_f32<bf16>(c[i / 4][i % 4]));
@@ -363,19 +391,21 @@ __device__ void forward(const Inputs& in, const Piece* pieces, const float* aren
     } else if (piece.state_in >= 0) {
         load_state<N>(s, arena + (size_t(piece.state_in) * heads + h) * N * N, warp);
     }
-    fetch<N, 6>(m.raw[0][0], in, origin, c, piece.len);
+    constexpr unsigned FETCHED = SCAN ? 1 << W | 1 << K | 1 << V | 1 << A | 1 << B : 63;
+    constexpr unsigned MADE = SCAN ? 127 - (1 << RT) : 127;
+    fetch<N, FETCHED>(m.raw[0][0], in, origin, c, piece.len);
     copy_commit();
     for (int chunk = 0; chunk < chunks; chunk++) {
         const int first = chunk * L, rows = min(L, piece.len - first), stage = chunk & 1;
         const bf16* raw = m.raw[stage][0];
         copy_wait<0>();
         __syncthreads();
-        if (chunk + 1 < chunks) fetch<N, 6>(m.raw[stage ^ 1][0], in, origin + size_t(first + L) * c, c, piece.len - first - L);
+        if (chunk + 1 < chunks) fetch<N, FETCHED>(m.raw[stage ^ 1][0], in, origin + size_t(first + L) * c, c, piece.len - first - L);
         copy_commit();
         float2 sum[4];
         sum_decays<N>(sum, raw + W * TILE<N>, m.sums, rows);
         __syncthreads();
-        make_tiles<N, false>(m.tiles[0], raw, sum, m.sums, m.whole, nullptr);
+        make_tiles<N, MADE, false>(m.tiles[0], raw, sum, m.sums, m.whole, nullptr);
         __syncthreads();
         const size_t index = (size_t(piece.base) * heads + size_t(h) * chunks + chunk);
 #pragma unroll
@@ -505,9 +535,11 @@ __device__ void backward(const Inputs& in, const Piece* pieces, const Saved& sav
         if (!piece.last) load_state<N>(d, exit + (size_t(blockIdx.x) * heads + h) * N * N, warp);
         else if (dnew && piece.state_out >= 0) load_state<N>(d, dnew + (size_t(piece.state_out) * heads + h) * N * N, warp);
     }
+    constexpr unsigned FETCHED = SCAN ? 1 << R | 1 << W | 1 << A | 1 << B | 1 << DY : 255;
+    constexpr unsigned MADE = SCAN ? 1 << RT | 1 << AT | 1 << BT | 1 << BH | 1 << BL | 1 << HL : 255;
     const auto fetch_chunk = [&](int chunk) {
         const size_t index = size_t(piece.base) * heads + size_t(h) * chunks + chunk;
-        fetch<N, 8>(m.raw[chunk & 1][0], from, origin + size_t(chunk) * L * c, c, piece.len - chunk * L);
+        fetch<N, FETCHED>(m.raw[chunk & 1][0], from, origin + size_t(chunk) * L * c, c, piece.len - chunk * L);
         if (warp < 2) copy_async(m.inverse[chunk & 1][warp] + (lane >> 1) * SMALL + (lane & 1) * 8, saved.inverses + (index * 2 + warp) * 32 + lane);
     };
     fetch_chunk(chunks - 1);
@@ -534,7 +566,7 @@ __device__ void backward(const Inputs& in, const Piece* pieces, const Saved& sav
         float2 sum[4];
         sum_decays<N>(sum, raw + W * TILE<N>, m.sums, rows);
         __syncthreads();
-        make_tiles<N, true>(m.tiles[0], raw, sum, m.sums, m.whole, m.total);
+        make_tiles<N, MADE, true>(m.tiles[0], raw, sum, m.sums, m.whole, m.total);
         __syncthreads();
 #pragma unroll
         for (int i = warp; i < 3; i += WARPS<N>) {
@@ -595,7 +627,7 @@ __device__ void backward(const Inputs& in, const Piece* pieces, const Saved& sav
         mma2_low(du, a, x, t, low); // now Z
         as_b(t, du);
         if constexpr (!SCAN) {
-            store_result(z + 16 * warp, PITCH<N>, du, L);
+            keep_result(z + 16 * warp, PITCH<N>, du);
             load_tiles_transposed(a, by_columns<SMALL>(m.m[2], 0));
             mma2(dv, a, b);
             load_tiles_transposed(a, by_columns<SMALL>(m.m[0], 0));
@@ -709,7 +741,7 @@ __device__ void backward(const Inputs& in, const Piece* pieces, const Saved& sav
                         da[j][i] = exp2_fast(e ? before.y : before.x) * (zs[j][i] + ia[j][i]);
                         ik[j][i] = down * (ik[j][i] + end * vd[j][i]);
                         ib[j][i] = down * (ib[j][i] + end * ud[j][i]);
-                        dw[j][i] *= -0.60653066f / ((1.f + exp2_fast(-1.44269504f * logit)) * (1.f + exp2_fast(1.44269504f * logit)));
+                        dw[j][i] *= -0.60653066f * __fdividef(1.f, 1.f + exp2_fast(-1.44269504f * logit)) * __fdividef(1.f, 1.f + exp2_fast(1.44269504f * logit));
                     }
                 }
             const size_t at0 = origin + size_t(first) * c + 16 * warp;
