@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod debug;
 pub mod digits;
+pub mod profile;
 pub mod text;
 
 /// What can go wrong in an experiment.

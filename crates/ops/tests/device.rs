@@ -126,7 +126,12 @@ fn elementwise_operations() {
             let y = t.layer_norm(&x[0], p[0], p[1]);
             vec![t.add(y, &x[0])]
         });
-        check("relu_squared", &[Leaf(ROWS, c, 2.0, Act)], &[], |t, x, _| vec![t.relu_squared(&x[0])]);
+        let two: [Leaf; 2] = std::array::from_fn(|_| Leaf(ROWS, c, 2.0, Act));
+        check("add_norm", &two, &[(1, c), (1, c)], |t, x, p| {
+            let (x, y) = t.add_norm(x[0].clone(), &x[1], p[0], p[1]);
+            vec![x, y]
+        });
+        check("relu_squared", &[Leaf(ROWS, c, 2.0, Act)], &[], |t, x, _| vec![t.relu_squared(x[0].clone())]);
         let three: [Leaf; 3] = std::array::from_fn(|_| Leaf(ROWS, c, 2.0, Act));
         check("value_residual", &three, &[], |t, x, _| vec![t.value_residual(&x[0], &x[1], &x[2])]);
     }
@@ -202,12 +207,17 @@ fn embedding_and_cross_entropy() {
         let targets: Vec<i32> = (0..ROWS as i32).map(|i| if i % 7 == 0 { -1 } else { i * 5 % vocab as i32 }).collect();
         let weights: Vec<f32> = (0..ROWS).map(|i| i as f32 / 64.0).collect();
         for (l2wrap, weights) in [(false, None), (true, Some(&weights[..]))] {
+            let total = std::cell::Cell::new(0.0);
             check("cross_entropy", &[Leaf(ROWS, c, 1.0, Kind::Act)], &[(vocab as usize, c)], |t, x, p| {
                 let opts = CrossEntropy { divisor: 64.0, l2wrap };
                 let loss = t.cross_entropy(&x[0], &Weight::OutIn(p[0]), &targets, weights, opts);
                 let ctx = t.ctx();
                 let mut b = ctx.alloc_f32(ROWS);
-                b.copy_from(&loss.per_token);
+                b.copy_from(&loss.per_token());
+                total.set(loss.loss());
+                let row = |(l, i): (f32, usize)| l as f64 * weights.map_or(1.0, |w| w[i] as f64);
+                let sum: f64 = loss.per_token().into_iter().zip(0..).map(row).sum();
+                assert!((total.get() - sum / 64.0).abs() <= 1e-12 * sum);
                 vec![Var::constant(ROWS, 1, b)]
             });
         }
