@@ -5,6 +5,9 @@
 //! operations need no error paths; [`Cuda::check`] reports it before any result is believed.
 
 mod blas;
+mod graph;
+
+pub use graph::{Graph, Launch, Pinned};
 
 use crate::{DType, Error};
 use cudarc::cublaslt::sys as lt;
@@ -43,6 +46,22 @@ pub enum Arg {
     Size(u64),
     /// A struct of up to six addresses, of which the kernel reads as many as it has.
     Ptrs([DevicePtr; 6]),
+    /// A struct of up to eight `int`, of which the kernel reads as many as it has.
+    Words([i32; 8]),
+}
+
+impl Arg {
+    /// Where the value is, as the driver wants it.
+    fn pointer(&self) -> *mut c_void {
+        match self {
+            Arg::Ptr(p) => (&raw const p.0).cast_mut().cast(),
+            Arg::I32(v) => (&raw const *v).cast_mut().cast(),
+            Arg::F32(v) => (&raw const *v).cast_mut().cast(),
+            Arg::Size(v) => (&raw const *v).cast_mut().cast(),
+            Arg::Ptrs(p) => p.as_ptr().cast_mut().cast(),
+            Arg::Words(p) => p.as_ptr().cast_mut().cast(),
+        }
+    }
 }
 
 impl From<DevicePtr> for Arg {
@@ -360,40 +379,7 @@ impl Cuda {
     /// The arguments must be those of the kernel, and its buffers large enough: that is checked by nothing but the tests, which is
     /// why launches stand beside their kernels in the operations' folders.
     pub fn launch(&self, module: &'static Module, name: &str, grid: [usize; 3], block: [usize; 3], args: &[Arg]) {
-        self.enter();
-        if self.failed() || grid.contains(&0) {
-            return;
-        }
-        let Some(function) = self.function(module, name) else { return };
-        let pointer = |a: &Arg| -> *mut c_void {
-            match a {
-                Arg::Ptr(p) => (&raw const p.0).cast_mut().cast(),
-                Arg::I32(v) => (&raw const *v).cast_mut().cast(),
-                Arg::F32(v) => (&raw const *v).cast_mut().cast(),
-                Arg::Size(v) => (&raw const *v).cast_mut().cast(),
-                Arg::Ptrs(p) => p.as_ptr().cast_mut().cast(),
-            }
-        };
-        let mut params: Vec<*mut c_void> = args.iter().map(pointer).collect();
-        let [gx, gy, gz] = grid.map(|n| n as u32);
-        let [bx, by, bz] = block.map(|n| n as u32);
-        // SAFETY: `params` point to the arguments, which live until the call returns; the rest is the caller's promise.
-        let code = unsafe {
-            cu::cuLaunchKernel(
-                function,
-                gx,
-                gy,
-                gz,
-                bx,
-                by,
-                bz,
-                0,
-                self.stream,
-                params.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        };
-        self.note(code, || format!("launching {name}"));
+        self.launch_with(module, name, Launch { grid, block, shared: 0, overlap: false }, args);
     }
 
     /// Grid of a kernel that walks over `n` elements, 8 at a time, in blocks of 256 threads.
