@@ -119,7 +119,7 @@ pub struct Step<'a> {
 
 impl Step<'_> {
     fn launch(&self, name: &str, grid: [usize; 3], threads: usize, shared: usize, overlap: bool, args: &[Arg]) {
-        self.gpu.launch_with(&KERNELS, name, Launch { grid, block: [threads, 1, 1], shared, overlap }, args);
+        self.gpu.launch_as(&KERNELS, name, Launch { grid, block: [threads, 1, 1], shared, overlap }, args);
     }
 
     /// Threads of a block that holds a row.

@@ -169,17 +169,19 @@ impl Cuda {
     }
 
     /// Launches the kernel `name` of `module` as `how` says; see [`Cuda::launch`].
-    pub fn launch_with(&self, module: &'static Module, name: &str, how: Launch, args: &[Arg]) {
+    pub fn launch_as(&self, module: &'static Module, name: &str, how: Launch, args: &[Arg]) {
         self.enter();
         if self.failed() || how.grid.contains(&0) {
             return;
         }
         let Some(function) = self.function(module, name) else { return };
-        if how.shared > 48 << 10 {
+        if how.shared > super::DEFAULT_SHARED {
             let most = cu::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: a loaded function.
             let code = unsafe { cu::cuFuncSetAttribute(function, most, how.shared as i32) };
-            self.note(code, || format!("{} bytes of shared memory for {name}", how.shared));
+            if !self.note(code, || format!("{} bytes of shared memory for {name}", how.shared)) {
+                return;
+            }
         }
         let mut params: Vec<*mut c_void> = args.iter().map(Arg::pointer).collect();
         let [gx, gy, gz] = how.grid.map(|n| n as u32);

@@ -19,6 +19,9 @@ use std::sync::{Mutex, MutexGuard, OnceLock};
 /// CUDA version the kernels are built with; its driver or a later one is needed.
 const NEEDED_DRIVER: i32 = 13000;
 
+/// Bytes of dynamic shared memory that a kernel gets without asking.
+const DEFAULT_SHARED: usize = 48 << 10;
+
 /// An address in device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DevicePtr(pub(crate) u64);
@@ -379,7 +382,14 @@ impl Cuda {
     /// The arguments must be those of the kernel, and its buffers large enough: that is checked by nothing but the tests, which is
     /// why launches stand beside their kernels in the operations' folders.
     pub fn launch(&self, module: &'static Module, name: &str, grid: [usize; 3], block: [usize; 3], args: &[Arg]) {
-        self.launch_with(module, name, Launch { grid, block, shared: 0, overlap: false }, args);
+        self.launch_with(module, name, grid, block, 0, args);
+    }
+
+    /// Launches a kernel with `shared` bytes of dynamic shared memory; see [`Cuda::launch`].
+    pub fn launch_with(
+        &self, module: &'static Module, name: &str, grid: [usize; 3], block: [usize; 3], shared: usize, args: &[Arg],
+    ) {
+        self.launch_as(module, name, Launch { grid, block, shared, overlap: false }, args);
     }
 
     /// Grid of a kernel that walks over `n` elements, 8 at a time, in blocks of 256 threads.
