@@ -26,9 +26,9 @@
 FOR_EACH_TYPE(MIX)
 
 #define ROWS_OF(T, name, B, finish, FINISH)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(512) decode_##finish##_##B##_##name(const T* w, const T* x, float* y, const int4* work, int total, int k, \
+    extern "C" __global__ void __launch_bounds__(256) decode_##finish##_##B##_##name(const T* w, const T* x, float* y, const int4* work, int total, int k, \
                                                                                      int split) {                                   \
-        rows<T, B, FINISH, 8>(w, x, y, work, total, k, split);                                                                      \
+        rows<T, B, FINISH, 16>(w, x, y, work, total, k, split);                                                                      \
     }
 #define ROWS_FOR(T, name, B)                                                                                                        \
     ROWS_OF(T, name, B, rows, STORE)                                                                                                \

@@ -27,9 +27,11 @@ static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 
 /// Sequences of a step at most.
 pub const BATCH: usize = 4;
-/// Copies of a thread under way.
-const DEPTH: usize = 8;
-/// Warps of [`Step::skip`], and the hidden rows of one share at most.
+/// Copies of a thread under way, and warps at most, in [`Step::product`].
+const DEPTH: usize = 16;
+const WARPS: usize = 8;
+/// The same of [`Step::skip`], and the hidden rows of one share at most.
+const SKIP_DEPTH: usize = 8;
 const SKIP_WARPS: usize = 16;
 const SKIP_ROWS: usize = 2048;
 
@@ -73,8 +75,8 @@ impl Plan {
         }
         // Warps share the units of 256 columns; where there are few, two groups of warps share the rows.
         let units = k.div_ceil(256);
-        let split = units.div_ceil(units.div_ceil(16));
-        let groups = if split <= 4 { 2 } else { 1 };
+        let split = units.div_ceil(units.div_ceil(WARPS));
+        let groups = if split * 2 <= WARPS { 2 } else { 1 };
         Some(Plan { blocks: work.len() / 4, work: ctx.upload_i32(&work)?, rows, k, split, groups })
     }
 
@@ -181,7 +183,7 @@ impl Step<'_> {
     /// x [batch, C] += k W for k [batch, hidden] f32 and W [hidden, C], without the rows of W under zeros of all sequences. `scratch` is as [`Skip`] made it.
     pub fn skip(&self, w: DevicePtr, k: DevicePtr, x: DevicePtr, scratch: &Skip) {
         let name = kernel(self.ctx, &format!("decode_skip_{}", self.batch));
-        let shared = (DEPTH * SKIP_WARPS * 32 * 8 * self.ctx.dtype().size()).max(SKIP_WARPS * 256 * 4);
+        let shared = (SKIP_DEPTH * SKIP_WARPS * 32 * 8 * self.ctx.dtype().size()).max(SKIP_WARPS * 256 * 4);
         let args = [w, k, x, scratch.parts.ptr(), scratch.ended.ptr(), scratch.count.ptr()].map(Arg::from).into_iter();
         let args: Vec<Arg> = args.chain([int(scratch.hidden), int(self.c), int(scratch.share)]).collect();
         let grid = [self.c.div_ceil(256), scratch.shares(), 1];

@@ -6,7 +6,7 @@
 #include "overlap.cuh"
 
 constexpr int ROWS = 4;   // rows summed between two barriers
-constexpr int WARPS = 16; // at most
+constexpr int WARPS = 8; // at most
 
 enum Finish { STORE, RELU_SQUARED, ADD };
 
@@ -23,16 +23,20 @@ __device__ void rows(const T* w, const T* x, float* y, const int4* work, int tot
     T* ring = reinterpret_cast<T*>(dynamic) + threadIdx.x * 8;
     const int stride = blockDim.x * 8;
     // Copies are in the order of their use: sets of ROWS rows, units of columns, rows.
-    const int sets = (mine.y + ROWS * groups - 1) / (ROWS * groups), copies = sets * units * ROWS;
-    const auto begin = [&](int i) {
-        if (i < copies) {
-            const int r = i % ROWS, unit = i / ROWS % units, set = i / ROWS / units;
-            const int row = (set * groups + group) * ROWS + r, col = (unit * split + part) * 256 + lane * 8;
-            if (row < mine.y && col < k) copy8(ring + (i % DEPTH) * stride, w + size_t(mine.x + row) * k + col);
-        }
+    const int sets = (mine.y + ROWS * groups - 1) / (ROWS * groups);
+    int ahead_row = 0, ahead_unit = 0, ahead_set = 0, ahead_slot = 0;
+    const auto begin = [&] {
+        const int row = (ahead_set * groups + group) * ROWS + ahead_row, col = (ahead_unit * split + part) * 256 + lane * 8;
+        if (row < mine.y && col < k) copy8(ring + ahead_slot * stride, w + size_t(mine.x + row) * k + col);
         copy_commit();
+        ahead_slot = (ahead_slot + 1) % DEPTH;
+        if (++ahead_row < ROWS) return;
+        ahead_row = 0;
+        if (++ahead_unit < units) return;
+        ahead_unit = 0;
+        ahead_set++;
     };
-    for (int i = 0; i < DEPTH - 1; i++) begin(i);
+    for (int i = 0; i < DEPTH - 1; i++) begin();
     wait_for_previous();
     T* held = reinterpret_cast<T*>(dynamic) + DEPTH * stride; // x [B, k]
     x += size_t(mine.z) * B * k;
@@ -51,16 +55,16 @@ __device__ void rows(const T* w, const T* x, float* y, const int4* work, int tot
 #pragma unroll
             for (int b = 0; b < B; b++) v[b] = col < k ? load(held + b * k + col) : zeros();
 #pragma unroll
-            for (int r = 0; r < ROWS; r++, next++) {
+            for (int r = 0; r < ROWS; r++, next = (next + 1) % DEPTH) {
                 copy_wait<DEPTH - 2>();
                 if (col < k && (set * groups + group) * ROWS + r < mine.y) {
-                    const Vec a = load(ring + (next % DEPTH) * stride);
+                    const Vec a = load(ring + next * stride);
 #pragma unroll
                     for (int b = 0; b < B; b++)
 #pragma unroll
                         for (int j = 0; j < 8; j++) sum[r][b] = fmaf(a[j], v[b][j], sum[r][b]);
                 }
-                begin(next + DEPTH - 1);
+                begin();
             }
         }
 #pragma unroll
