@@ -30,7 +30,7 @@ impl<'m> Decoder<'m> {
     /// Slots at most.
     pub const MOST_SLOTS: usize = 1024;
 
-    /// A decoder with `slots` empty sequences, or `None` if the model's matrices are not on a GPU.
+    /// A decoder with `slots` empty sequences, or `None` if [`DecodeStep::new`] gives none.
     ///
     /// # Errors
     /// When there are no slots or more than [`Decoder::MOST_SLOTS`], or memory runs out.

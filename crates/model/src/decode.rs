@@ -2,7 +2,7 @@
 //! [`Model::forward`], which a test holds it equal to; what differs is that states are advanced in place.
 
 use crate::{Model, State};
-use anser_ops::decode::{BATCH, Finish, Heads, Norm, Plan, Skip, Step};
+use anser_ops::decode::{BATCH, Finish, Heads, Norm, Plan, Skip, Step, fits};
 use anser_ops::{LowRank, Param, Weight};
 use anser_tensor::cuda::DevicePtr;
 use anser_tensor::{Buf, Context, DType};
@@ -57,7 +57,7 @@ impl<'m> DecodeStep<'m> {
     /// Sequences of a step at most.
     pub const MOST: usize = BATCH;
 
-    /// `None` if the model's matrices are not on a GPU.
+    /// `None` if the model's matrices are not on a GPU, or are too wide for the kernels.
     pub fn new(ctx: &Context, model: &'m Model) -> Option<DecodeStep<'m>> {
         let on_device = |w: &Weight| matches!(w, Weight::Device(_));
         if !on_device(&model.head) || ctx.cuda().is_none() {
@@ -71,6 +71,9 @@ impl<'m> DecodeStep<'m> {
             let v = att.value_gate.as_ref().map_or(0, rank);
             Some([rank(&att.decay), rank(&att.rate), v, rank(&att.gate)])
         };
+        if !(0..config.n_layer.min(2)).all(|i| ranks(i).is_some_and(|r| fits(ctx, c, config.head_size, r))) {
+            return None;
+        }
         // The order of `load::STACK`; inputs in the order r, w, k, v, a, g.
         let runs = |[w, a, v, g]: [usize; 4]| [(c, 0), (c, 2), (c + v, 3), (w, 1), (a, 4), (g, 5)];
         let projections = [Plan::new(ctx, c, &runs(ranks(0)?))?, Plan::new(ctx, c, &runs(ranks(1)?))?];

@@ -104,6 +104,18 @@ pub struct Heads {
     pub ln_x: Norm,
 }
 
+/// Bytes of shared memory in which the second halves of low-rank maps wait.
+fn heads_shared(ctx: &Context, n: usize, ranks: impl Iterator<Item = usize>) -> usize {
+    ranks.map(|r| r.div_ceil(32)).sum::<usize>() * 4 * n * 8 * ctx.dtype().size()
+}
+
+/// Whether the kernels hold a layer of width `c` with heads of `n` and low-rank maps of `ranks`: rows in registers, the maps of a head in shared memory.
+pub fn fits(ctx: &Context, c: usize, n: usize, ranks: [usize; 4]) -> bool {
+    let hopper = ctx.cuda().is_some_and(|g| g.info().capability.0 == 9);
+    let shared = if hopper { 200 << 10 } else { 72 << 10 };
+    c <= 8192 && ranks.iter().sum::<usize>() <= 2048 && heads_shared(ctx, n, ranks.into_iter()) <= shared
+}
+
 /// A step for `batch` sequences of width `c` with heads of `n`.
 #[derive(Clone, Copy)]
 pub struct Step<'a> {
@@ -170,8 +182,7 @@ impl Step<'_> {
         let mut words = [0; 8];
         let ranks = w.ranks.iter().zip(&w.up).map(|(&r, &up)| if up == DevicePtr::NULL { 0 } else { r });
         words.iter_mut().zip(ranks.clone().chain(w.at)).for_each(|(to, v)| *to = v as i32);
-        let copies: usize = ranks.map(|r| r.div_ceil(32)).sum();
-        let shared = copies * 4 * self.n * 8 * self.ctx.dtype().size();
+        let shared = heads_shared(self.ctx, self.n, ranks);
         let mut args =
             vec![proj.into(), int(total), pointers(w.up), Arg::Words(words), pointers(w.vectors), pointers(w.ln_x)];
         args.extend([first, state, slots, out].map(Arg::from));
