@@ -201,7 +201,7 @@ impl Step<'_> {
         self.launch(&name, grid, SKIP_WARPS * 32, shared, true, &args);
     }
 
-    /// token [batch] = the most probable of logits [batch, V], the first of equals.
+    /// `token[batch]` = the most probable of logits [batch, V], the first of equals.
     pub fn argmax(&self, logits: DevicePtr, token: DevicePtr, vocab: usize) {
         let args = [logits.into(), token.into(), int(vocab)];
         self.launch("decode_argmax", [self.batch, 1, 1], 1024, 0, true, &args);
