@@ -5,8 +5,10 @@
 //! operations need no error paths; [`Cuda::check`] reports it before any result is believed.
 
 mod blas;
+mod graph;
 mod profile;
 
+pub use graph::{Graph, Launch, Pinned};
 pub use profile::Span;
 
 use crate::{DType, Error};
@@ -49,6 +51,22 @@ pub enum Arg {
     Size(u64),
     /// A struct of up to six addresses, of which the kernel reads as many as it has.
     Ptrs([DevicePtr; 6]),
+    /// A struct of up to eight `int`, of which the kernel reads as many as it has.
+    Words([i32; 8]),
+}
+
+impl Arg {
+    /// Where the value is, as the driver wants it.
+    fn pointer(&self) -> *mut c_void {
+        match self {
+            Arg::Ptr(p) => (&raw const p.0).cast_mut().cast(),
+            Arg::I32(v) => (&raw const *v).cast_mut().cast(),
+            Arg::F32(v) => (&raw const *v).cast_mut().cast(),
+            Arg::Size(v) => (&raw const *v).cast_mut().cast(),
+            Arg::Ptrs(p) => p.as_ptr().cast_mut().cast(),
+            Arg::Words(p) => p.as_ptr().cast_mut().cast(),
+        }
+    }
 }
 
 impl From<DevicePtr> for Arg {
@@ -406,59 +424,7 @@ impl Cuda {
     pub fn launch_with(
         &self, module: &'static Module, name: &str, grid: [usize; 3], block: [usize; 3], shared: usize, args: &[Arg],
     ) {
-        if !self.enter() || grid.contains(&0) {
-            return;
-        }
-        let Some(function) = self.function(module, name) else { return };
-        if shared > DEFAULT_SHARED {
-            let attribute = cu::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: a loaded function.
-            let code = unsafe { cu::cuFuncSetAttribute(function, attribute, shared as i32) };
-            if !self.note(code, || format!("{shared} bytes of shared memory for {name}")) {
-                return;
-            }
-        }
-        let pointer = |a: &Arg| -> *mut c_void {
-            match a {
-                Arg::Ptr(p) => (&raw const p.0).cast_mut().cast(),
-                Arg::I32(v) => (&raw const *v).cast_mut().cast(),
-                Arg::F32(v) => (&raw const *v).cast_mut().cast(),
-                Arg::Size(v) => (&raw const *v).cast_mut().cast(),
-                Arg::Ptrs(p) => p.as_ptr().cast_mut().cast(),
-            }
-        };
-        let mut params: Vec<*mut c_void> = args.iter().map(pointer).collect();
-        let [gx, gy, gz] = grid.map(|n| n as u32);
-        let [bx, by, bz] = block.map(|n| n as u32);
-        let addresses = || {
-            args.iter().flat_map(|a| match a {
-                Arg::Ptr(p) => std::slice::from_ref(p),
-                Arg::Ptrs(p) => &p[..],
-                _ => &[],
-            })
-        };
-        self.timed(
-            || (name.into(), self.sizes_of(addresses().copied()), 0.0),
-            || {
-                // SAFETY: `params` point to the arguments, which live until the call returns; the rest is the caller's promise.
-                let code = unsafe {
-                    cu::cuLaunchKernel(
-                        function,
-                        gx,
-                        gy,
-                        gz,
-                        bx,
-                        by,
-                        bz,
-                        shared as u32,
-                        self.stream,
-                        params.as_mut_ptr(),
-                        std::ptr::null_mut(),
-                    )
-                };
-                self.note(code, || format!("launching {name}"));
-            },
-        );
+        self.launch_as(module, name, Launch { grid, block, shared, overlap: false }, args);
     }
 
     /// Grid of a kernel that walks over `n` elements, 8 at a time, in blocks of 256 threads.
