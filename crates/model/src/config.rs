@@ -47,6 +47,10 @@ pub struct Config {
     pub n_hidden: usize,
     /// Ranks of the low-rank maps.
     pub lora: LoraDims,
+    /// Whether the in-context learning rate reaches 2 instead of 1 (the paper's appendix D.1), so that a transition can have the
+    /// eigenvalue -1 and one token can swap two entries of the state. No released model has it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub double_rate: bool,
 }
 
 /// A named size: (name, layers, width, ranks of released checkpoints: decay, rate, value, gate).
@@ -68,7 +72,7 @@ impl Config {
     /// A model with the official proportions: head size 64, hidden width 4 D, ranks of the current trainer.
     pub fn new(n_layer: usize, n_embd: usize, vocab_size: usize) -> Config {
         let lora = LoraDims::for_width(n_embd);
-        Config { n_layer, n_embd, head_size: 64, vocab_size, n_hidden: 4 * n_embd, lora }
+        Config { n_layer, n_embd, head_size: 64, vocab_size, n_hidden: 4 * n_embd, lora, double_rate: false }
     }
 
     /// A named size ([`PRESETS`]) with the World vocabulary of 65536.

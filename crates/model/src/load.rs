@@ -19,10 +19,12 @@ pub enum Load {
 }
 
 impl Config {
-    /// Reads the dimensions from the shapes of a checkpoint's tensors (never from a formula).
+    /// Reads the dimensions from the shapes of a checkpoint's tensors (never from a formula), and what no shape tells from
+    /// the description in its metadata, if it has one.
     ///
     /// # Errors
-    /// When a tensor that tells a dimension is missing or has the wrong rank, or the dimensions don't fit together.
+    /// When a tensor that tells a dimension is missing or has the wrong rank, the dimensions don't fit together, or the
+    /// description is of a newer version.
     pub fn from_checkpoint(ckpt: &Checkpoint) -> Result<Config, Error> {
         let shape = |name: &str, rank: usize| -> Result<Vec<usize>, Error> {
             let shape = ckpt.shape(name).ok_or_else(|| {
@@ -62,9 +64,33 @@ impl Config {
                 value,
                 gate: rank("blocks.0.att.g1")?,
             },
+            double_rate: said(ckpt)?.is_some_and(|c| c.double_rate),
         };
         config.validate()?;
         Ok(config)
+    }
+}
+
+/// Key of a model file's metadata with its description.
+const DESCRIPTION: &str = "anser.config";
+
+impl Config {
+    /// Key and value of the metadata that a model file says its options with: JSON with `version`, `architecture` and `model`.
+    pub fn description(&self) -> (String, String) {
+        let json = serde_json::json!({ "version": 1, "architecture": "rwkv7", "model": self });
+        (DESCRIPTION.into(), json.to_string())
+    }
+}
+
+/// What a model file written by Anser says of itself.
+fn said(ckpt: &Checkpoint) -> Result<Option<Config>, Error> {
+    let Some(text) = ckpt.metadata().get(DESCRIPTION) else { return Ok(None) };
+    let bad = |e: String| Error::Checkpoint(format!("{DESCRIPTION}: {e}"));
+    let mut json: serde_json::Value = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
+    match json["version"].as_u64() {
+        Some(1) => serde_json::from_value(json["model"].take()).map(Some).map_err(|e| bad(e.to_string())),
+        Some(v) => Err(bad(format!("version {v} is of a newer Anser; this one reads version 1"))),
+        None => Err(bad("it has no version".into())),
     }
 }
 
@@ -235,6 +261,7 @@ impl Model {
                     output: w("att.output.weight"),
                     ln_x: norm(&format!("blocks.{i}.att.ln_x")),
                     heads: config.heads(),
+                    rate_scale: if config.double_rate { 2.0 } else { 1.0 },
                 },
                 ln2: norm(&format!("blocks.{i}.ln2")),
                 ffn: ChannelMix { mix: p("ffn.x_k"), key: w("ffn.key.weight"), value: w("ffn.value.weight") },

@@ -30,6 +30,8 @@ pub(crate) struct TimeMix {
     pub(crate) output: Weight,
     pub(crate) ln_x: Norm,
     pub(crate) heads: usize,
+    /// Of the in-context learning rate in the removal: 1, or 2 for [`Config::double_rate`].
+    pub(crate) rate_scale: f32,
 }
 
 impl TimeMix {
@@ -50,7 +52,7 @@ impl TimeMix {
         let rate = t.low_rank(&xa, &self.rate);
         let gate = t.low_rank(&xg, &self.gate);
         drop((xr, xw, xk, xv, xa, xg));
-        let key = t.key_path(&k, &rate, self.k_k, self.k_a, self.heads);
+        let key = t.key_path(&k, &rate, self.k_k, self.k_a, self.heads, self.rate_scale);
         drop((k, rate));
         let inputs = Wkv7Inputs { r: &r, w: &w, k: &key.k, v: &v, a: &key.a, b: &key.b };
         let (y, wkv) = t.wkv7(inputs, &state.wkv, segments, self.heads);
@@ -185,6 +187,9 @@ impl Model {
         let mut add = |word: u64| hash = (hash ^ word).wrapping_mul(0x0100_0000_01b3);
         let c = &self.config;
         [c.n_layer, c.n_embd, c.head_size, c.vocab_size, c.n_hidden].iter().for_each(|&d| add(d as u64));
+        if c.double_rate {
+            add(2);
+        }
         self.params.values().iter().for_each(|v| add(v.to_bits().into()));
         format!("{hash:016x}")
     }

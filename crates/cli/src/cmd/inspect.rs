@@ -37,12 +37,13 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     global.result(json, || {
         let c = &config;
         let mut s = format!(
-            "RWKV-7: {} layers, width {}, {} heads of {}, vocabulary {}\n{} parameters, state of {} numbers per sequence\n",
+            "RWKV-7: {} layers, width {}, {} heads of {}, vocabulary {}{}\n{} parameters, state of {} numbers per sequence\n",
             c.n_layer,
             c.n_embd,
             c.heads(),
             c.head_size,
             c.vocab_size,
+            if c.double_rate { ", doubled in-context rate" } else { "" },
             c.parameters(),
             c.state_len(),
         );
