@@ -242,3 +242,16 @@ fn wkv7() {
         }
     }
 }
+
+#[test]
+#[ignore = "needs a GPU"]
+fn attention() {
+    use Kind::Act;
+    for (heads, n) in [(2, 16), (3, 32), (2, 64), (1, 128)] {
+        let three: [Leaf; 3] = std::array::from_fn(|_| Leaf(ROWS, heads * n, 1.5, Act));
+        check(&format!("attention {n}"), &three, &[], |t, x, _| {
+            vec![t.attention(&x[0], &x[1], &x[2], &segments(), heads)]
+        });
+        check(&format!("rotary {n}"), &three[..1], &[], |t, x, _| vec![t.rotary(&x[0], &segments(), heads)]);
+    }
+}
