@@ -1,7 +1,8 @@
 //! From named tensors to a model: dimensions from shapes, every tensor checked, each going straight to its final place.
 
-use crate::rwkv7::{Block, ChannelMix, Norm, TimeMix};
-use crate::{Config, Error, LoraDims, Model};
+use crate::rwkv7::{Block, ChannelMix, Norm, Rwkv7Block, TimeMix};
+use crate::transformer::AttentionBlock;
+use crate::{Architecture, Config, Error, LoraDims, Model};
 use anser_formats::{CONFIG_JSON, Checkpoint, TensorView};
 use anser_ops::{Activation, LowRank, Param, ParamSet, Weight};
 use anser_tensor::{Context, DType, Packed, memory};
@@ -45,6 +46,12 @@ impl Config {
             ));
         }
         check_config_json(ckpt)?;
+        let said = said(ckpt)?;
+        if let Some(config) = said.iter().find(|c| c.architecture == Architecture::Transformer) {
+            // No shape tells its heads. Loading compares every shape with what is said.
+            config.validate()?;
+            return Ok(config.clone());
+        }
         let layer = |n: &str| n.strip_prefix("blocks.")?.split('.').next()?.parse::<usize>().ok();
         let n_layer = ckpt.names().filter_map(layer).max().map_or(0, |l| l + 1);
         let emb = shape("emb.weight", 2)?;
@@ -64,7 +71,8 @@ impl Config {
                 value,
                 gate: rank("blocks.0.att.g1")?,
             },
-            double_rate: said(ckpt)?.is_some_and(|c| c.double_rate),
+            double_rate: said.is_some_and(|c| c.double_rate),
+            architecture: Architecture::Rwkv7,
         };
         config.validate()?;
         Ok(config)
@@ -77,7 +85,7 @@ const DESCRIPTION: &str = "anser.config";
 impl Config {
     /// Key and value of the metadata that a model file says its options with: JSON with `version`, `architecture` and `model`.
     pub fn description(&self) -> (String, String) {
-        let json = serde_json::json!({ "version": 1, "architecture": "rwkv7", "model": self });
+        let json = serde_json::json!({ "version": 1, "architecture": self.architecture, "model": self });
         (DESCRIPTION.into(), json.to_string())
     }
 }
@@ -124,7 +132,9 @@ fn packed_layout(name: &str) -> Option<bool> {
     let part = name.strip_prefix("blocks.").and_then(|s| s.split_once('.')).map_or(name, |(_, part)| part);
     match part {
         "emb.weight" | "head.weight" | "ffn.key.weight" | "ffn.value.weight" => Some(false),
-        "att.receptance.weight" | "att.key.weight" | "att.value.weight" | "att.output.weight" => Some(false),
+        "att.query.weight" | "att.receptance.weight" | "att.key.weight" | "att.value.weight" | "att.output.weight" => {
+            Some(false)
+        }
         "att.w1" | "att.w2" | "att.a1" | "att.a2" | "att.v1" | "att.v2" | "att.g1" | "att.g2" => Some(true),
         _ => None,
     }
@@ -244,8 +254,16 @@ impl Model {
                 bias: biased.then(|| p(&format!("att.{m}0"))),
                 activation,
             };
-            Block {
-                ln1: norm(&format!("blocks.{i}.ln1")),
+            let (ln1, ln2) = (norm(&format!("blocks.{i}.ln1")), norm(&format!("blocks.{i}.ln2")));
+            if config.architecture == Architecture::Transformer {
+                let [query, key, value, output] =
+                    ["query", "key", "value", "output"].map(|m| w(&format!("att.{m}.weight")));
+                let ffn = ["key", "value"].map(|m| w(&format!("ffn.{m}.weight")));
+                let heads = config.heads();
+                return Block::Attention(Box::new(AttentionBlock { ln1, query, key, value, output, heads, ln2, ffn }));
+            }
+            Block::Rwkv7(Box::new(Rwkv7Block {
+                ln1,
                 att: TimeMix {
                     mix: ["r", "w", "k", "v", "a", "g"].map(|m| p(&format!("att.x_{m}"))),
                     decay: low_rank("w", true, Activation::Tanh),
@@ -263,9 +281,9 @@ impl Model {
                     heads: config.heads(),
                     rate_scale: if config.double_rate { 2.0 } else { 1.0 },
                 },
-                ln2: norm(&format!("blocks.{i}.ln2")),
+                ln2,
                 ffn: ChannelMix { mix: p("ffn.x_k"), key: w("ffn.key.weight"), value: w("ffn.value.weight") },
-            }
+            }))
         };
         let (emb, ln0, ln_out, head) =
             (weight("emb.weight"), norm("blocks.0.ln0"), norm("ln_out"), weight("head.weight"));

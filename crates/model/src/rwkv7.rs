@@ -1,5 +1,6 @@
 //! RWKV-7 "Goose": the equations of arXiv 2503.14456 section 4, in the form of the released code.
 
+use crate::transformer::AttentionBlock;
 use crate::{Config, Error, LayerState, State};
 use anser_ops::wkv7::Wkv7Inputs;
 use anser_ops::{CrossEntropy, Loss, LowRank, Param, ParamSet, Segment, Tape, Var, Weight};
@@ -78,14 +79,20 @@ impl ChannelMix {
     }
 }
 
-pub(crate) struct Block {
+/// One layer.
+pub(crate) enum Block {
+    Rwkv7(Box<Rwkv7Block>),
+    Attention(Box<AttentionBlock>),
+}
+
+pub(crate) struct Rwkv7Block {
     pub(crate) ln1: Norm,
     pub(crate) att: TimeMix,
     pub(crate) ln2: Norm,
     pub(crate) ffn: ChannelMix,
 }
 
-impl Block {
+impl Rwkv7Block {
     /// x: [tokens, C]. Returns (x, v_first, state).
     fn forward(
         &self, t: &mut Tape<'_>, x: Var, v_first: Option<&Var>, state: &LayerState, segments: &Arc<[Segment]>,
@@ -99,7 +106,7 @@ impl Block {
     }
 }
 
-/// A RWKV-7 model: its dimensions, its parameters and the equations over them.
+/// A model: its dimensions, its parameters and the equations over them.
 pub struct Model {
     pub(crate) config: Config,
     pub(crate) params: ParamSet,
@@ -130,7 +137,7 @@ impl Model {
     /// With `checkpointing`, a recording tape keeps only each block's input and computes the block again going back.
     ///
     /// # Errors
-    /// When a token is outside the vocabulary.
+    /// When a token is outside the vocabulary, or a segment of a Transformer goes on from a state or wants one.
     pub fn forward<'p>(
         &'p self, t: &mut Tape<'p>, tokens: &[u32], segments: &Arc<[Segment]>, state: &State, checkpointing: bool,
     ) -> Result<(Var, State), Error> {
@@ -138,16 +145,34 @@ impl Model {
         if let Some(position) = tokens.iter().position(|&t| t as usize >= vocab) {
             return Err(Error::Token { token: tokens[position], position, vocab });
         }
+        let states = |s: &Segment| s.state_in.or(s.state_out).is_some();
+        if self.config.recurrent_layers() < self.config.n_layer && segments.iter().any(states) {
+            return Err(Error::Stateless);
+        }
         let x = t.embedding(tokens, &self.emb);
         let mut x = t.layer_norm(&x, self.ln0.weight, self.ln0.bias);
         let mut v_first: Option<Var> = None;
         let mut layers = Vec::with_capacity(self.blocks.len());
-        for (i, (block, s)) in self.blocks.iter().zip(&state.layers).enumerate() {
+        for (i, block) in self.blocks.iter().enumerate() {
             // Below the lowest trainable parameter there is nothing to go back for.
             let prefix = format!("blocks.{i}.");
             let trainable = || self.params.specs().iter().any(|p| p.trainable && p.name.starts_with(&prefix));
-            let (next_x, next_v, next_s) = if checkpointing && t.is_recording() && (x.needs_grad() || trainable()) {
-                let segments = segments.clone();
+            let again = checkpointing && t.is_recording() && (x.needs_grad() || trainable());
+            let segments = segments.clone();
+            let block = match block {
+                Block::Rwkv7(block) => block,
+                Block::Attention(block) if again => {
+                    let out = t.checkpoint(&[&x], move |t, i| vec![block.forward(t, i[0].clone(), &segments)]);
+                    [x] = <[Var; 1]>::try_from(out).unwrap_or_else(|_| unreachable!());
+                    continue;
+                }
+                Block::Attention(block) => {
+                    x = block.forward(t, x, &segments);
+                    continue;
+                }
+            };
+            let s = &state.layers[layers.len()];
+            let (next_x, next_v, next_s) = if again {
                 let mut inputs = vec![&x, &s.att_x, &s.wkv, &s.ffn_x];
                 inputs.extend(v_first.as_ref());
                 let out = t.checkpoint(&inputs, move |t, i| {
@@ -158,7 +183,7 @@ impl Model {
                 let [x, v, att_x, wkv, ffn_x] = <[Var; 5]>::try_from(out).unwrap_or_else(|_| unreachable!());
                 (x, v, LayerState { att_x, wkv, ffn_x })
             } else {
-                block.forward(t, x, v_first.as_ref(), s, segments)
+                block.forward(t, x, v_first.as_ref(), s, &segments)
             };
             // Only the first block's value is v_first; later blocks hand it on.
             (x, v_first) = (next_x, Some(v_first.unwrap_or(next_v)));
