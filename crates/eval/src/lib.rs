@@ -3,6 +3,9 @@
 pub mod bench;
 pub mod debug;
 pub mod digits;
+pub mod experiment;
+pub mod recall;
+pub mod states;
 
 /// What can go wrong in an experiment.
 #[derive(Debug, thiserror::Error)]
