@@ -17,11 +17,15 @@ pub enum Group {
     A4xZ5,
     /// Numbers modulo 60 under addition: commutative.
     Z60,
+    /// All permutations of three things, 6 elements: the smallest group that is not commutative.
+    S3,
+    /// Numbers modulo 2: parity.
+    Z2,
 }
 
 impl Group {
     /// All of them.
-    pub const ALL: [Group; 4] = [Group::S5, Group::A5, Group::A4xZ5, Group::Z60];
+    pub const ALL: [Group; 6] = [Group::S5, Group::A5, Group::A4xZ5, Group::Z60, Group::S3, Group::Z2];
 
     /// The group as pairs: permutations of so many things, whether only the even ones, and numbers modulo so many.
     fn parts(self) -> (usize, bool, usize) {
@@ -30,6 +34,8 @@ impl Group {
             Group::A5 => (5, true, 1),
             Group::A4xZ5 => (4, true, 5),
             Group::Z60 => (1, false, 60),
+            Group::S3 => (3, false, 1),
+            Group::Z2 => (1, false, 2),
         }
     }
 
@@ -71,7 +77,11 @@ impl FromStr for Group {
 
     fn from_str(s: &str) -> Result<Group, String> {
         let same = |g: &&Group| g.to_string().eq_ignore_ascii_case(s);
-        Group::ALL.iter().find(same).copied().ok_or_else(|| format!("no group {s:?}; there are S5, A5, A4xZ5 and Z60"))
+        Group::ALL
+            .iter()
+            .find(same)
+            .copied()
+            .ok_or_else(|| format!("no group {s:?}; there are S5, A5, A4xZ5, Z60, S3 and Z2"))
     }
 }
 
@@ -125,7 +135,7 @@ mod tests {
 
     #[test]
     fn the_groups_are_groups() {
-        for (group, order) in Group::ALL.into_iter().zip([120, 60, 60, 60]) {
+        for (group, order) in Group::ALL.into_iter().zip([120, 60, 60, 60, 6, 2]) {
             let t = group.table();
             assert_eq!((t.order(), t.products.len()), (order, order * order), "{group}");
             let all = || 0..order as u32;
@@ -180,6 +190,7 @@ mod tests {
         assert_eq!(series(Group::A5), [60, 60, 60, 60]);
         assert_eq!(series(Group::A4xZ5), [60, 4, 1, 1]);
         assert_eq!(series(Group::Z60), [60, 1, 1, 1]);
+        assert_eq!((series(Group::S3), series(Group::Z2)), (vec![6, 3, 1, 1], vec![2, 1, 1, 1]));
         // Cyclic: some element's powers are all.
         let t = Group::Z60.table();
         let powers =

@@ -97,7 +97,7 @@ mod tests {
         }
         let wrong =
             |from: &str, to: &str| Experiment::<States>::parse(&SMALL.replace(from, to)).unwrap_err().to_string();
-        assert!(wrong("Z60", "Z61").contains("Z61"));
+        assert!(wrong("\"Z2\"", "\"Z61\"").contains("Z61"));
         assert!(wrong("head_size = ", "head_size = 1").contains("head_size"));
         assert!(wrong("\nrows = ", "\nrow = ").contains("row"));
     }
