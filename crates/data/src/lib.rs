@@ -15,6 +15,7 @@ pub mod recall;
 pub use binidx::{Binidx, BinidxWriter};
 pub use build::{Built, build};
 pub use dataset::{Batch, Dataset, Options, Order, Tokens};
+pub use documents::documents;
 pub use order::Official;
 
 use std::path::{Path, PathBuf};

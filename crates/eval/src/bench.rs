@@ -68,7 +68,7 @@ pub fn train(
     }
     let step = median(seconds);
     let tokens_per_second = n as f64 / step;
-    let wkv = wkv_seconds(ctx, &config, rows, t) * layers as f64;
+    let wkv = wkv(ctx, rows, t, config.heads(), config.head_size).both * layers as f64;
     Ok(Train {
         tokens_per_second,
         flops: config.train_flops_per_token() * tokens_per_second,
@@ -78,30 +78,73 @@ pub fn train(
     })
 }
 
-/// One WKV-7 forward and backward pass, median.
-fn wkv_seconds(ctx: &Context, config: &Config, rows: usize, t: usize) -> f64 {
-    let (n, c) = (rows * t, config.n_embd);
-    let fill = |phase: f32| {
-        let values: Vec<f32> = (0..n * c).map(|i| (i as f32 * 0.37 + phase).sin() * 0.2).collect();
+/// Seconds of one WKV-7 pass, medians.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct Wkv {
+    /// Forward, as at inference.
+    pub forward: f64,
+    /// Forward, keeping what the backward pass needs.
+    pub recording: f64,
+    /// Forward and backward.
+    pub both: f64,
+    /// Bytes that a pass forward and backward must move at least: six inputs twice, y, dy, six gradients and one state of
+    /// 16-bit values for every 64 tokens, written and read.
+    pub bytes: f64,
+    /// Memory, bytes a second: read on the CPU; copied on a GPU, counted as read and written.
+    pub bandwidth: f64,
+}
+
+/// WKV-7 over `rows` sequences of `t` tokens with `heads` heads of `n`.
+pub fn wkv(ctx: &Context, rows: usize, t: usize, heads: usize, n: usize) -> Wkv {
+    let (tokens, c) = (rows * t, heads * n);
+    let mut seed = 1u32;
+    let mut fill = |scale: f32| {
+        let mut next = || {
+            seed = seed.wrapping_mul(1664525).wrapping_add(1013904223);
+            ((seed >> 8) as f32 / (1 << 23) as f32 - 1.0) * scale
+        };
+        let values: Vec<f32> = (0..tokens * c).map(|_| next()).collect();
         ctx.copy_of(&values)
     };
     let params = ParamSet::default();
-    let run = |_| {
-        let v: Vec<Var> = (0..6).map(|i| Var::leaf(n, c, fill(i as f32))).collect();
-        let state = Var::constant(0, c * config.head_size, ctx.alloc(0));
-        let dy = fill(9.0);
-        ctx.synchronize();
-        let start = Instant::now();
+    let segments = batch(rows, t, false).into();
+    let [r, w, k, v, b] = [1.0, 3.0, 1.0, 1.0, 0.1].map(|s| Var::leaf(tokens, c, fill(s)));
+    // Short removal keys that remove little: any magnitudes are computed alike.
+    let a = Var::leaf(tokens, c, fill(0.1));
+    let state = Var::constant(0, c * n, ctx.alloc_f32(0));
+    let dy = fill(1.0);
+    let inputs = Wkv7Inputs { r: &r, w: &w, k: &k, v: &v, a: &a, b: &b };
+    // Several passes between two looks at the clock, so that the launches of one overlap the work of another.
+    let time = |pass: &dyn Fn()| {
+        pass();
+        let round = |_| {
+            ctx.synchronize();
+            let start = Instant::now();
+            let passes = if ctx.cuda().is_some() { 10 } else { 1 };
+            (0..passes).for_each(|_| pass());
+            ctx.synchronize();
+            start.elapsed().as_secs_f64() / passes as f64
+        };
+        median((0..5).map(round).collect())
+    };
+    let forward = time(&|| {
+        Tape::inference(ctx, &params).wkv7(inputs, &state, &segments, heads);
+    });
+    let recorded = |back: bool| {
         let mut none = ctx.alloc_f32(0);
         let mut tape = Tape::recording(ctx, &params, &mut none);
-        let inputs = Wkv7Inputs { r: &v[0], w: &v[1], k: &v[2], v: &v[3], a: &v[4], b: &v[5] };
-        let (y, _) = tape.wkv7(inputs, &state, &batch(rows, t, false).into(), config.heads());
-        y.add_grad(dy);
-        tape.backward();
-        ctx.synchronize();
-        start.elapsed().as_secs_f64()
+        let (y, _) = tape.wkv7(inputs, &state, &segments, heads);
+        if back {
+            y.add_grad(dy.duplicate());
+            tape.backward();
+            [&r, &w, &k, &v, &a, &b].iter().for_each(|x| drop(x.take_grad()));
+        }
     };
-    median((0..7).map(run).collect())
+    let recording = time(&|| recorded(false));
+    // The backward pass takes its gradient up, which here is a copy of one.
+    let both = time(&|| recorded(true)) - time(&|| drop(dy.duplicate()));
+    let bytes = (tokens * c * ctx.dtype().size()) as f64 * (20.0 + 2.0 * n as f64 / 64.0);
+    Wkv { forward, recording, both, bytes, bandwidth: bench::read_bandwidth(ctx) }
 }
 
 /// Decodes with a randomly initialised model of a preset size.

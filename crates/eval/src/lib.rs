@@ -6,6 +6,7 @@ pub mod digits;
 pub mod experiment;
 pub mod recall;
 pub mod states;
+pub mod text;
 
 /// What can go wrong in an experiment.
 #[derive(Debug, thiserror::Error)]

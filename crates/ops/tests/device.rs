@@ -255,3 +255,72 @@ fn attention() {
         check(&format!("rotary {n}"), &three[..1], &[], |t, x, _| vec![t.rotary(&x[0], &segments(), heads)]);
     }
 }
+
+/// The inputs r, w, k, v, a, b of a model, rounded to bf16; removal keys of unit length, all the same in runs if `repeated`.
+fn wkv7_inputs(rows: usize, heads: usize, n: usize, repeated: bool) -> [Vec<f32>; 6] {
+    let c = heads * n;
+    let round = |x: Vec<f32>| -> Vec<f32> { x.iter().map(|v| half::bf16::from_f32(*v).to_f32()).collect() };
+    let mut key = noise(rows * c, 77, 1.0);
+    if repeated {
+        for t in 0..rows {
+            let from = t / 24 * 24 * c;
+            key.copy_within(from..from + c, t * c);
+        }
+    }
+    let k = noise(rows * c, 78, 1.0);
+    for head in key.chunks_exact_mut(n) {
+        let norm = head.iter().map(|x| x * x).sum::<f32>().sqrt();
+        head.iter_mut().for_each(|x| *x /= norm);
+    }
+    let rate: Vec<f32> = noise(rows * c, 79, 1.0).iter().map(|x| if repeated { 0.95 } else { 0.5 + 0.5 * x }).collect();
+    let b = key.iter().zip(&rate).map(|(k, r)| k * r).collect();
+    let a = key.iter().map(|k| -k).collect();
+    let w = noise(rows * c, 80, 3.0).iter().map(|w| if repeated { w - 6.0 } else { *w }).collect();
+    [noise(rows * c, 81, 1.0), w, k, noise(rows * c, 82, 1.0), a, b].map(round)
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn wkv7_in_chunks() {
+    let s = |start, len, state_in, state_out| Segment { start, len, state_in, state_out };
+    // Long enough to be cut into pieces; a piece of a chunk at the ends; one that is not cut.
+    let segments: Arc<[Segment]> =
+        vec![s(0, 1100, Some(0), Some(1)), s(1100, 37, None, Some(2)), s(1137, 563, Some(2), None)].into();
+    let rows = 1700;
+    for (heads, n) in [(2, 64), (1, 128)] {
+        let c = heads * n;
+        for repeated in [false, true] {
+            let inputs = wkv7_inputs(rows, heads, n, repeated);
+            let compute = |ctx: &Context| -> Vec<Vec<f32>> {
+                let set = ParamSet::default();
+                let mut none = ctx.zeros_f32(0);
+                let mut t = Tape::recording(ctx, &set, &mut none);
+                let vars: Vec<Var> = inputs.iter().map(|x| Var::leaf(rows, c, ctx.copy_of(x))).collect();
+                let mut start = ctx.alloc_f32(4 * c * n);
+                start.copy_from(&noise(4 * c * n, 5, 1.0));
+                let state = Var::leaf(4, c * n, start);
+                let x = Wkv7Inputs { r: &vars[0], w: &vars[1], k: &vars[2], v: &vars[3], a: &vars[4], b: &vars[5] };
+                let (y, new) = t.wkv7(x, &state, &segments, heads);
+                let values = [y.to_vec(), new.to_vec()];
+                y.add_grad(ctx.copy_of(&rounded(&noise(rows * c, 6, 1.0))));
+                let mut dnew = ctx.alloc_f32(4 * c * n);
+                dnew.copy_from(&noise(4 * c * n, 7, 1.0));
+                new.add_grad(dnew);
+                t.backward();
+                ctx.check().unwrap();
+                let grads = vars.iter().chain([&state]).map(|v| v.take_grad().unwrap().to_vec());
+                values.into_iter().chain(grads).collect()
+            };
+            let want = compute(&Context::cpu(2));
+            let ctx = Context::with_activations(Device::Cuda(0), DType::BF16, 1).unwrap();
+            let got = compute(&ctx);
+            let bits = |n: &[Vec<f32>]| n.iter().flatten().map(|v| v.to_bits()).collect::<Vec<u32>>();
+            assert!(bits(&got) == bits(&compute(&ctx)), "two runs differ");
+            let names = ["y", "state", "dr", "dw", "dk", "dv", "da", "db", "dstate"];
+            let errors: Vec<f64> = got.iter().zip(&want).map(|(g, w)| error(g, w)).collect();
+            let table: Vec<String> = names.iter().zip(&errors).map(|(n, e)| format!("{n} {e:.1e}")).collect();
+            println!("wkv7 in chunks, head size {n}, repeated keys {repeated}: {}", table.join(", "));
+            assert!(errors.iter().all(|e| *e <= 5e-3));
+        }
+    }
+}

@@ -1,6 +1,7 @@
 use crate::global::Global;
 use anser_eval::bench;
 use anser_tokenizer::Tokenizer;
+use anyhow::ensure;
 use serde_json::json;
 
 /// Measures speed, beside what limits it on this machine
@@ -32,6 +33,21 @@ enum What {
         /// Steps measured
         #[arg(long, default_value_t = 10)]
         steps: usize,
+    },
+    /// WKV-7 alone, forward and backward, beside the time its bytes take
+    Wkv {
+        /// Sequences
+        #[arg(long, default_value_t = 8)]
+        rows: usize,
+        /// Tokens of a sequence
+        #[arg(long, default_value_t = 128)]
+        ctx: usize,
+        /// Heads
+        #[arg(long, default_value_t = 4)]
+        heads: usize,
+        /// Size of a head
+        #[arg(long, default_value_t = 64)]
+        head_size: usize,
     },
     /// Decoding and prefill of a randomly initialised model: tokens/s and share of the memory bandwidth
     Decode {
@@ -85,6 +101,23 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                     r.peak / 1e9,
                     r.nominal.map_or(String::new(), |p| format!(" (at the nominal clock {:.0})", p / 1e9)),
                     100.0 * r.wkv_share,
+                )
+            })
+        }
+        What::Wkv { rows, ctx: t, heads, head_size } => {
+            ensure!([16, 32, 64, 128].contains(head_size), "--head-size must be 16, 32, 64 or 128");
+            let r = bench::wkv(&ctx, *rows, *t, *heads, *head_size);
+            global.result(serde_json::to_value(r)?, || {
+                let floor = r.bytes / r.bandwidth;
+                format!(
+                    "WKV-7 B{rows} T{t} H{heads} N{head_size}, {}: forward {:.3} ms, for training {:.3} ms, with backward {:.3} ms; its bytes take {:.3} ms at {:.0} GB/s ({:.0}%)\n",
+                    ctx.dtype(),
+                    1e3 * r.forward,
+                    1e3 * r.recording,
+                    1e3 * r.both,
+                    1e3 * floor,
+                    r.bandwidth / 1e9,
+                    100.0 * floor / r.both,
                 )
             })
         }

@@ -1,8 +1,10 @@
 use crate::global::{Global, Interrupted, stop};
 use anser_eval::experiment::{Experiment, Run, Tasks};
+use anser_eval::text::{Prediction, predict};
 use anser_eval::{digits, recall, states};
 use anser_formats::{Checkpoint, write_atomic};
 use anser_model::{Load, Model};
+use anser_tokenizer::Tokenizer;
 use anser_train::Trainer;
 use anyhow::{Context as _, ensure};
 use serde_json::json;
@@ -58,25 +60,70 @@ enum Task {
         #[arg(long, default_value = "recall.json")]
         out: PathBuf,
     },
+    /// How well a model predicts text files: cross entropy per token, bits per byte
+    Text {
+        /// Checkpoint or Hugging Face folder
+        #[arg(long)]
+        model: PathBuf,
+        /// Tokenizer: world or bytes [default: what the model file says, else world]
+        #[arg(long)]
+        tokenizer: Option<String>,
+        /// Text and .jsonl files (also .xz, .zst, .gz)
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
 }
 
 /// Runs the subcommand.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
-    let (model, steps, rows, count, seed, out) = match &args.task {
-        Task::Digits { model, steps, rows, count, seed, out } => (model, steps, rows, count, seed, out),
+    match &args.task {
+        Task::Digits { .. } => reversal(&args.task, global),
         Task::States { config, out } => {
             let (e, runs) = experiment(global, config.as_deref(), states::SMALL, out)?;
             for (group, svg) in states::pictures(&e.task, &runs) {
                 picture(out, &format!("-{group}"), &svg)?;
             }
-            return global.result(json!({ "runs": runs }), || states::table(&e.task, &runs));
+            global.result(json!({ "runs": runs }), || states::table(&e.task, &runs))
         }
         Task::Recall { config, out } => {
             let (e, runs) = experiment(global, config.as_deref(), recall::SMALL, out)?;
             picture(out, "", &recall::picture(&runs))?;
-            return global.result(json!({ "runs": runs }), || recall::table(&e.task, &runs));
+            global.result(json!({ "runs": runs }), || recall::table(&e.task, &runs))
         }
-    };
+        Task::Text { model, tokenizer, files } => text(model, tokenizer.as_deref(), files, global),
+    }
+}
+
+fn text(model: &Path, tokenizer: Option<&str>, files: &[PathBuf], global: &Global) -> anyhow::Result<()> {
+    let ctx = global.context()?;
+    let file = Checkpoint::open(model)?;
+    let name = tokenizer.or(file.metadata().get("anser.tokenizer").map(String::as_str));
+    let tokenizer = Tokenizer::from_name(name.unwrap_or("world"))?;
+    let mut model = Model::load(&ctx, &file, Load::Train)?;
+    model.params_mut().to_device(&ctx);
+    let mut all = Vec::new();
+    for path in files {
+        let name = path.display().to_string();
+        let text = anser_data::documents(path)?.concat();
+        all.push((name.clone(), predict(&ctx, &model, &tokenizer, text.as_bytes()).with_context(|| name)?));
+    }
+    global.result(
+        json!(all.iter().map(|(name, p)| json!({ "file": name, "prediction": p })).collect::<Vec<_>>()),
+        || {
+            let line = |(name, p): &(String, Prediction)| {
+                let (loss, bits) = (p.loss, p.bits_per_byte);
+                format!(
+                    "{name}: {loss:.4} nats a token, {bits:.4} bits a byte ({} tokens, {} bytes)\n",
+                    p.tokens, p.bytes
+                )
+            };
+            all.iter().map(line).collect()
+        },
+    )
+}
+
+fn reversal(task: &Task, global: &Global) -> anyhow::Result<()> {
+    let Task::Digits { model, steps, rows, count, seed, out } = task else { return Ok(()) };
     ensure!(*count > 0 && *rows > 0, "--count and --rows must be at least 1");
     let ctx = global.context()?;
     let start = Instant::now();

@@ -1,10 +1,13 @@
-// WKV-7 as the recurrence, in f32 on CUDA cores: any head size and any length, the exact mode and the reference of faster kernels.
+// WKV-7 as the recurrence, in f32 on CUDA cores: any head size and any length, the exact mode and the reference of the kernels on
+// tensor cores in tensor.cuh.
 //
 // One block of 4 N threads per segment and head. A state is held four threads to a row (or to a column): thread 4 i + q holds
 // elements q, q + 4, .. of row i, so that the vectors in shared memory are read without bank conflicts.
 // The widest head fills the register file in the backward pass:
 // may spill: wkv7_back_\w+_128
+// may spill: wkv7_tensor_back_128
 #include "common.cuh"
+#include "tensor.cuh"
 
 struct Segment {
     int start, len, state_in, state_out;
@@ -203,3 +206,31 @@ extern "C" __global__ void wkv7_state_grad(float* g, const float* initial, const
     }
 #define SIZES(T, name) WKV7(T, name, 16) WKV7(T, name, 32) WKV7(T, name, 64) WKV7(T, name, 128)
 FOR_EACH_TYPE(SIZES)
+
+#define TENSOR(N, blocks)                                                                                                     \
+    extern "C" __global__ void __launch_bounds__(2 * N, blocks) wkv7_tensor_##N(tensor::Inputs in, const tensor::Piece* pieces, \
+        const float* arena, float* arena_out, const float* entry, bf16* y, tensor::Saved saved, int heads) {                  \
+        tensor::forward<N, false>(in, pieces, arena, arena_out, entry, nullptr, y, saved, heads, 0);                          \
+    }                                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(2 * N) wkv7_tensor_scan_##N(tensor::Inputs in, const tensor::Piece* pieces,  \
+        float* map, int heads, int training) {                                                                                \
+        tensor::forward<N, true>(in, pieces, nullptr, nullptr, nullptr, map, nullptr, {}, heads, training);                   \
+    }                                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(2 * N) wkv7_tensor_back_##N(tensor::Inputs in, const tensor::Piece* pieces,  \
+        tensor::Saved saved, const bf16* dy, const float* dnew, const float* exit, tensor::Grads out, float* initial, int heads) { \
+        tensor::backward<N, false>(in, pieces, saved, dy, dnew, exit, nullptr, out, initial, heads);                          \
+    }                                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(2 * N) wkv7_tensor_back_scan_##N(tensor::Inputs in, const tensor::Piece* pieces, \
+        tensor::Saved saved, const bf16* dy, float* map, int heads) {                                                         \
+        tensor::backward<N, true>(in, pieces, saved, dy, nullptr, nullptr, map, {}, nullptr, heads);                          \
+    }                                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(256) wkv7_tensor_entries_##N(const tensor::Piece* pieces, const int2* ranges, \
+        const float* arena, const float* map, float* entry, int heads) {                                                      \
+        tensor::combine<N, false>(pieces, ranges, arena, map, nullptr, entry, heads);                                         \
+    }                                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(256) wkv7_tensor_exits_##N(const tensor::Piece* pieces, const int2* ranges,  \
+        const float* dnew, const float* map, const float* own, float* exit, int heads) {                                      \
+        tensor::combine<N, true>(pieces, ranges, dnew, map, own, exit, heads);                                                \
+    }
+TENSOR(64, 4)
+TENSOR(128, 1)

@@ -202,6 +202,26 @@ impl Shape {
     }
 }
 
+/// What the forward pass keeps for the backward pass, in the form that the device wants.
+struct Saved {
+    /// The states before blocks of tokens.
+    states: Buf,
+    /// u of every token: [tokens, C].
+    u: Buf,
+    /// (I - M_ab)^-1 of every chunk, on tensor cores.
+    inverses: Option<Buf>,
+}
+
+impl Saved {
+    fn new(ctx: &Context, shape: &Shape, n: usize, tokens: usize) -> Saved {
+        if ctx.cuda().is_some() || cuda::on_tensor_cores(ctx, n) {
+            return cuda::saved(ctx, shape, n, tokens);
+        }
+        let states = ctx.alloc_f32(shape.kept() * n * n);
+        Saved { states, u: ctx.alloc_f32(tokens * shape.heads * n), inverses: None }
+    }
+}
+
 fn forward<const N: usize>(
     ctx: &Context, shape: &Shape, inputs: [&[f32]; 6], arena: &[f32], y: &mut [f32], new: Option<&mut [f32]>,
     saved: Option<(&mut [f32], &mut [f32])>,
@@ -319,11 +339,10 @@ impl<'p> Tape<'p> {
         let needs = self.needs_grad(&[r, w, k, v, a, b, state], &[]);
         let mut y = ctx.alloc(rows * c);
         let mut new = segments.iter().any(|s| s.state_out.is_some()).then(|| copy(state));
-        let kept = if ctx.cuda().is_some() { cuda::kept(&shape) } else { shape.kept() };
-        let mut saved = needs.then(|| (ctx.alloc_f32(kept * n * n), ctx.alloc_f32(rows * c)));
+        let mut saved = needs.then(|| Saved::new(&ctx, &shape, n, rows));
+        let cuts = cuda::Cuts::new(&ctx, &shape, n);
         if let Some(gpu) = ctx.cuda() {
-            let saved = saved.as_ref().map(|(s, u)| (s, u));
-            cuda::forward(&ctx, gpu, &shape, inputs, state, &y, new.as_ref(), saved);
+            cuda::forward(&ctx, gpu, &shape, inputs, state, &y, new.as_ref(), saved.as_ref(), cuts.as_ref());
         }
         self.run(|| {
             let x = [r, w, k, v, a, b].map(Var::data);
@@ -336,13 +355,13 @@ impl<'p> Tape<'p> {
                     state.data(),
                     &mut y,
                     new.as_deref_mut(),
-                    saved.as_mut().map(|(s, u)| (&mut s[..], &mut u[..]))
+                    saved.as_mut().map(|s| (&mut s.states[..], &mut s.u[..]))
                 )
             );
         });
         let y = self.output(rows, c, y, needs);
         let new = new.map(|new| self.output(state.rows(), state.cols(), new, needs));
-        if let Some((saved, u)) = saved {
+        if let Some(saved) = saved {
             let (dy, dnew) = (y.slot(), new.as_ref().map(Var::slot));
             let (inputs, state) = ([r, w, k, v, a, b].map(Var::clone), state.clone());
             self.record(move |back| {
@@ -359,7 +378,8 @@ impl<'p> Tape<'p> {
                         gpu,
                         &shape,
                         &inputs,
-                        (&saved, &u),
+                        &saved,
+                        cuts.as_ref(),
                         dy,
                         dnew,
                         grads.each_ref(),
@@ -370,7 +390,10 @@ impl<'p> Tape<'p> {
                     let x = inputs.each_ref().map(Var::data);
                     let to = grads.each_mut().map(|g| &mut g[..]);
                     let (dy, dnew) = (dy.as_deref(), dnew.as_deref());
-                    for_head_size!(n, backward(&ctx, &shape, x, &saved, &u, dy, dnew, to, initial.as_deref_mut()));
+                    for_head_size!(
+                        n,
+                        backward(&ctx, &shape, x, &saved.states, &saved.u, dy, dnew, to, initial.as_deref_mut())
+                    );
                 });
                 inputs.iter().zip(grads).for_each(|(x, g)| x.add_grad(g));
                 if let Some(initial) = initial {

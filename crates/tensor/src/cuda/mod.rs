@@ -16,6 +16,9 @@ use std::sync::{Mutex, MutexGuard, OnceLock};
 /// CUDA version the kernels are built with; its driver or a later one is needed.
 const NEEDED_DRIVER: i32 = 13000;
 
+/// Bytes of dynamic shared memory that a kernel gets without asking.
+const DEFAULT_SHARED: usize = 48 << 10;
+
 /// An address in device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DevicePtr(pub(crate) u64);
@@ -360,11 +363,26 @@ impl Cuda {
     /// The arguments must be those of the kernel, and its buffers large enough: that is checked by nothing but the tests, which is
     /// why launches stand beside their kernels in the operations' folders.
     pub fn launch(&self, module: &'static Module, name: &str, grid: [usize; 3], block: [usize; 3], args: &[Arg]) {
+        self.launch_with(module, name, grid, block, 0, args);
+    }
+
+    /// Launches a kernel with `shared` bytes of dynamic shared memory; see [`Cuda::launch`].
+    pub fn launch_with(
+        &self, module: &'static Module, name: &str, grid: [usize; 3], block: [usize; 3], shared: usize, args: &[Arg],
+    ) {
         self.enter();
         if self.failed() || grid.contains(&0) {
             return;
         }
         let Some(function) = self.function(module, name) else { return };
+        if shared > DEFAULT_SHARED {
+            let attribute = cu::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a loaded function.
+            let code = unsafe { cu::cuFuncSetAttribute(function, attribute, shared as i32) };
+            if !self.note(code, || format!("{shared} bytes of shared memory for {name}")) {
+                return;
+            }
+        }
         let pointer = |a: &Arg| -> *mut c_void {
             match a {
                 Arg::Ptr(p) => (&raw const p.0).cast_mut().cast(),
@@ -387,7 +405,7 @@ impl Cuda {
                 bx,
                 by,
                 bz,
-                0,
+                shared as u32,
                 self.stream,
                 params.as_mut_ptr(),
                 std::ptr::null_mut(),
