@@ -230,3 +230,17 @@ fn experiments_from_files() {
     let (code, _, err) = anser(&f.0, &["eval", "recall", "r.toml", "--out", "none/recall.json"]);
     assert!(code == 1 && err.contains("none/recall.json") && err.lines().count() == 1, "{err}");
 }
+
+#[test]
+fn a_doubled_rate_goes_where_the_model_goes() {
+    let f = prepared("doubled");
+    let train = |more: &[&str]| anser(&f.0, &[&["train", "c.toml", "--set", "train.steps=3"], more].concat());
+    assert_eq!(train(&["--set", "model.double_rate=true"]).0, 0);
+    let (code, _, err) = train(&[]);
+    assert!(code == 1 && err.contains("other double_rate"), "{err}");
+    let (code, _, err) = anser(&f.0, &["convert", "run/model.safetensors", "m.pth"]);
+    assert!(code == 1 && err.contains("write .safetensors") && err.lines().count() == 1, "{err}");
+    assert_eq!(anser(&f.0, &["convert", "run/model.safetensors", "m.safetensors", "--dtype", "bf16"]).0, 0);
+    let (code, out, _) = anser(&f.0, &["inspect", "m.safetensors"]);
+    assert!(code == 0 && out.contains("doubled in-context rate"), "{out}");
+}

@@ -1,6 +1,6 @@
 use crate::global::Global;
 use anser_formats::{CONFIG_JSON, Checkpoint, Dtype, Source, write_pth, write_safetensors};
-use anser_model::Config;
+use anser_model::{Architecture, Config};
 use anser_tensor::DType;
 use anyhow::ensure;
 use serde_json::json;
@@ -38,8 +38,8 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         sources.push(Source { name: name.into(), shape: t.shape().into(), dtype, values: Box::new(values) });
     }
     match args.out.extension().and_then(|e| e.to_str()) {
-        Some("pth") if config.double_rate => anyhow::bail!(
-            "{}: a .pth file cannot say that the in-context rate is doubled; write .safetensors",
+        Some("pth") if config.double_rate || config.architecture != Architecture::Rwkv7 => anyhow::bail!(
+            "{}: a .pth file cannot say that a model is a Transformer or has the doubled in-context rate; write .safetensors",
             args.out.display()
         ),
         Some("pth") => write_pth(&args.out, &sources)?,
