@@ -59,7 +59,7 @@ pub fn predict(ctx: &Context, model: &Model, tokenizer: &Tokenizer, text: &[u8])
         let mut tape = Tape::inference(ctx, model.params());
         let (hidden, next) = model.forward(&mut tape, &tokens, &segments.into(), &state, false)?;
         let opts = CrossEntropy { divisor: 1.0, l2wrap: false };
-        nats += model.loss(&mut tape, &hidden, &targets, None, opts).loss;
+        nats += model.loss(&mut tape, &hidden, &targets, None, opts).loss();
         predicted += targets.len();
         state = next;
     }
@@ -94,7 +94,7 @@ mod tests {
             let state = State::zeros(&ctx, model.config(), 0);
             let (hidden, _) = model.forward(&mut tape, &part[..n], &segments, &state, false).unwrap();
             let targets: Vec<i32> = part[1..].iter().map(|&t| t as i32).collect();
-            nats += model.loss(&mut tape, &hidden, &targets, None, CrossEntropy { divisor: 1.0, l2wrap: false }).loss;
+            nats += model.loss(&mut tape, &hidden, &targets, None, CrossEntropy { divisor: 1.0, l2wrap: false }).loss();
         }
         assert_eq!(got.tokens, ids.len() - 2);
         assert!((got.loss - nats / got.tokens as f64).abs() < 1e-5, "{got:?}");

@@ -4,6 +4,7 @@
 //! This crate opens no files: it takes named tensors ([`anser_formats::Checkpoint`]) and gives them back.
 
 mod config;
+mod decode;
 mod init;
 mod load;
 mod rwkv7;
@@ -12,6 +13,7 @@ mod transformer;
 
 pub use anser_ops::ParamSpec;
 pub use config::{Architecture, Config, LoraDims, PRESETS};
+pub use decode::{DecodeStep, Part};
 pub use init::Init;
 pub use load::Load;
 pub use rwkv7::Model;
@@ -31,6 +33,9 @@ pub enum Error {
         "a Transformer reads whole sequences and has no state to go on from: it neither writes text nor trains in pieces"
     )]
     Stateless,
+    /// From the device.
+    #[error(transparent)]
+    Device(#[from] anser_tensor::Error),
     /// A tensor that could not be read.
     #[error(transparent)]
     Format(#[from] anser_formats::Error),

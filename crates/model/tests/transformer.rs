@@ -60,7 +60,7 @@ fn the_gradient_is_the_slope_of_the_loss() {
             .into();
         let (hidden, _) = m.forward(&mut t, &ids(32), &segments, &state, checkpointing).unwrap();
         let targets: Vec<i32> = ids(33)[1..].iter().map(|&i| i as i32).collect();
-        let loss = m.loss(&mut t, &hidden, &targets, None, CrossEntropy { divisor: 32.0, l2wrap: false }).loss;
+        let loss = m.loss(&mut t, &hidden, &targets, None, CrossEntropy { divisor: 32.0, l2wrap: false }).loss();
         t.backward();
         (loss, grads.to_vec())
     };

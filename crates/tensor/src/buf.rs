@@ -178,6 +178,18 @@ impl Buf {
         }
     }
 
+    /// The f64 that kernels wrote into a buffer of f32, each in the room of two; waits for the device. Empty in a forecast and on the CPU.
+    pub fn to_f64(&self) -> Vec<f64> {
+        match (&self.data, &self.pool.cuda) {
+            (Data::Device(p), Some(cuda)) => {
+                let mut raw = vec![0u8; self.bytes()];
+                cuda.download(*p, &mut raw);
+                raw.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
     /// Adds the values of `other`, of the same length and type.
     pub fn add(&mut self, other: &Buf) {
         assert!(self.len == other.len && self.dtype == other.dtype);
@@ -217,16 +229,25 @@ impl Buf {
     /// # Panics
     /// If the lengths differ.
     pub fn copy_from(&mut self, src: &[f32]) {
+        assert!(src.len() == self.len || matches!(self.data, Data::Dry));
+        self.write(0, src);
+    }
+
+    /// Overwrites the elements from `start` on, rounding to the element type. Nothing happens in a forecast.
+    ///
+    /// # Panics
+    /// If they don't fit.
+    pub fn write(&mut self, start: usize, src: &[f32]) {
         match (&mut self.data, &self.pool.cuda) {
-            (Data::Host(h), _) => h.copy_from_slice(src),
+            (Data::Host(h), _) => h[start..start + src.len()].copy_from_slice(src),
             (Data::Device(p), Some(cuda)) => {
-                assert_eq!(src.len(), self.len);
+                assert!(start + src.len() <= self.len);
                 let raw: Vec<u8> = match self.dtype {
                     DType::F32 => src.iter().flat_map(|v| v.to_le_bytes()).collect(),
                     DType::F16 => src.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
                     DType::BF16 => src.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
                 };
-                cuda.upload(*p, &raw);
+                cuda.upload(p.offset(start, self.dtype), &raw);
             }
             _ => {}
         }

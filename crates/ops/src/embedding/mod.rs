@@ -18,6 +18,7 @@ impl<'p> Tape<'p> {
             for (y, &t) in y.chunks_exact_mut(c).zip(tokens) {
                 match table {
                     Weight::Packed(w) => w.row(t as usize, y),
+                    Weight::Device(_) => unreachable!("device weights are used by kernels"),
                     Weight::OutIn(p) | Weight::InOut(p) => {
                         y.copy_from_slice(&self.param(*p)[t as usize * c..][..c]);
                     }
@@ -32,7 +33,7 @@ impl<'p> Tape<'p> {
             self.record(move |b| {
                 let Some(dy) = dy.take() else { return };
                 if let (Some(gpu), Some(g)) = (b.ctx().cuda(), b.param_grad_ptr(table)) {
-                    cuda::backward(b.ctx(), gpu, g, &dy, &tokens, c);
+                    cuda::backward(b.ctx(), gpu, g, &dy, &tokens, table.rows, c);
                 }
                 b.run(|b| {
                     if let Some(g) = b.param_grad(table) {

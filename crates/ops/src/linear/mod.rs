@@ -6,7 +6,7 @@
 use crate::{Backward, Param, ParamSet, Tape, Var};
 use anser_tensor::cuda::{Cuda, DevicePtr};
 use anser_tensor::gemm::{Trans, gemm};
-use anser_tensor::{Context, DType, Packed};
+use anser_tensor::{Context, DType, DeviceMatrix, Packed};
 use std::sync::Arc;
 
 #[cfg(test)]
@@ -21,6 +21,8 @@ pub enum Weight {
     InOut(Param),
     /// Tiled f32, f16 or bf16: inference only.
     Packed(Arc<Packed>),
+    /// On a GPU in the type of activations: inference only.
+    Device(DeviceMatrix),
 }
 
 impl Weight {
@@ -30,6 +32,7 @@ impl Weight {
             Weight::OutIn(p) => p.rows,
             Weight::InOut(p) => p.cols,
             Weight::Packed(w) => w.n(),
+            Weight::Device(w) => w.outputs(),
         }
     }
 
@@ -39,6 +42,7 @@ impl Weight {
             Weight::OutIn(p) => p.cols,
             Weight::InOut(p) => p.rows,
             Weight::Packed(w) => w.k(),
+            Weight::Device(w) => w.inputs(),
         }
     }
 
@@ -46,7 +50,7 @@ impl Weight {
     pub fn param(&self) -> Option<Param> {
         match self {
             Weight::OutIn(p) | Weight::InOut(p) => Some(*p),
-            Weight::Packed(_) => None,
+            Weight::Packed(_) | Weight::Device(_) => None,
         }
     }
 
@@ -58,6 +62,7 @@ impl Weight {
             Weight::OutIn(p) => gemm(ctx, Trans::N, Trans::T, rows, n, k, x, params.get(*p), false, y),
             Weight::InOut(p) => gemm(ctx, Trans::N, Trans::N, rows, n, k, x, params.get(*p), false, y),
             Weight::Packed(w) => w.matmul(ctx, x, y),
+            Weight::Device(_) => unreachable!("device weights are used by kernels"),
         }
     }
 
@@ -71,7 +76,9 @@ impl Weight {
         match self {
             Weight::OutIn(p) => gemm(ctx, Trans::N, Trans::N, rows, k, n, dy, params.get(*p), false, dx),
             Weight::InOut(p) => gemm(ctx, Trans::N, Trans::T, rows, k, n, dy, params.get(*p), false, dx),
-            Weight::Packed(_) => panic!("packed weights are for inference: load the model for training"),
+            Weight::Packed(_) | Weight::Device(_) => {
+                panic!("packed weights are for inference: load the model for training")
+            }
         }
     }
 
@@ -90,7 +97,7 @@ impl Weight {
                     gemm(ctx, Trans::T, Trans::N, k, n, rows, x, dy, true, dw);
                 }
             }
-            Weight::Packed(_) => {}
+            Weight::Packed(_) | Weight::Device(_) => {}
         }
     }
 }
@@ -98,10 +105,11 @@ impl Weight {
 /// The same three products on a GPU: x and dx [rows, in], y and dy [rows, out] in the type of activations.
 impl Weight {
     /// Where the weights for products are.
-    pub(crate) fn device(&self, params: &ParamSet) -> DevicePtr {
+    pub fn device(&self, params: &ParamSet) -> DevicePtr {
         match self {
             Weight::OutIn(p) | Weight::InOut(p) => params.rounded(*p),
             Weight::Packed(_) => DevicePtr::NULL,
+            Weight::Device(w) => w.ptr(),
         }
     }
 
@@ -109,22 +117,25 @@ impl Weight {
     fn stored(&self) -> (Trans, Trans) {
         match self {
             Weight::OutIn(_) | Weight::Packed(_) => (Trans::T, Trans::N),
-            Weight::InOut(_) => (Trans::N, Trans::T),
+            Weight::Device(w) if !w.in_out() => (Trans::T, Trans::N),
+            Weight::InOut(_) | Weight::Device(_) => (Trans::N, Trans::T),
         }
     }
 
     pub(crate) fn product_cuda(
         &self, ctx: &Context, gpu: &Cuda, params: &ParamSet, x: DevicePtr, y: DevicePtr, rows: usize,
+        bias: Option<Param>,
     ) {
         let (n, k, t) = (self.outputs(), self.inputs(), ctx.dtype());
-        gpu.gemm(Trans::N, self.stored().0, rows, n, k, x, self.device(params), t, false, y, t);
+        let bias = bias.map(|b| params.rounded(b));
+        gpu.gemm_bias(Trans::N, self.stored().0, rows, n, k, x, self.device(params), t, false, y, t, bias);
     }
 
     pub(crate) fn input_grad_cuda(
-        &self, ctx: &Context, gpu: &Cuda, params: &ParamSet, dy: DevicePtr, dx: DevicePtr, rows: usize,
+        &self, ctx: &Context, gpu: &Cuda, params: &ParamSet, dy: DevicePtr, dx: DevicePtr, add: bool, rows: usize,
     ) {
         let (n, k, t) = (self.outputs(), self.inputs(), ctx.dtype());
-        gpu.gemm(Trans::N, self.stored().1, rows, k, n, dy, self.device(params), t, false, dx, t);
+        gpu.gemm(Trans::N, self.stored().1, rows, k, n, dy, self.device(params), t, add, dx, t);
     }
 
     pub(crate) fn add_weight_grad_cuda(&self, b: &Backward<'_>, gpu: &Cuda, x: DevicePtr, dy: DevicePtr, rows: usize) {
@@ -133,7 +144,7 @@ impl Weight {
         match self {
             Weight::OutIn(_) => gpu.gemm(Trans::T, Trans::N, n, k, rows, dy, x, t, true, dw, DType::F32),
             Weight::InOut(_) => gpu.gemm(Trans::T, Trans::N, k, n, rows, x, dy, t, true, dw, DType::F32),
-            Weight::Packed(_) => {}
+            Weight::Packed(_) | Weight::Device(_) => {}
         }
     }
 }
@@ -144,7 +155,7 @@ impl<'p> Tape<'p> {
         assert_eq!(x.cols(), w.inputs());
         let mut y = self.ctx().alloc(x.rows() * w.outputs());
         if let Some(gpu) = self.ctx().cuda() {
-            w.product_cuda(self.ctx(), gpu, self.params(), x.buf().ptr(), y.ptr(), x.rows());
+            w.product_cuda(self.ctx(), gpu, self.params(), x.buf().ptr(), y.ptr(), x.rows(), None);
         }
         self.run(|| w.product(self.ctx(), self.params(), x.data(), &mut y));
         let param = w.param();
@@ -155,19 +166,22 @@ impl<'p> Tape<'p> {
             // The weight gradient alone needs x.
             let kept = param.is_some_and(|p| self.params().is_trainable(p)).then(|| x.clone());
             self.record(move |b| {
-                let Some(dy) = dy.take() else { return };
+                let Some(dy) = dy.take_shared() else { return };
                 let ctx = b.ctx();
-                if let (Some(x), Some(gpu)) = (&kept, ctx.cuda()) {
-                    w.add_weight_grad_cuda(b, gpu, x.buf().ptr(), dy.ptr(), x.rows());
+                if let Some(gpu) = ctx.cuda() {
+                    if let Some(x) = &kept {
+                        w.add_weight_grad_cuda(b, gpu, x.buf().ptr(), dy.ptr(), x.rows());
+                    }
+                    let rows = dy.len() / w.outputs();
+                    return dx.accumulate(ctx, |g, add| {
+                        w.input_grad_cuda(ctx, gpu, b.params(), dy.ptr(), g.ptr(), add, rows);
+                    });
                 }
                 if let Some(x) = kept {
                     b.run(|b| w.add_weight_grad(b, x.data(), &dy));
                 }
                 if dx.wanted() {
                     let mut g = ctx.alloc(dx.len());
-                    if let Some(gpu) = ctx.cuda() {
-                        w.input_grad_cuda(ctx, gpu, b.params(), dy.ptr(), g.ptr(), dy.len() / w.outputs());
-                    }
                     b.run(|b| w.input_grad(ctx, b.params(), &dy, &mut g));
                     dx.add(g);
                 }
