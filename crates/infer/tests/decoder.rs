@@ -157,3 +157,25 @@ fn prompts_then_steps_and_the_same_bits_whatever_the_neighbours() {
             && decoder.step(&[(0, 1), (0, 2)]).is_err()
     );
 }
+
+#[test]
+#[ignore = "needs a GPU"]
+fn what_the_kernels_do_not_know_goes_operation_by_operation() {
+    let plain = config(64, 128, 2);
+    let doubled = model(&Config { double_rate: true, ..plain.clone() });
+    let ctx = Context::with_activations(Device::Cuda(0), DType::F32, 2).unwrap();
+    let device = doubled.packed(&ctx, DType::F32);
+    assert!(Decoder::new(&ctx, &device, 1).unwrap().is_none());
+    let control = model(&plain.control()).packed(&ctx, DType::F32);
+    assert!(Decoder::new(&ctx, &control, 1).unwrap().is_none());
+    let tokens = sequence(0, 9);
+    let mut session = Session::new(&ctx, &device);
+    for t in &tokens {
+        session.feed(&[*t]).unwrap();
+    }
+    let (want, _) = reference(&Context::cpu(2), &doubled, &tokens);
+    assert!(error(session.logits().unwrap(), &want[8 * 200..]) < 2e-5);
+    let (other, _) = reference(&Context::cpu(2), &model(&plain), &tokens);
+    assert!(error(&other[8 * 200..], &want[8 * 200..]) > 1e-3, "the rate makes no difference");
+    assert!(Session::new(&ctx, &control).feed(&tokens).unwrap_err().to_string().contains("no state"));
+}

@@ -1,6 +1,7 @@
 //! A decoding step on a GPU in a few kernels a layer, for a model whose matrices are there (see [`anser_ops::decode`]). It is the same model as
 //! [`Model::forward`], which a test holds it equal to; what differs is that states are advanced in place.
 
+use crate::rwkv7::{Block, Rwkv7Block};
 use crate::{Model, State};
 use anser_ops::decode::{BATCH, Finish, Heads, Norm, Plan, Skip, Step, fits};
 use anser_ops::{LowRank, Param, Weight};
@@ -36,6 +37,7 @@ impl Part {
 pub struct DecodeStep<'m> {
     ctx: Context,
     model: &'m Model,
+    blocks: Vec<&'m Rwkv7Block>,
     /// Projections: of the first layer, and of the others, which have a value gate.
     projections: [Plan; 2],
     output: Plan,
@@ -57,16 +59,22 @@ impl<'m> DecodeStep<'m> {
     /// Sequences of a step at most.
     pub const MOST: usize = BATCH;
 
-    /// `None` if the model's matrices are not on a GPU, or are too wide for the kernels.
+    /// `None` if the model's matrices are not on a GPU or are too wide for the kernels, or if it has what they don't know: the doubled
+    /// in-context rate, other blocks than those of RWKV-7.
     pub fn new(ctx: &Context, model: &'m Model) -> Option<DecodeStep<'m>> {
         let on_device = |w: &Weight| matches!(w, Weight::Device(_));
-        if !on_device(&model.head) || ctx.cuda().is_none() {
+        if !on_device(&model.head) || ctx.cuda().is_none() || model.config().double_rate {
             return None;
         }
+        let recurrent = |block: &'m Block| match block {
+            Block::Rwkv7(block) => Some(&**block),
+            Block::Attention(_) => None,
+        };
+        let blocks: Vec<&Rwkv7Block> = model.blocks.iter().map(recurrent).collect::<Option<_>>()?;
         let (config, batch) = (model.config(), BATCH);
         let (c, vocab) = (config.n_embd, config.vocab_size);
         let ranks = |layer: usize| {
-            let att = &model.blocks.get(layer).or(model.blocks.first())?.att;
+            let att = &blocks.get(layer).or(blocks.first())?.att;
             let rank = |l: &LowRank| l.down.outputs();
             let v = att.value_gate.as_ref().map_or(0, rank);
             Some([rank(&att.decay), rank(&att.rate), v, rank(&att.gate)])
@@ -94,6 +102,7 @@ impl<'m> DecodeStep<'m> {
             logits: ctx.zeros_f32(batch * vocab),
             ctx: ctx.clone(),
             model,
+            blocks,
         })
     }
 
@@ -141,7 +150,7 @@ impl<'m> DecodeStep<'m> {
         if on(Part::Mix) {
             step.embed(w(&m.emb), self.tokens.ptr(), x, norm(&m.ln0));
         }
-        for (i, (block, s)) in m.blocks.iter().zip(&state.layers).enumerate() {
+        for (i, (block, s)) in self.blocks.iter().zip(&state.layers).enumerate() {
             let (att, plan) = (&block.att, &self.projections[i.min(1)]);
             if on(Part::Mix) {
                 step.mix(x, mixed, s.att_x.buf().ptr(), slots, norm(&block.ln1), att.mix.map(p));

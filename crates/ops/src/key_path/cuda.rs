@@ -3,23 +3,36 @@
 use crate::gpu::{add_param_sums, channels, int, kernel, runs, size};
 use crate::{Backward, Param, Tape, Var};
 use anser_tensor::Buf;
-use anser_tensor::cuda::{Cuda, Module};
+use anser_tensor::cuda::{Arg, Cuda, Module};
 
 static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 
 pub(super) fn forward(
-    t: &Tape<'_>, gpu: &Cuda, k: &Var, rate: &Var, [k_k, k_a]: [Param; 2], out: &[Buf; 3], heads: usize,
+    t: &Tape<'_>, gpu: &Cuda, k: &Var, rate: &Var, [k_k, k_a]: [Param; 2], out: &[Buf; 3], heads: usize, scale: f32,
 ) {
     let (n, c, total) = (k.cols() / heads, k.cols(), k.rows() * k.cols());
     let [ko, ao, bo] = out.each_ref().map(|b| b.ptr().into());
     let (pk, pa) = (t.params().master(k_k).into(), t.params().master(k_a).into());
-    let args = [k.buf().ptr().into(), rate.buf().ptr().into(), pk, pa, ko, ao, bo, int(n), int(c), size(total)];
+    let args = [
+        k.buf().ptr().into(),
+        rate.buf().ptr().into(),
+        pk,
+        pa,
+        ko,
+        ao,
+        bo,
+        int(n),
+        int(c),
+        size(total),
+        Arg::F32(scale),
+    ];
     let grid = [total.div_ceil(8 * 128), 1, 1];
     gpu.launch(&KERNELS, &kernel(t.ctx(), "key_path"), grid, [128, 1, 1], &args);
 }
 
 pub(super) fn backward(
-    b: &Backward<'_>, gpu: &Cuda, k: &Var, rate: &Var, d: &[Buf; 3], params: [Param; 2], grads: [&Buf; 2], heads: usize,
+    b: &Backward<'_>, gpu: &Cuda, k: &Var, rate: &Var, d: &[Buf; 3], params: [Param; 2], grads: [&Buf; 2],
+    heads: usize, scale: f32,
 ) {
     let (rows, c) = (k.rows(), k.cols());
     let (run, count) = runs(rows);
@@ -42,6 +55,7 @@ pub(super) fn backward(
         int(rows),
         int(c),
         int(run),
+        Arg::F32(scale),
     ];
     let name = kernel(b.ctx(), "key_path_back");
     gpu.launch(&KERNELS, &name, [count, blocks, 1], [threads, 1, 1], &args);
