@@ -7,7 +7,7 @@ use anser_ops::{ParamSet, Tape, Var, batch, wkv7::Wkv7Inputs};
 use anser_tensor::cuda::Span;
 use anser_tensor::{Context, DType, bench};
 use anser_tokenizer::Tokenizer;
-use anser_train::{Bptt, Hyper, Schedule, Settings, Trainer};
+use anser_train::{Bptt, Hyper, Recompute, Schedule, Settings, Trainer};
 use std::time::Instant;
 
 /// Speed of training.
@@ -57,8 +57,16 @@ pub fn train(
     let config = Config::new(layers, width, vocab);
     let schedule = Schedule { init: 1e-4, last: 1e-4, warmup: 0, total: 1 };
     let hyper = Hyper::default();
-    let settings =
-        Settings { ctx: t, schedule, hyper, grad_clip: 1.0, l2wrap: true, checkpointing: false, bptt: Bptt::Whole };
+    let settings = Settings {
+        ctx: t,
+        schedule,
+        hyper,
+        grad_clip: 1.0,
+        l2wrap: true,
+        checkpointing: false,
+        recompute: Recompute::Nothing,
+        bptt: Bptt::Whole,
+    };
     let mut trainer = Trainer::new(ctx, Model::init(ctx, &config, Init::Current, 1)?, settings);
     let n = rows * t;
     let tokens: Vec<u32> = (0..n).map(|i| (i * 7919 % vocab) as u32).collect();

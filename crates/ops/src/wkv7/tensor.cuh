@@ -101,8 +101,8 @@ __device__ __forceinline__ void keep_result(bf16* to, int pitch, const float (&c
     }
 }
 // Stores it to device memory without rows from `rows` on. The four lanes of a row exchange what they hold, so that each writes 16
-// bytes of one row and a row's two lanes a whole sector.
-__device__ __forceinline__ void store_result(bf16* to, size_t pitch, const float (&c)[2][4], int rows) {
+// bytes of one row and a row's two lanes a whole sector. With `add`, the sum with what is there.
+__device__ __forceinline__ void store_result(bf16* to, size_t pitch, const float (&c)[2][4], int rows, bool add = false) {
     const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
     uint32_t r[4];
 #pragma unroll
@@ -118,7 +118,24 @@ __device__ __forceinline__ void store_result(bf16* to, size_t pitch, const float
         (q & 2 ? r[i] : r[i + 2]) = other;
     }
     const int row = g + 8 * (q >> 1);
-    if (row < rows) *reinterpret_cast<uint4*>(to + row * pitch + 8 * (q & 1)) = make_uint4(r[0], r[1], r[2], r[3]);
+    if (row >= rows) return;
+    uint4& place = *reinterpret_cast<uint4*>(to + row * pitch + 8 * (q & 1));
+    if (add) {
+        const uint4 prior = place;
+        const uint32_t p[4] = {prior.x, prior.y, prior.z, prior.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2 x = unpack(r[i]), y = unpack(p[i]);
+            r[i] = pack(x.x + y.x, x.y + y.y);
+        }
+    }
+    place = make_uint4(r[0], r[1], r[2], r[3]);
+}
+
+// Brings the first rows of a tile in device memory into the second-level cache.
+template <int N> __device__ __forceinline__ void prefetch_rows(const bf16* from, size_t pitch, int rows) {
+    const int row = threadIdx.x / (N / 64);
+    if (row < rows) prefetch(from + row * pitch + threadIdx.x % (N / 64) * 64);
 }
 
 // A state [N, N] by value and channel, f32, to and from the warp's fragments.
@@ -518,9 +535,10 @@ __device__ __forceinline__ float sum_rows(float x) {
 }
 
 // SCAN: only the gradient of the state before a piece, given zero for the state after it; to `map` [pieces, heads, N, N].
+// Where `add` has the bits of R, K or V, their gradients are added to what is there.
 template <int N, bool SCAN>
 __device__ void backward(const Inputs& in, const Piece* pieces, const Saved& saved, const bf16* dy, const float* dnew, const float* exit,
-                         float* map, const Grads& out, float* initial, int heads) {
+                         float* map, const Grads& out, int add, float* initial, int heads) {
     DYNAMIC_SHARED(memory);
     auto& m = *reinterpret_cast<BackShared<N>*>(memory);
     const Piece piece = pieces[blockIdx.x];
@@ -552,6 +570,10 @@ __device__ void backward(const Inputs& in, const Piece* pieces, const Saved& sav
         __syncthreads();
         if (chunk > 0) fetch_chunk(chunk - 1);
         copy_commit();
+        if constexpr (!SCAN)
+#pragma unroll
+            for (int i = R; i <= V; i++)
+                if (i != W && add >> i & 1) prefetch_rows<N>(out.p[i] + origin + size_t(first) * c, c, rows);
         uint4 s[SCAN ? 1 : WARPS<N>]; // the state before the chunk: all values, the warp's channels
         if constexpr (!SCAN) {
 #pragma unroll
@@ -632,7 +654,7 @@ __device__ void backward(const Inputs& in, const Piece* pieces, const Saved& sav
             mma2(dv, a, b);
             load_tiles_transposed(a, by_columns<SMALL>(m.m[0], 0));
             mma2(dv, a, t);
-            store_result(out.p[V] + origin + size_t(first) * c + 16 * warp, c, dv, rows);
+            store_result(out.p[V] + origin + size_t(first) * c + 16 * warp, c, dv, rows, add >> V & 1);
         }
         decay_state<N>(d, m.whole);
         as_a(x, b);
@@ -745,9 +767,9 @@ __device__ void backward(const Inputs& in, const Piece* pieces, const Saved& sav
                     }
                 }
             const size_t at0 = origin + size_t(first) * c + 16 * warp;
-            store_result(out.p[R] + at0, c, dr, rows);
+            store_result(out.p[R] + at0, c, dr, rows, add >> R & 1);
             store_result(out.p[W] + at0, c, dw, rows);
-            store_result(out.p[K] + at0, c, ik, rows);
+            store_result(out.p[K] + at0, c, ik, rows, add >> K & 1);
             store_result(out.p[A] + at0, c, da, rows);
             store_result(out.p[B] + at0, c, ib, rows);
         }

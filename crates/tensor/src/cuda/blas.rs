@@ -66,6 +66,11 @@ impl Blas {
         Ok(Blas { handle, ..Blas::default() })
     }
 
+    /// Bytes of the workspace, if it is not there yet.
+    pub(super) fn workspace_to_come(&self) -> usize {
+        if lock(&self.workspace).is_some() { 0 } else { WORKSPACE }
+    }
+
     /// Chooses an algorithm for `c [m, n] = op(a) op(b)`, all row-major. cuBLASLt counts by columns, so it computes c^T = op(b)^T op(a)^T.
     fn plan(&self, s: Shape) -> Result<Plan, String> {
         let [m, n, k] = s.size.map(|v| v as u64);
