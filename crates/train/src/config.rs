@@ -66,6 +66,7 @@ pub struct TrainConfig {
     pub l2wrap: bool,
     pub checkpointing: bool,
     pub recompute: RecomputeMode,
+    pub tune: bool,
     pub bptt: usize,
     pub bptt_mode: BpttMode,
 }
@@ -82,6 +83,17 @@ pub enum RecomputeMode {
     Shifts,
     /// All that is cheap.
     All,
+}
+
+impl RecomputeMode {
+    /// What is computed again at least.
+    pub fn least(self) -> Recompute {
+        match self {
+            RecomputeMode::Auto | RecomputeMode::Nothing => Recompute::Nothing,
+            RecomputeMode::Shifts => Recompute::Shifts,
+            RecomputeMode::All => Recompute::All,
+        }
+    }
 }
 
 /// See [`Bptt`].
@@ -197,11 +209,7 @@ impl RunConfig {
             grad_clip: t.grad_clip,
             l2wrap: t.l2wrap,
             checkpointing: t.checkpointing,
-            recompute: match t.recompute {
-                RecomputeMode::Auto | RecomputeMode::Nothing => Recompute::Nothing,
-                RecomputeMode::Shifts => Recompute::Shifts,
-                RecomputeMode::All => Recompute::All,
-            },
+            recompute: t.recompute.least(),
             bptt: match (t.bptt, t.bptt_mode) {
                 (0, _) => Bptt::Whole,
                 (n, BpttMode::Exact) => Bptt::Exact(n),

@@ -144,6 +144,9 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
         0 => config.train.rows,
         n => n.min(config.train.rows),
     };
+    if let Some(gpu) = ctx.cuda().filter(|_| config.train.tune) {
+        gpu.tune_products();
+    }
     // What is there already counts as room.
     let room = available(ctx).map(|free| free + trainer.resident() as u64);
     let needed = match config.train.recompute {
