@@ -5,9 +5,9 @@ use anser_infer::{Decoder, Session};
 use anser_model::{Config, Init, Model};
 use anser_ops::{ParamSet, Tape, Var, batch, wkv7::Wkv7Inputs};
 use anser_tensor::cuda::Span;
-use anser_tensor::{Context, DType, bench};
+use anser_tensor::{Context, DType, bench, memory};
 use anser_tokenizer::Tokenizer;
-use anser_train::{Bptt, Hyper, Schedule, Settings, Trainer};
+use anser_train::{Bptt, Hyper, Recompute, RecomputeMode, Schedule, Settings, Trainer};
 use std::time::Instant;
 
 /// Speed of training.
@@ -25,6 +25,10 @@ pub struct Train {
     pub wkv_share: f64,
     /// Most bytes of the context's memory in use at a time.
     pub peak_bytes: usize,
+    /// What was forecast, and is checked against free memory before the first step.
+    pub forecast_bytes: usize,
+    /// What was computed again going back.
+    pub recompute: Recompute,
     /// What the GPU did in one more step, if that was asked for.
     pub profile: Vec<Span>,
 }
@@ -53,13 +57,40 @@ fn median(mut seconds: Vec<f64>) -> f64 {
 /// When the dimensions are impossible.
 pub fn train(
     ctx: &Context, layers: usize, width: usize, vocab: usize, rows: usize, t: usize, steps: usize, profile: bool,
+    recompute: RecomputeMode, tune: bool,
 ) -> Result<Train, crate::Error> {
+    if let Some(gpu) = ctx.cuda().filter(|_| tune) {
+        gpu.tune_products();
+    }
     let config = Config::new(layers, width, vocab);
     let schedule = Schedule { init: 1e-4, last: 1e-4, warmup: 0, total: 1 };
     let hyper = Hyper::default();
-    let settings =
-        Settings { ctx: t, schedule, hyper, grad_clip: 1.0, l2wrap: true, checkpointing: false, bptt: Bptt::Whole };
+    let settings = Settings {
+        ctx: t,
+        schedule,
+        hyper,
+        grad_clip: 1.0,
+        l2wrap: true,
+        checkpointing: false,
+        recompute: recompute.least(),
+        bptt: Bptt::Whole,
+    };
     let mut trainer = Trainer::new(ctx, Model::init(ctx, &config, Init::Current, 1)?, settings);
+    let room = match ctx.cuda() {
+        Some(gpu) => Some(gpu.free_memory() as u64),
+        None => memory::available(),
+    };
+    let room = room.map(|free| free + trainer.resident() as u64);
+    let forecast = match recompute {
+        RecomputeMode::Auto => trainer.recompute_to_fit(rows, room)?,
+        _ => trainer.forecast(rows)?,
+    };
+    if let Some(room) = room.filter(|&room| forecast as u64 > room) {
+        let advice = "take fewer rows, or train.recompute = \"all\"".into();
+        let (needed, available) = (forecast as u64 >> 20, room >> 20);
+        return Err(anser_train::Error::Memory { needed, available, advice }.into());
+    }
+    let recompute = trainer.settings_mut().recompute;
     let n = rows * t;
     let tokens: Vec<u32> = (0..n).map(|i| (i * 7919 % vocab) as u32).collect();
     let targets = tokens.iter().map(|&t| t as i32).collect();
@@ -92,6 +123,8 @@ pub fn train(
         nominal: bench::nominal_peak(ctx),
         wkv_share: wkv / step,
         peak_bytes,
+        forecast_bytes: forecast,
+        recompute,
         profile,
     })
 }

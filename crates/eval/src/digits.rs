@@ -4,7 +4,7 @@ use crate::experiment::hits;
 use anser_data::digits::{VOCAB, batch, exact};
 use anser_model::{Config, Init, LoraDims, Model};
 use anser_tensor::Context;
-use anser_train::{Bptt, Hyper, Schedule, Settings, StepInfo, Trainer};
+use anser_train::{Bptt, Hyper, Recompute, Schedule, Settings, StepInfo, Trainer};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Tokens of a training row: a number of 30 digits, a comma, its reverse and the end mark fit.
@@ -38,8 +38,16 @@ pub fn train(
 ) -> Result<Trainer, crate::Error> {
     let schedule = Schedule { init: 4e-3, last: 1e-6, warmup: 10, total: steps };
     let hyper = Hyper { weight_decay: 0.1, eps: 1e-8, ..Hyper::default() };
-    let settings =
-        Settings { ctx: CTX, schedule, hyper, grad_clip: 1.0, l2wrap: false, checkpointing: false, bptt: Bptt::Whole };
+    let settings = Settings {
+        ctx: CTX,
+        schedule,
+        hyper,
+        grad_clip: 1.0,
+        l2wrap: false,
+        checkpointing: false,
+        recompute: Recompute::Nothing,
+        bptt: Bptt::Whole,
+    };
     let mut trainer = Trainer::new(ctx, Model::init(ctx, &config(), Init::Current, seed)?, settings);
     while trainer.steps() < steps && !stop.load(Ordering::SeqCst) {
         let info = trainer.step(&[batch(seed, trainer.steps(), rows, CTX, DIGITS)])?;

@@ -8,7 +8,7 @@ use anser_formats::write_atomic;
 use anser_model::{Config, Init, Model, State};
 use anser_ops::{Tape, batch};
 use anser_tensor::Context;
-use anser_train::{Bptt, Hyper, Schedule, Settings, Trainer};
+use anser_train::{Bptt, Hyper, Recompute, Schedule, Settings, Trainer};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -124,6 +124,7 @@ impl Recipe {
             grad_clip: self.grad_clip,
             l2wrap: false,
             checkpointing: false,
+            recompute: Recompute::Nothing,
             bptt: Bptt::Whole,
         }
     }

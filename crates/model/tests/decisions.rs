@@ -2,7 +2,7 @@
 
 use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
 use anser_model::{Config, Init, Load, LoraDims, Model, State};
-use anser_ops::{CrossEntropy, Segment, Tape, batch};
+use anser_ops::{CrossEntropy, Recompute, Segment, Tape, batch};
 use anser_tensor::Context;
 use std::sync::Arc;
 
@@ -114,8 +114,14 @@ fn recurrent_equals_parallel() {
 
 /// Gradients for `tokens` (targets: the next token) cut into segments of a row.
 fn gradients(ctx: &Context, m: &Model, tokens: &[u32], segments: Vec<Segment>, checkpointing: bool) -> (f64, Vec<f32>) {
+    recomputed(ctx, m, tokens, segments, checkpointing, Recompute::Nothing)
+}
+
+fn recomputed(
+    ctx: &Context, m: &Model, tokens: &[u32], segments: Vec<Segment>, checkpointing: bool, what: Recompute,
+) -> (f64, Vec<f32>) {
     let mut grads = ctx.zeros_f32(m.params().values().len());
-    let mut t = Tape::recording(ctx, m.params(), &mut grads);
+    let mut t = Tape::recording(ctx, m.params(), &mut grads).recomputing(what);
     let state = State::zeros(ctx, m.config(), 1);
     let targets: Vec<i32> = tokens.iter().map(|&t| ((t + 1) % V as u32) as i32).collect();
     let (hidden, _) = m.forward(&mut t, tokens, &segments.into(), &state, checkpointing).unwrap();
@@ -133,6 +139,21 @@ fn checkpointing_and_threads_change_no_bit() {
     let plain = gradients(&ctx, &m, &tokens, batch(1, 45, false), false);
     assert!(plain == gradients(&ctx, &m, &tokens, batch(1, 45, false), true));
     assert!(plain == gradients(&Context::cpu(1), &m, &tokens, batch(1, 45, false), false));
+    let peak = |checkpointing: bool, what: Recompute| {
+        let (ctx, dry) = (Context::cpu(2), Context::forecast());
+        let mut peaks = [0, 0];
+        for (ctx, peak) in [&ctx, &dry].into_iter().zip(&mut peaks) {
+            let g = recomputed(ctx, &m, &tokens, batch(1, 45, false), checkpointing, what);
+            assert!(ctx.is_dry() || g == plain, "{what:?}");
+            *peak = ctx.memory().peak;
+        }
+        assert_eq!(peaks[0], peaks[1], "the forecast with {what:?}");
+        peaks[0]
+    };
+    for checkpointing in [false, true] {
+        let peaks = Recompute::LEVELS.map(|what| peak(checkpointing, what));
+        assert!(checkpointing || peaks.is_sorted_by(|a, b| a > b), "{peaks:?}");
+    }
     assert!(plain.1.iter().all(|g| g.is_finite()) && plain.1.iter().filter(|g| **g != 0.0).count() > plain.1.len() / 2);
 }
 

@@ -7,6 +7,7 @@
 //! rows form a sequence and where its recurrent state comes from and goes to. `[B, T]` batches, packed documents,
 //! pieces of back-propagation through time and single decoding steps are all this one form.
 
+mod again;
 mod gpu;
 mod params;
 mod rows;
@@ -32,6 +33,7 @@ pub mod value_residual;
 
 pub mod wkv7;
 
+pub use again::{Kept, Output, Recompute};
 pub use params::{Group, Param, ParamSet, ParamSpec};
 pub use segment::{Segment, batch};
 pub use tape::{Backward, GradSlot, Tape, Var};

@@ -3,8 +3,13 @@
 //! An operation is a method on [`Tape`] (written in the operation's own folder): it computes its output and, if
 //! a gradient is needed, records one closure holding what the backward pass needs. [`Tape::backward`] runs the
 //! closures in reverse. Memory follows ownership: a value lives as long as a [`Var`] or a closure holds it.
+//!
+//! A closure holds a value as a [`Kept`]. Where the tape computes again instead of keeping ([`Recompute`]), that is a promise: the
+//! first closure that asks has the operation's outputs made again from what it keeps of its inputs, and each output lives
+//! until the last closure that holds it is done.
 
-use crate::{Param, ParamSet};
+use crate::again::{Output, Recompute};
+use crate::{Kept, Param, ParamSet};
 use anser_tensor::cuda::DevicePtr;
 use anser_tensor::{Buf, Context, DType};
 use std::sync::{Arc, Mutex};
@@ -18,6 +23,8 @@ pub struct Var {
     rows: usize,
     cols: usize,
     value: Arc<Buf>,
+    /// How to make the value again, if it can be.
+    again: Option<Arc<Output>>,
     grad: Option<Slot>,
 }
 
@@ -25,7 +32,15 @@ impl Var {
     /// A value without a gradient.
     pub fn constant(rows: usize, cols: usize, value: Buf) -> Var {
         assert_eq!(rows * cols, value.len());
-        Var { rows, cols, value: Arc::new(value), grad: None }
+        Var { rows, cols, value: Arc::new(value), again: None, grad: None }
+    }
+
+    /// The value for a closure of the backward pass: held, or made again there.
+    pub fn keep(&self) -> Kept {
+        match &self.again {
+            Some(output) => Kept::Again(output.clone()),
+            None => Kept::Held(self.value.clone()),
+        }
     }
 
     /// A value whose gradient is wanted: read it with [`Var::take_grad`] after [`Tape::backward`].
@@ -182,6 +197,11 @@ impl<'a> Backward<'a> {
         self.params
     }
 
+    /// A value that was kept, or that is made again now.
+    pub fn value(&self, kept: &Kept) -> Arc<Buf> {
+        kept.value(self.ctx, self.params)
+    }
+
     /// Runs `compute` on the CPU; nothing in a forecast and on a GPU.
     pub fn run(&mut self, compute: impl FnOnce(&mut Self)) {
         if !self.ctx.is_dry() && self.ctx.cuda().is_none() {
@@ -215,18 +235,42 @@ pub struct Tape<'p> {
     params: &'p ParamSet,
     grads: Option<&'p mut Buf>,
     steps: Vec<Step<'p>>,
+    recompute: Recompute,
 }
 
 impl<'p> Tape<'p> {
     /// A tape that only computes: inference.
     pub fn inference(ctx: &Context, params: &'p ParamSet) -> Tape<'p> {
-        Tape { ctx: ctx.clone(), params, grads: None, steps: Vec::new() }
+        Tape { ctx: ctx.clone(), params, grads: None, steps: Vec::new(), recompute: Recompute::Nothing }
     }
 
     /// A tape that records; parameter gradients are added to `grads`, laid out like the arena of `params`.
     pub fn recording(ctx: &Context, params: &'p ParamSet, grads: &'p mut Buf) -> Tape<'p> {
         assert!(ctx.is_dry() || grads.len() == params.values().len());
-        Tape { ctx: ctx.clone(), params, grads: Some(grads), steps: Vec::new() }
+        Tape { ctx: ctx.clone(), params, grads: Some(grads), steps: Vec::new(), recompute: Recompute::Nothing }
+    }
+
+    /// The tape with the choice of what is computed again going back.
+    pub fn recomputing(self, recompute: Recompute) -> Tape<'p> {
+        Tape { recompute, ..self }
+    }
+
+    /// Lets closures make `outputs` again with `make` instead of keeping them, if this tape computes `what` again. `make` gives the
+    /// bits of the forward pass; it holds its inputs as [`Kept`].
+    pub(crate) fn again<const N: usize>(
+        &self, what: Recompute, outputs: [Var; N], make: impl Fn(&Tape<'_>) -> [Buf; N] + Send + Sync + 'static,
+    ) -> [Var; N] {
+        if !self.is_recording() || self.recompute < what {
+            return outputs;
+        }
+        let make = Output::group(N, move |ctx, params| make(&Tape::inference(ctx, params)).into());
+        let mut made = make.into_iter();
+        outputs.map(|v| Var { again: made.next(), ..v })
+    }
+
+    /// A value that an operation kept.
+    pub(crate) fn value(&self, kept: &Kept) -> Arc<Buf> {
+        kept.value(&self.ctx, self.params)
     }
 
     /// The context.
@@ -280,7 +324,7 @@ impl<'p> Tape<'p> {
 
     /// Back-propagates from the gradients already placed (by a loss, or with [`Var::add_grad`]).
     pub fn backward(self) {
-        let Tape { ctx, params, grads, steps } = self;
+        let Tape { ctx, params, grads, steps, .. } = self;
         let Some(grads) = grads else { return };
         let mut b = Backward { ctx: &ctx, params, grads };
         for step in steps.into_iter().rev() {

@@ -1,4 +1,4 @@
-use crate::{Bptt, Error, Hyper, Schedule, Settings};
+use crate::{Bptt, Error, Hyper, Recompute, Schedule, Settings};
 use anser_data::Order;
 use anser_model::Init;
 use serde::{Deserialize, Serialize};
@@ -66,8 +66,35 @@ pub struct TrainConfig {
     pub grad_clip: f64,
     pub l2wrap: bool,
     pub checkpointing: bool,
+    pub recompute: RecomputeMode,
+    pub tune: bool,
     pub bptt: usize,
     pub bptt_mode: BpttMode,
+}
+
+/// See [`Recompute`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RecomputeMode {
+    /// As little as fits into memory.
+    Auto,
+    /// Nothing.
+    Nothing,
+    /// The inputs that token shift mixes.
+    Shifts,
+    /// All that is cheap.
+    All,
+}
+
+impl RecomputeMode {
+    /// What is computed again at least.
+    pub fn least(self) -> Recompute {
+        match self {
+            RecomputeMode::Auto | RecomputeMode::Nothing => Recompute::Nothing,
+            RecomputeMode::Shifts => Recompute::Shifts,
+            RecomputeMode::All => Recompute::All,
+        }
+    }
 }
 
 /// See [`Bptt`].
@@ -183,6 +210,7 @@ impl RunConfig {
             grad_clip: t.grad_clip,
             l2wrap: t.l2wrap,
             checkpointing: t.checkpointing,
+            recompute: t.recompute.least(),
             bptt: match (t.bptt, t.bptt_mode) {
                 (0, _) => Bptt::Whole,
                 (n, BpttMode::Exact) => Bptt::Exact(n),

@@ -10,7 +10,8 @@ mod schedule;
 mod trainer;
 mod trajectory;
 
-pub use config::{BpttMode, DataConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig};
+pub use anser_ops::Recompute;
+pub use config::{BpttMode, DataConfig, ModelConfig, OutputConfig, RecomputeMode, RunConfig, TrainConfig};
 pub use optim::{AdamW, GradNorm, Hyper};
 pub use plot::{Line, chart, loss_curve};
 pub use run::{Event, Summary, run, write_text};
@@ -51,7 +52,7 @@ pub enum Error {
         /// Megabytes there are.
         available: u64,
         /// What to do.
-        advice: &'static str,
+        advice: String,
     },
     /// The operating system said no.
     #[error("{0}: {1}")]

@@ -1,5 +1,5 @@
 use crate::events::Events;
-use crate::{Error, RunConfig, StepInfo, Trainer, loss_curve};
+use crate::{Bptt, Error, Recompute, RecomputeMode, RunConfig, Settings, StepInfo, Trainer, loss_curve};
 use anser_data::{Batch, Binidx, Built, Dataset, Options, Tokens, bundled};
 use anser_formats::{Checkpoint, write_atomic};
 use anser_infer::{Sampler, Sampling, Session};
@@ -144,13 +144,23 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
         0 => config.train.rows,
         n => n.min(config.train.rows),
     };
-    let needed = trainer.forecast(micro)?;
-    let advice = match () {
-        _ if micro > 1 => "set train.micro_rows to fewer rows",
-        _ if !config.train.checkpointing => "set train.checkpointing = true",
-        _ => "set train.bptt to a piece of the row, or train.ctx lower",
+    if let Some(gpu) = ctx.cuda().filter(|_| config.train.tune) {
+        gpu.tune_products();
+    }
+    // What is there already counts as room.
+    let room = available(ctx).map(|free| free + trainer.resident() as u64);
+    let needed = match config.train.recompute {
+        RecomputeMode::Auto => trainer.recompute_to_fit(micro, room)?,
+        _ => trainer.forecast(micro)?,
     };
-    check_memory(needed, trainer.resident(), available(ctx), advice)?;
+    if let Some(room) = room.filter(|&room| needed as u64 > room) {
+        let advice = what_fits(&mut trainer, config, micro, room)?;
+        return Err(Error::Memory { needed: needed as u64 >> 20, available: room >> 20, advice });
+    }
+    if config.train.recompute == RecomputeMode::Auto && trainer.settings_mut().recompute != Recompute::Nothing {
+        let what = format!("{:?}", trainer.settings_mut().recompute).to_lowercase();
+        on(Event::Warning(format!("to fit into memory, a step runs with train.recompute = \"{what}\"")));
+    }
 
     let peak = bench::gemm_peak(ctx);
     let per_step = (config.train.rows * config.train.ctx) as f64;
@@ -261,14 +271,46 @@ fn available(ctx: &Context) -> Option<u64> {
     ctx.cuda().map_or_else(memory::available, |gpu| Some(gpu.free_memory() as u64))
 }
 
-/// An error if `needed` bytes, of which `present` are taken already, are more than those and what is `available`.
-fn check_memory(needed: usize, present: usize, available: Option<u64>, advice: &'static str) -> Result<(), Error> {
-    match available {
-        Some(available) if needed.saturating_sub(present) as u64 > available => {
-            Err(Error::Memory { needed: needed as u64 >> 20, available: (available + present as u64) >> 20, advice })
+/// Names the settings with which micro-batches fit into `room` bytes, when those of `micro` rows don't.
+fn what_fits(trainer: &mut Trainer, config: &RunConfig, micro: usize, room: u64) -> Result<String, Error> {
+    let given = *trainer.settings_mut();
+    let fits = |rows: usize, settings: Settings| -> Result<bool, Error> {
+        Ok(trainer.forecast_with(rows, settings)? as u64 <= room)
+    };
+    let less = || std::iter::successors(Some(micro / 2), |n| Some(n / 2)).take_while(|&n| n > 0);
+    let most = |settings: Settings| -> Result<Option<usize>, Error> {
+        for rows in less() {
+            if fits(rows, settings)? {
+                return Ok(Some(rows));
+            }
         }
-        _ => Ok(()),
+        Ok(None)
+    };
+    let mut ways = Vec::new();
+    if !given.checkpointing && fits(micro, Settings { recompute: Recompute::All, ..given })? {
+        ways.push("train.recompute = \"all\"".to_string());
     }
+    let checkpointing = Settings { checkpointing: true, ..given };
+    if !given.checkpointing && fits(micro, checkpointing)? {
+        ways.push("train.checkpointing = true".into());
+    }
+    if let Some(rows) = most(given)? {
+        ways.push(format!("train.micro_rows = {rows}"));
+    }
+    if ways.is_empty()
+        && let Some(rows) = most(checkpointing)?
+    {
+        ways.push(format!("train.checkpointing = true and train.micro_rows = {rows}"));
+    }
+    // At last, a piece of a row at a time.
+    let mut piece = config.train.ctx / 2;
+    while ways.is_empty() && piece >= 16 {
+        if fits(1, Settings { bptt: Bptt::Exact(piece), ..checkpointing })? {
+            ways.push(format!("train.checkpointing = true, train.micro_rows = 1 and train.bptt = {piece}"));
+        }
+        piece /= 2;
+    }
+    Ok(if ways.is_empty() { "train a smaller model".into() } else { format!("set {}", ways.join(", or ")) })
 }
 
 /// What the model writes after `prompt`, at most `count` tokens.
@@ -337,7 +379,11 @@ fn tokens(config: &RunConfig) -> Result<(Tokens, Option<Tokenizer>), Error> {
 fn model(ctx: &Context, config: &RunConfig, tokenizer: Option<&Tokenizer>) -> Result<Model, Error> {
     let m = &config.model;
     // Weights, gradients and two moments in f32, before any of them is made.
-    let fits = |dims: &Config| check_memory(4 * 4 * dims.parameters(), 0, available(ctx), "train a smaller model");
+    let fits = |dims: &Config| {
+        let (needed, room) = (4 * 4 * dims.parameters() as u64, available(ctx).unwrap_or(u64::MAX));
+        let advice = "train a smaller model".into();
+        if needed > room { Err(Error::Memory { needed: needed >> 20, available: room >> 20, advice }) } else { Ok(()) }
+    };
     if !m.load.as_os_str().is_empty() {
         let file = Checkpoint::open(&m.load)?;
         fits(&Config::from_checkpoint(&file)?)?;

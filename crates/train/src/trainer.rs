@@ -2,7 +2,7 @@ use crate::{AdamW, Error, GradNorm, Hyper, Schedule};
 use anser_data::Batch;
 use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
 use anser_model::{Config, Load, Model, State};
-use anser_ops::{CrossEntropy, Loss, Segment, Tape, batch};
+use anser_ops::{CrossEntropy, Loss, Recompute, Segment, Tape, batch};
 use anser_tensor::{Buf, Context, DType};
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -24,6 +24,8 @@ pub struct Settings {
     pub l2wrap: bool,
     /// Whether blocks are computed again going back, to save memory.
     pub checkpointing: bool,
+    /// What is computed again going back where blocks are not.
+    pub recompute: Recompute,
     /// How far gradients go back along a row.
     pub bptt: Bptt,
 }
@@ -197,12 +199,12 @@ impl Trainer {
 
     /// Adds the gradients of a micro-batch, and its parts of the loss to `losses`.
     fn back_propagate(&mut self, b: &Batch, opts: CrossEntropy, losses: &mut Vec<Loss>) -> Result<(), Error> {
-        let Settings { ctx: t, checkpointing, bptt, .. } = self.settings;
+        let Settings { ctx: t, checkpointing, recompute, bptt, .. } = self.settings;
         let pieces = pieces(b, t, bptt.piece(t));
         let slots = if pieces.len() > 1 { b.len(t) } else { 0 };
         let mut state = State::zeros(&self.ctx, self.model.config(), slots);
         let mut record = |piece: &Piece, state: &State, from_next: Vec<Option<Buf>>| -> Result<State, Error> {
-            let mut tape = Tape::recording(&self.ctx, self.model.params(), &mut self.grads);
+            let mut tape = Tape::recording(&self.ctx, self.model.params(), &mut self.grads).recomputing(recompute);
             let (hidden, next) = self.model.forward(&mut tape, &piece.tokens, &piece.segments, state, checkpointing)?;
             losses.push(self.model.loss(&mut tape, &hidden, &piece.targets, None, opts));
             for (v, g) in next.vars().zip(from_next) {
@@ -260,15 +262,40 @@ impl Trainer {
     /// # Errors
     /// Never for a model that exists; the forward pass checks tokens.
     pub fn forecast(&self, rows: usize) -> Result<usize, Error> {
+        self.forecast_with(rows, self.settings)
+    }
+
+    /// Chooses what is computed again going back: the least with which micro-batches of `rows` rows fit into `available` bytes, or
+    /// all there is. Returns the forecast.
+    ///
+    /// # Errors
+    /// As [`Trainer::forecast`].
+    pub fn recompute_to_fit(&mut self, rows: usize, available: Option<u64>) -> Result<usize, Error> {
+        let mut needed = 0;
+        for recompute in Recompute::LEVELS {
+            self.settings.recompute = recompute;
+            needed = self.forecast(rows)?;
+            if self.settings.checkpointing || available.is_none_or(|a| needed as u64 <= a) {
+                break;
+            }
+        }
+        Ok(needed)
+    }
+
+    /// [`Trainer::forecast`] with other settings.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn forecast_with(&self, rows: usize, settings: Settings) -> Result<usize, Error> {
         let dry = self.ctx.dry();
-        let (t, piece) = (self.settings.ctx, self.settings.bptt.piece(self.settings.ctx));
+        let (t, piece) = (settings.ctx, settings.bptt.piece(settings.ctx));
         let n = rows * piece;
         let cut = piece < t;
         let segments = batch(rows, piece, cut).into();
         let mut none = dry.alloc_f32(0);
-        let mut tape = Tape::recording(&dry, self.model.params(), &mut none);
+        let mut tape = Tape::recording(&dry, self.model.params(), &mut none).recomputing(settings.recompute);
         let state = State::zeros(&dry, self.model.config(), if cut { rows } else { 0 });
-        let (hidden, _) = self.model.forward(&mut tape, &vec![0; n], &segments, &state, self.settings.checkpointing)?;
+        let (hidden, _) = self.model.forward(&mut tape, &vec![0; n], &segments, &state, settings.checkpointing)?;
         let opts = CrossEntropy { divisor: 1.0, l2wrap: false };
         let _kept = self.model.loss(&mut tape, &hidden, &vec![0; n], None, opts);
         drop(hidden);

@@ -5,12 +5,21 @@
 use anser_data::{Dataset, Options, Order, Tokens};
 use anser_model::{Config, Init, Model};
 use anser_tensor::{Context, DType, Device};
-use anser_train::{Bptt, Error, Hyper, Schedule, Settings, StepInfo, Trainer};
+use anser_train::{Bptt, Error, Hyper, Recompute, Schedule, Settings, StepInfo, Trainer};
 
 fn settings() -> Settings {
     let schedule = Schedule { init: 3e-3, last: 3e-4, warmup: 2, total: 10 };
     let hyper = Hyper { eps: 1e-8, ..Hyper::default() };
-    Settings { ctx: 32, schedule, hyper, grad_clip: 0.5, l2wrap: true, checkpointing: false, bptt: Bptt::Whole }
+    Settings {
+        ctx: 32,
+        schedule,
+        hyper,
+        grad_clip: 0.5,
+        l2wrap: true,
+        checkpointing: false,
+        recompute: Recompute::Nothing,
+        bptt: Bptt::Whole,
+    }
 }
 
 fn data() -> Dataset {
@@ -91,10 +100,40 @@ fn nan_stops_and_changes_nothing_and_a_good_step_follows() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn what_is_computed_again_changes_no_bit() {
+    for dtype in [DType::F32, DType::BF16] {
+        let [nothing, shifts, all] =
+            Recompute::LEVELS.map(|recompute| steps(&gpu(dtype), Settings { recompute, ..settings() }));
+        assert!(nothing == shifts && nothing == all, "{dtype}");
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn activations_are_few() {
+    let ctx = gpu(DType::BF16);
+    let (c, rows, t) = (128, 4, 256);
+    // What one layer more takes, its parameters apart, in bytes a token and channel.
+    let layer = |recompute| {
+        let [less, more] = [2, 3].map(|layers| {
+            let m = Model::init(&Context::cpu(1), &Config::new(layers, c, 64), Init::Current, 5).unwrap();
+            let t = Trainer::new(&ctx, m, Settings { ctx: t, recompute, ..settings() });
+            (t.forecast(rows).unwrap() - t.resident()) as f64
+        });
+        (more - less) / (rows * t * c) as f64
+    };
+    let bytes = Recompute::LEVELS.map(layer);
+    println!("bytes a token, channel and layer: {bytes:?}");
+    assert!(bytes.iter().zip([70.0, 56.0, 46.0]).all(|(b, most)| *b <= most), "{bytes:?}");
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn memory_is_forecast_and_launches_are_counted() {
-    for checkpointing in [false, true] {
+    let ways = [(true, Recompute::Nothing)].into_iter().chain(Recompute::LEVELS.map(|what| (false, what)));
+    for (checkpointing, recompute) in ways {
         let ctx = gpu(DType::BF16);
-        let settings = Settings { checkpointing, ..settings() };
+        let settings = Settings { checkpointing, recompute, ..settings() };
         let mut t = Trainer::new(&ctx, model(), settings);
         ctx.trim();
         let forecast = t.forecast(4).unwrap();

@@ -3,7 +3,7 @@
 use anser_data::{Dataset, Options, Order, Tokens};
 use anser_model::{Config, Init, Model};
 use anser_tensor::Context;
-use anser_train::{Bptt, Error, Hyper, Schedule, Settings, StepInfo, Trainer};
+use anser_train::{Bptt, Error, Hyper, Recompute, Schedule, Settings, StepInfo, Trainer};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -13,7 +13,16 @@ const STEPS: u64 = 60;
 fn settings() -> Settings {
     let schedule = Schedule { init: 3e-3, last: 3e-4, warmup: 5, total: STEPS };
     let hyper = Hyper { eps: 1e-8, ..Hyper::default() };
-    Settings { ctx: 32, schedule, hyper, grad_clip: 1.0, l2wrap: true, checkpointing: false, bptt: Bptt::Whole }
+    Settings {
+        ctx: 32,
+        schedule,
+        hyper,
+        grad_clip: 1.0,
+        l2wrap: true,
+        checkpointing: false,
+        recompute: Recompute::Nothing,
+        bptt: Bptt::Whole,
+    }
 }
 
 fn data() -> Dataset {

@@ -35,6 +35,12 @@ enum What {
         /// Steps measured
         #[arg(long, default_value_t = 10)]
         steps: usize,
+        /// What is computed again going back: auto, nothing, shifts or all
+        #[arg(long, default_value = "auto")]
+        recompute: String,
+        /// Takes the fastest algorithm of each matrix product instead of the one that cuBLASLt thinks best
+        #[arg(long)]
+        tune: bool,
         /// Times every launch on the GPU in one more step: a table on stderr, and this file as a trace for Chrome or Perfetto
         #[arg(long)]
         profile: Option<PathBuf>,
@@ -87,9 +93,11 @@ enum What {
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let ctx = global.context()?;
     match &args.what {
-        What::Train { layers, width, vocab, rows, ctx: t, steps, profile } => {
+        What::Train { layers, width, vocab, rows, ctx: t, steps, recompute, tune, profile } => {
             ensure!(profile.is_none() || ctx.cuda().is_some(), "--profile: launches are timed on a GPU only");
-            let r = bench::train(&ctx, *layers, *width, *vocab, *rows, *t, *steps, profile.is_some())?;
+            let recompute = serde_json::from_value(json!(recompute)).context("--recompute")?;
+            let profiled = profile.is_some();
+            let r = bench::train(&ctx, *layers, *width, *vocab, *rows, *t, *steps, profiled, recompute, *tune)?;
             if let Some(path) = profile {
                 eprint!("{}", table(&r.profile));
                 let trace = chrome_trace(&r.profile).to_string();
@@ -103,11 +111,13 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                 "mfu": r.flops / r.peak,
                 "wkv_share": r.wkv_share,
                 "peak_bytes": r.peak_bytes,
+                "forecast_bytes": r.forecast_bytes,
+                "recompute": format!("{:?}", r.recompute).to_lowercase(),
                 "threads": ctx.threads().len(),
             });
             global.result(json, || {
                 format!(
-                    "training L{layers} D{width} V{vocab} B{rows} T{t}, {}, {} threads: {:.0} tokens/s, {:.1} GFLOP/s = {:.1}% of the measured GEMM peak {:.0}{}; WKV-7 {:.1}% of the step\n",
+                    "training L{layers} D{width} V{vocab} B{rows} T{t}, {}, {} threads: {:.0} tokens/s, {:.1} GFLOP/s = {:.1}% of the measured GEMM peak {:.0}{}; WKV-7 {:.1}% of the step; {:.1} GB, {:.1} forecast, recompute {}\n",
                     ctx.dtype(),
                     ctx.threads().len(),
                     r.tokens_per_second,
@@ -116,6 +126,9 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                     r.peak / 1e9,
                     r.nominal.map_or(String::new(), |p| format!(" (at the nominal clock {:.0})", p / 1e9)),
                     100.0 * r.wkv_share,
+                    r.peak_bytes as f64 / 1e9,
+                    r.forecast_bytes as f64 / 1e9,
+                    format!("{:?}", r.recompute).to_lowercase(),
                 )
             })
         }

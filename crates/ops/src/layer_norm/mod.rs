@@ -5,7 +5,7 @@
 //! dbias = sum dy. The statistics are computed again rather than kept.
 
 use crate::rows::{blocks, norm_grad, param_sums, row, stats};
-use crate::{Backward, Param, Tape, Var};
+use crate::{Backward, Param, Recompute, Tape, Var};
 use anser_tensor::{Buf, DisjointMut, simd::vectorize};
 use std::sync::Arc;
 
@@ -16,20 +16,16 @@ mod tests;
 impl<'p> Tape<'p> {
     /// LayerNorm of x [tokens, C].
     pub fn layer_norm(&mut self, x: &Var, weight: Param, bias: Param) -> Var {
-        let mut y = self.ctx().alloc(x.rows() * x.cols());
-        if let Some(gpu) = self.ctx().cuda() {
-            cuda::forward(self.ctx(), gpu, self.params(), x.buf(), None, &y, weight, bias, x.cols());
-        }
-        self.run(|| self.normalise(x.data(), weight, bias, &mut y));
+        let y = self.norm(x.buf(), weight, bias);
         let needs = self.needs_grad(&[x], &[weight, bias]);
-        let out = self.output(x.rows(), x.cols(), y, needs);
+        let [out] = self.normed(self.output(x.rows(), x.cols(), y, needs), x, weight, bias);
         if needs {
-            let (dy, dx, x) = (out.slot(), x.slot(), x.clone());
+            let (dy, dx, x) = (out.slot(), x.slot(), x.keep());
             self.record(move |b| {
                 let Some(dy) = dy.take_shared() else { return };
                 // What has arrived so far is taken up in the same pass.
                 let prior = dx.take_shared();
-                if let Some(g) = norm_back(b, &x, &dy, prior, dx.wanted(), weight, bias) {
+                if let Some(g) = norm_back(b, &b.value(&x), &dy, prior, dx.wanted(), weight, bias) {
                     dx.add(g);
                 }
             });
@@ -53,13 +49,14 @@ impl<'p> Tape<'p> {
         let flows = self.needs_grad(&[&x, dx], &[]);
         let needs = flows || self.needs_grad(&[], &[weight, bias]);
         let (gx, gd) = (x.slot(), dx.slot());
-        let (sum, y) = (self.output(rows, c, sum, flows), self.output(rows, c, y, needs));
+        let sum = self.output(rows, c, sum, flows);
+        let [y] = self.normed(self.output(rows, c, y, needs), &sum, weight, bias);
         if needs {
-            let (dy, later, s) = (y.slot(), sum.slot(), sum.without_grad());
+            let (dy, later, s) = (y.slot(), sum.slot(), sum.keep());
             self.record(move |b| {
                 let (dy, later) = (dy.take_shared(), later.take_shared());
                 let g = match dy {
-                    Some(dy) => norm_back(b, &s, &dy, later, flows, weight, bias).map(Arc::new),
+                    Some(dy) => norm_back(b, &b.value(&s), &dy, later, flows, weight, bias).map(Arc::new),
                     None => later,
                 };
                 if let Some(g) = g {
@@ -69,6 +66,22 @@ impl<'p> Tape<'p> {
             });
         }
         (sum, y)
+    }
+
+    /// y, which can be made again from x.
+    fn normed(&self, y: Var, x: &Var, weight: Param, bias: Param) -> [Var; 1] {
+        let x = x.keep();
+        self.again(Recompute::All, [y], move |t| [t.norm(&t.value(&x), weight, bias)])
+    }
+
+    /// The forward pass without a residual connection.
+    fn norm(&self, x: &Buf, weight: Param, bias: Param) -> Buf {
+        let mut y = self.ctx().alloc(x.len());
+        if let Some(gpu) = self.ctx().cuda() {
+            cuda::forward(self.ctx(), gpu, self.params(), x, None, &y, weight, bias, weight.cols);
+        }
+        self.run(|| self.normalise(x, weight, bias, &mut y));
+        y
     }
 
     /// The forward pass on the CPU.
@@ -96,17 +109,18 @@ impl<'p> Tape<'p> {
 
 /// Adds the gradients of weight and bias and, if it is `wanted`, returns `prior` plus the gradient of x.
 fn norm_back(
-    b: &mut Backward<'_>, x: &Var, dy: &Buf, prior: Option<Arc<Buf>>, wanted: bool, weight: Param, bias: Param,
+    b: &mut Backward<'_>, x: &Buf, dy: &Buf, prior: Option<Arc<Buf>>, wanted: bool, weight: Param, bias: Param,
 ) -> Option<Buf> {
-    let (ctx, rows, c) = (b.ctx(), x.rows(), x.cols());
+    let (ctx, c) = (b.ctx(), weight.cols);
+    let rows = x.len() / c;
     if let Some(gpu) = ctx.cuda() {
         let g = wanted.then(|| ctx.alloc(rows * c));
-        cuda::backward(b, gpu, x.buf(), dy, prior.as_deref(), g.as_ref(), weight, bias, c);
+        cuda::backward(b, gpu, x, dy, prior.as_deref(), g.as_ref(), weight, bias, c);
         return g;
     }
     param_sums(b, [weight, bias], rows, |r, [dw, db]| {
         for i in r {
-            let (x, d) = (&x.data()[i * c..(i + 1) * c], &dy[i * c..(i + 1) * c]);
+            let (x, d) = (&x[i * c..(i + 1) * c], &dy[i * c..(i + 1) * c]);
             vectorize(
                 #[inline(always)]
                 || {
@@ -129,7 +143,7 @@ fn norm_back(
         blocks(ctx, rows, |_, r| {
             for i in r {
                 let g = row(&gs, i, c);
-                let (x, d) = (&x.data()[i * c..(i + 1) * c], &dy[i * c..(i + 1) * c]);
+                let (x, d) = (&x[i * c..(i + 1) * c], &dy[i * c..(i + 1) * c]);
                 vectorize(
                     #[inline(always)]
                     || {

@@ -164,21 +164,22 @@ impl<'p> Tape<'p> {
         if needs {
             let (dy, dx, w) = (out.slot(), x.slot(), w.clone());
             // The weight gradient alone needs x.
-            let kept = param.is_some_and(|p| self.params().is_trainable(p)).then(|| x.clone());
+            let kept = param.is_some_and(|p| self.params().is_trainable(p)).then(|| x.keep());
             self.record(move |b| {
                 let Some(dy) = dy.take_shared() else { return };
                 let ctx = b.ctx();
+                let rows = dy.len() / w.outputs();
                 if let Some(gpu) = ctx.cuda() {
                     if let Some(x) = &kept {
-                        w.add_weight_grad_cuda(b, gpu, x.buf().ptr(), dy.ptr(), x.rows());
+                        w.add_weight_grad_cuda(b, gpu, b.value(x).ptr(), dy.ptr(), rows);
                     }
-                    let rows = dy.len() / w.outputs();
                     return dx.accumulate(ctx, |g, add| {
                         w.input_grad_cuda(ctx, gpu, b.params(), dy.ptr(), g.ptr(), add, rows);
                     });
                 }
                 if let Some(x) = kept {
-                    b.run(|b| w.add_weight_grad(b, x.data(), &dy));
+                    let x = b.value(&x);
+                    b.run(|b| w.add_weight_grad(b, &x, &dy));
                 }
                 if dx.wanted() {
                     let mut g = ctx.alloc(dx.len());

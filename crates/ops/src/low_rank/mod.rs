@@ -87,9 +87,10 @@ impl<'p> Tape<'p> {
         let needs = self.needs_grad(&[x], &params);
         let out = self.output(rows, cols, y, needs);
         if needs {
-            let (dy, dx, w, x) = (out.slot(), x.slot(), w.clone(), x.clone());
+            let (dy, dx, w, x) = (out.slot(), x.slot(), w.clone(), x.keep());
             self.record(move |b| {
                 let Some(dy) = dy.take_shared() else { return };
+                let x = b.value(&x);
                 let mut dh = ctx.alloc(rows * rank);
                 if let Some(gpu) = ctx.cuda() {
                     if let Some(bias) = w.bias.filter(|&p| b.params().is_trainable(p)) {
@@ -98,7 +99,7 @@ impl<'p> Tape<'p> {
                     w.up.add_weight_grad_cuda(b, gpu, h.ptr(), dy.ptr(), rows);
                     w.up.input_grad_cuda(&ctx, gpu, b.params(), dy.ptr(), dh.ptr(), false, rows);
                     cuda::scale_by_derivative(&ctx, gpu, w.activation, &h, &dh);
-                    w.down.add_weight_grad_cuda(b, gpu, x.buf().ptr(), dh.ptr(), rows);
+                    w.down.add_weight_grad_cuda(b, gpu, x.ptr(), dh.ptr(), rows);
                     return dx.accumulate(&ctx, |g, add| {
                         w.down.input_grad_cuda(&ctx, gpu, b.params(), dh.ptr(), g.ptr(), add, rows);
                     });
@@ -110,7 +111,7 @@ impl<'p> Tape<'p> {
                     w.up.add_weight_grad(b, &h, &dy);
                     w.up.input_grad(&ctx, b.params(), &dy, &mut dh);
                     w.activation.scale_by_derivative(&h, &mut dh);
-                    w.down.add_weight_grad(b, x.data(), &dh);
+                    w.down.add_weight_grad(b, &x, &dh);
                 });
                 if dx.wanted() {
                     let mut g = ctx.alloc(dx.len());

@@ -18,14 +18,15 @@ pub(super) fn forward(t: &Tape<'_>, gpu: &Cuda, inputs: [&Var; 5], params: [Para
 }
 
 pub(super) fn backward(
-    b: &Backward<'_>, gpu: &Cuda, d: &Buf, inputs: [&Var; 5], params: [Param; 3], grads: [&Buf; 5], heads: usize,
+    b: &Backward<'_>, gpu: &Cuda, d: &Buf, inputs: [&Buf; 5], params: [Param; 3], grads: [&Buf; 5], heads: usize,
 ) {
-    let (rows, c) = (inputs[0].rows(), inputs[0].cols());
+    let c = params[1].cols;
+    let rows = d.len() / c;
     let (run, count) = runs(rows);
     let (threads, blocks) = channels(c);
     let parts = b.ctx().alloc_f32(count * 3 * c);
     let mut args: Vec<Arg> = vec![d.ptr().into()];
-    args.extend(inputs.map(|x| Arg::Ptr(x.buf().ptr())));
+    args.extend(inputs.map(|x| Arg::Ptr(x.ptr())));
     args.extend(params.map(|p| Arg::Ptr(b.params().master(p))));
     args.extend(grads.map(|g| Arg::Ptr(g.ptr())));
     args.extend([parts.ptr().into(), int(c / heads), int(rows), int(c), int(run)]);

@@ -54,13 +54,15 @@ impl<'p> Tape<'p> {
         let out = self.output(rows, c, o, needs);
         if needs {
             let d = out.slot();
-            let ins = [y.clone(), r.clone(), k.clone(), v.clone(), gate.clone()];
+            let (ins, to) = ([y, r, k, v, gate].map(Var::keep), [y, r, k, v, gate].map(Var::slot));
             self.record(move |b| {
                 let Some(d) = d.take() else { return };
+                let ins = ins.each_ref().map(|x| b.value(x));
                 let mut gs: [Buf; 5] = std::array::from_fn(|_| ctx.alloc(rows * c));
                 if let Some(gpu) = ctx.cuda() {
-                    cuda::backward(b, gpu, &d, ins.each_ref(), [r_k, weight, bias], gs.each_ref(), heads);
-                    return ins.iter().zip(gs).for_each(|(x, g)| x.add_grad(g));
+                    let ins = ins.each_ref().map(|x| &**x);
+                    cuda::backward(b, gpu, &d, ins, [r_k, weight, bias], gs.each_ref(), heads);
+                    return to.iter().zip(gs).for_each(|(to, g)| to.add(g));
                 }
                 let (rk, w, bi) = (b.param(r_k), b.param(weight), b.param(bias));
                 let go = gs.each_mut().map(|g| DisjointMut::new(&mut g[..]));
@@ -70,7 +72,7 @@ impl<'p> Tape<'p> {
                         let [gy, gr, gk, gv, gg] = g5;
                         for h in 0..heads {
                             let q = h * n..(h + 1) * n;
-                            let [y, r, k, v, g] = ins.each_ref().map(|x| &x.data()[i * c..][q.clone()]);
+                            let [y, r, k, v, g] = ins.each_ref().map(|x| &x[i * c..][q.clone()]);
                             let d = &d[i * c..][q.clone()];
                             let (rk, w, bi) = (&rk[q.clone()], &w[q.clone()], &bi[q.clone()]);
                             let (gy, gr, gk, gv, gg) = (
@@ -104,9 +106,7 @@ impl<'p> Tape<'p> {
                         }
                     }
                 });
-                for (x, g) in ins.iter().zip(gs) {
-                    x.add_grad(g);
-                }
+                to.iter().zip(gs).for_each(|(to, g)| to.add(g));
             });
         }
         out

@@ -25,14 +25,15 @@ fn links(ctx: &Context, segments: &Arc<[Segment]>, rows: usize) -> DevicePtr {
 }
 
 pub(super) fn forward<const K: usize>(
-    t: &Tape<'_>, gpu: &Cuda, x: &Var, last: &Var, segments: &Arc<[Segment]>, mu: [Param; K], ys: &[Buf; K],
+    t: &Tape<'_>, gpu: &Cuda, x: &Buf, last: &Buf, segments: &Arc<[Segment]>, mu: [Param; K], ys: &[Buf; K],
 ) {
-    let (ctx, rows, c) = (t.ctx(), x.rows(), x.cols());
+    let (ctx, c) = (t.ctx(), mu[0].cols);
+    let rows = x.len() / c;
     let (run, count) = runs(rows);
     let (threads, blocks) = channels(c);
     let args = [
-        x.buf().ptr().into(),
-        last.buf().ptr().into(),
+        x.ptr().into(),
+        last.ptr().into(),
         links(ctx, segments, rows).into(),
         pointers(ys.each_ref().map(Buf::ptr)),
         pointers(mu.map(|p| t.params().master(p))),
@@ -54,10 +55,11 @@ pub(super) fn keep_last(ctx: &Context, gpu: &Cuda, x: &Var, segments: &Arc<[Segm
 }
 
 pub(super) fn backward<const K: usize>(
-    b: &Backward<'_>, gpu: &Cuda, x: &Var, last: &Var, segments: &Arc<[Segment]>, mu: [Param; K],
+    b: &Backward<'_>, gpu: &Cuda, x: &Buf, last: &Buf, segments: &Arc<[Segment]>, mu: [Param; K],
     dy: &[Option<Buf>; K], dnew: Option<&Buf>, dx: &GradSlot, dlast: &GradSlot,
 ) {
-    let (ctx, rows, c) = (b.ctx(), x.rows(), x.cols());
+    let (ctx, c) = (b.ctx(), mu[0].cols);
+    let rows = x.len() / c;
     let (run, count) = runs(rows);
     let (threads, blocks) = channels(c);
     let parts = ctx.alloc_f32(count * K * c);
@@ -65,8 +67,8 @@ pub(super) fn backward<const K: usize>(
     let at = |b: Option<&Buf>| b.map_or(DevicePtr::NULL, Buf::ptr);
     let (dys, mus) = (dy.each_ref().map(|d| at(d.as_ref())), mu.map(|p| b.params().master(p)));
     let args = [
-        x.buf().ptr().into(),
-        last.buf().ptr().into(),
+        x.ptr().into(),
+        last.ptr().into(),
         at(dnew).into(),
         links(ctx, segments, rows).into(),
         pointers(dys),

@@ -4,7 +4,7 @@
 //! Backward: dx_t = sum_k dy_k,t (1 - mu_k) + dy_k,t+1 mu_k, the second part within the segment only; dmu_k = sum_t dy_k,t (x'_t - x_t).
 
 use crate::rows::{blocks, copy, param_sums, row};
-use crate::{Param, Segment, Tape, Var};
+use crate::{Param, Recompute, Segment, Tape, Var};
 use anser_tensor::{Buf, DisjointMut, simd::vectorize};
 use std::sync::Arc;
 
@@ -40,36 +40,11 @@ impl<'p> Tape<'p> {
     ) -> ([Var; K], Var) {
         let (rows, c) = (x.rows(), x.cols());
         let ctx = self.ctx().clone();
-        let mut ys: [Buf; K] = std::array::from_fn(|_| ctx.alloc(rows * c));
-        if let Some(gpu) = ctx.cuda() {
-            cuda::forward(self, gpu, x, last, segments, mu, &ys);
-        }
-        let m = mu.map(|p| self.param(p));
-        let zero: Arc<[f32]> = vec![0.0; c].into();
-        let own: Arc<[u32]> = if ctx.is_dry() { Vec::new().into() } else { owner(segments, rows).into() };
-        self.run(|| {
-            let outs = ys.each_mut().map(|y| DisjointMut::new(&mut y[..]));
-            blocks(&ctx, rows, |_, r| {
-                for i in r {
-                    let p = previous(x.data(), last.data(), &zero, &segments[own[i] as usize], i, c);
-                    let x = &x.data()[i * c..(i + 1) * c];
-                    for k in 0..K {
-                        let y = row(&outs[k], i, c);
-                        let m = m[k];
-                        vectorize(
-                            #[inline(always)]
-                            || {
-                                for j in 0..c {
-                                    y[j] = x[j] + (p[j] - x[j]) * m[j];
-                                }
-                            },
-                        );
-                    }
-                }
-            });
-        });
+        let ys = self.mix(x.buf(), last.buf(), segments, mu);
         let needs = self.needs_grad(&[x, last], &mu);
         let outs = ys.map(|y| self.output(rows, c, y, needs));
+        let (kept, from) = ((x.keep(), last.keep()), segments.clone());
+        let outs = self.again(Recompute::Shifts, outs, move |t| t.mix(&t.value(&kept.0), &t.value(&kept.1), &from, mu));
         let writes = segments.iter().any(|s| s.state_out.is_some());
         let new_last = if writes {
             let mut n = copy(last);
@@ -92,20 +67,22 @@ impl<'p> Tape<'p> {
         if needs {
             let (dys, dlast_new, dx, dlast) =
                 (outs.each_ref().map(Var::slot), writes.then(|| new_last.slot()), x.slot(), last.slot());
-            let (x, last, segments) = (x.clone(), last.clone(), segments.clone());
+            let (x, last, segments) = (x.keep(), last.keep(), segments.clone());
             self.record(move |b| {
                 let d: [Option<Buf>; K] = dys.each_ref().map(|s| s.take());
                 let dn = dlast_new.and_then(|s| s.take());
                 if dn.is_none() && d.iter().all(Option::is_none) {
                     return;
                 }
+                let (x, last) = (b.value(&x), b.value(&last));
                 if let Some(gpu) = ctx.cuda() {
                     return cuda::backward(b, gpu, &x, &last, &segments, mu, &d, dn.as_ref(), &dx, &dlast);
                 }
-                let xd = x.data();
+                let (zero, own) = (vec![0.0; c], owner(&segments, rows));
+                let xd = &x[..];
                 param_sums(b, mu, rows, |r, mut dm| {
                     for i in r {
-                        let p = previous(xd, last.data(), &zero, &segments[own[i] as usize], i, c);
+                        let p = previous(xd, &last, &zero, &segments[own[i] as usize], i, c);
                         let x = &xd[i * c..(i + 1) * c];
                         for k in 0..K {
                             if let Some(d) = &d[k] {
@@ -159,7 +136,7 @@ impl<'p> Tape<'p> {
                     dx.add(g);
                 }
                 if dlast.wanted() {
-                    let mut g = ctx.zeros(last.rows() * c);
+                    let mut g = ctx.zeros(last.len());
                     b.run(|_| {
                         if let Some(dn) = &dn {
                             g.copy_from_slice(dn);
@@ -180,5 +157,38 @@ impl<'p> Tape<'p> {
             });
         }
         (outs, new_last)
+    }
+
+    /// The interpolations.
+    fn mix<const K: usize>(&self, x: &Buf, last: &Buf, segments: &Arc<[Segment]>, mu: [Param; K]) -> [Buf; K] {
+        let (ctx, c) = (self.ctx(), mu[0].cols);
+        let mut ys: [Buf; K] = std::array::from_fn(|_| ctx.alloc(x.len()));
+        if let Some(gpu) = ctx.cuda() {
+            cuda::forward(self, gpu, x, last, segments, mu, &ys);
+        }
+        self.run(|| {
+            let (m, rows) = (mu.map(|p| self.param(p)), x.len() / c);
+            let (zero, own) = (vec![0.0; c], owner(segments, rows));
+            let outs = ys.each_mut().map(|y| DisjointMut::new(&mut y[..]));
+            blocks(ctx, rows, |_, r| {
+                for i in r {
+                    let p = previous(x, last, &zero, &segments[own[i] as usize], i, c);
+                    let x = &x[i * c..(i + 1) * c];
+                    for k in 0..K {
+                        let y = row(&outs[k], i, c);
+                        let m = m[k];
+                        vectorize(
+                            #[inline(always)]
+                            || {
+                                for j in 0..c {
+                                    y[j] = x[j] + (p[j] - x[j]) * m[j];
+                                }
+                            },
+                        );
+                    }
+                }
+            });
+        });
+        ys
     }
 }

@@ -207,13 +207,14 @@ impl Saved {
     }
 }
 
+/// Gradients of the inputs into `grads`; where `add` says so, to what is there.
 pub(super) fn backward(
-    ctx: &Context, gpu: &Cuda, shape: &Shape, inputs: &[Var; 6], saved: &Saved, cuts: Option<&Cuts>, dy: Option<&Buf>,
-    dnew: Option<&Buf>, grads: [&Buf; 6], initial: Option<&Buf>,
+    ctx: &Context, gpu: &Cuda, shape: &Shape, inputs: [&Buf; 6], saved: &Saved, cuts: Option<&Cuts>, dy: Option<&Buf>,
+    dnew: Option<&Buf>, grads: [&Buf; 6], add: [bool; 6], initial: Option<&Buf>, n: usize,
 ) {
-    let n = inputs[0].cols() / shape.heads;
     let heads = int(shape.heads);
-    let values = pointers(inputs.each_ref().map(|x| x.buf().ptr()));
+    let values = pointers(inputs.map(Buf::ptr));
+    let add = int(add.iter().enumerate().map(|(i, &add)| usize::from(add) << i).sum());
     if !on_tensor_cores(ctx, n, true) {
         let args = [
             values,
@@ -224,6 +225,7 @@ pub(super) fn backward(
             at(dy).into(),
             at(dnew).into(),
             pointers(grads.map(Buf::ptr)),
+            add,
             at(initial).into(),
             heads,
         ];
@@ -231,7 +233,7 @@ pub(super) fn backward(
         return gpu.launch(&KERNELS, &name(ctx, "wkv7_back", n), grid, [4 * n, 1, 1], &args);
     }
     // Where the gradient comes through the state alone, that of y is zero.
-    let zeros = dy.is_none().then(|| ctx.zeros(inputs[0].rows() * inputs[0].cols()));
+    let zeros = dy.is_none().then(|| ctx.zeros(inputs[0].len()));
     let dy = at(dy.or(zeros.as_ref()));
     let table: Arg = piece_table(ctx, shape).into();
     let kept = pointers(saved.pointers());
@@ -258,6 +260,7 @@ pub(super) fn backward(
             at(dnew).into(),
             exit.into(),
             pointers(grads.map(Buf::ptr)),
+            add,
             at(initial).into(),
             heads,
         ],

@@ -80,10 +80,11 @@ template <class T> struct Grads {
     T* p[6]; // of r, w, k, v, a, b
 };
 
-// dy and dnew (gradient of the new arena) may be null; initial [segments, heads, N, N] may be null.
+// dy and dnew (gradient of the new arena) may be null; initial [segments, heads, N, N] may be null. Where `add` has the bit of an input,
+// its gradient is added to what is there.
 template <class T, int N>
 __device__ void backward(Inputs<T> in, const Segment* segments, const float* kept, const float* us, const int* offsets,
-                         const T* dy, const float* dnew, Grads<T> out, float* initial, int heads) {
+                         const T* dy, const float* dnew, Grads<T> out, int add, float* initial, int heads) {
     const Segment seg = segments[blockIdx.x];
     const int h = blockIdx.y, i = threadIdx.x >> 2, q = threadIdx.x & 3, c = heads * N;
     __shared__ float x[2][8][N]; // r, decay, k, v, a, b, dy, u
@@ -165,12 +166,12 @@ __device__ void backward(Inputs<T> in, const Segment* segments, const float* kep
             ga = quad_sum(ga);
             if (q == 0) {
                 const float w = to_f32(in.p[1][row + i]);
-                out.p[0][row + i] = from_f32<T>(gr);
-                out.p[1][row + i] = from_f32<T>(gw * d * -0.60653066f * sigmoid(w) * sigmoid(-w));
-                out.p[2][row + i] = from_f32<T>(gk);
-                out.p[3][row + i] = from_f32<T>(gv);
-                out.p[4][row + i] = from_f32<T>(ga);
-                out.p[5][row + i] = from_f32<T>(gb);
+                const float grads[6] = {gr, gw * d * -0.60653066f * sigmoid(w) * sigmoid(-w), gk, gv, ga, gb};
+#pragma unroll
+                for (int n = 0; n < 6; n++) {
+                    T* to = out.p[n] + row + i;
+                    *to = from_f32<T>(grads[n] + (add >> n & 1 ? to_f32(*to) : 0.f));
+                }
             }
         }
     }
@@ -201,8 +202,8 @@ extern "C" __global__ void wkv7_state_grad(float* g, const float* initial, const
     }                                                                                                                     \
     extern "C" __global__ void __launch_bounds__(4 * N) wkv7_back_##name##_##N(Inputs<T> in, const Segment* segments,     \
         const float* kept, const float* us, const int* offsets, const T* dy, const float* dnew, Grads<T> out,             \
-        float* initial, int heads) {                                                                                      \
-        backward<T, N>(in, segments, kept, us, offsets, dy, dnew, out, initial, heads);                                   \
+        int add, float* initial, int heads) {                                                                             \
+        backward<T, N>(in, segments, kept, us, offsets, dy, dnew, out, add, initial, heads);                                 \
     }
 #define SIZES(T, name) WKV7(T, name, 16) WKV7(T, name, 32) WKV7(T, name, 64) WKV7(T, name, 128)
 FOR_EACH_TYPE(SIZES)
@@ -219,12 +220,13 @@ FOR_EACH_TYPE(SIZES)
     }
 #define TENSOR(N)                                                                                                             \
     extern "C" __global__ void __launch_bounds__(2 * N) wkv7_tensor_back_##N(tensor::Inputs<bf16> in, const tensor::Piece* pieces, \
-        tensor::Saved saved, const bf16* dy, const float* dnew, const float* exit, tensor::Grads out, float* initial, int heads) { \
-        tensor::backward<N, false>(in, pieces, saved, dy, dnew, exit, nullptr, out, initial, heads);                          \
+        tensor::Saved saved, const bf16* dy, const float* dnew, const float* exit, tensor::Grads out, int add, float* initial, \
+        int heads) {                                                                                                          \
+        tensor::backward<N, false>(in, pieces, saved, dy, dnew, exit, nullptr, out, add, initial, heads);                     \
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(2 * N) wkv7_tensor_back_scan_##N(                                            \
         tensor::Inputs<bf16> in, const tensor::Piece* pieces, tensor::Saved saved, const bf16* dy, float* map, int heads) {   \
-        tensor::backward<N, true>(in, pieces, saved, dy, nullptr, nullptr, map, {}, nullptr, heads);                          \
+        tensor::backward<N, true>(in, pieces, saved, dy, nullptr, nullptr, map, {}, 0, nullptr, heads);                          \
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(256) wkv7_tensor_entries_##N(const tensor::Piece* pieces, const int2* ranges, \
         const float* arena, const float* map, float* entry, int heads) {                                                      \

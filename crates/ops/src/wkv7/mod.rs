@@ -363,46 +363,45 @@ impl<'p> Tape<'p> {
         let new = new.map(|new| self.output(state.rows(), state.cols(), new, needs));
         if let Some(saved) = saved {
             let (dy, dnew) = (y.slot(), new.as_ref().map(Var::slot));
-            let (inputs, state) = ([r, w, k, v, a, b].map(Var::clone), state.clone());
+            let (inputs, to) = ([r, w, k, v, a, b].map(Var::keep), [r, w, k, v, a, b].map(Var::slot));
+            let dstate = state.slot();
             self.record(move |back| {
                 let (dy, dnew) = (dy.take(), dnew.and_then(|s| s.take()));
                 if dy.is_none() && dnew.is_none() {
                     return;
                 }
-                let mut grads: [Buf; 6] = std::array::from_fn(|_| ctx.alloc(rows * c));
-                let mut initial = state.needs_grad().then(|| ctx.alloc_f32(shape.segments.len() * c * n));
+                let inputs = inputs.each_ref().map(|x| back.value(x));
+                let x = inputs.each_ref().map(|x| &**x);
+                let mut initial = dstate.wanted().then(|| ctx.alloc_f32(shape.segments.len() * c * n));
                 if let Some(gpu) = ctx.cuda() {
-                    let (dy, dnew) = (dy.as_ref(), dnew.as_ref());
-                    cuda::backward(
-                        &ctx,
-                        gpu,
-                        &shape,
-                        &inputs,
-                        &saved,
-                        cuts.as_ref(),
-                        dy,
-                        dnew,
-                        grads.each_ref(),
-                        initial.as_ref(),
-                    );
+                    // What has arrived so far for r, k and v, which the read-out uses too, is taken up in the same pass.
+                    let prior: [Option<Buf>; 6] =
+                        std::array::from_fn(|i| [0, 2, 3].contains(&i).then(|| to[i].take())?);
+                    let add = prior.each_ref().map(Option::is_some);
+                    let grads = prior.map(|g| g.unwrap_or_else(|| ctx.alloc(rows * c)));
+                    let (dy, dnew, grads_at) = (dy.as_ref(), dnew.as_ref(), grads.each_ref());
+                    let initial = initial.as_ref();
+                    cuda::backward(&ctx, gpu, &shape, x, &saved, cuts.as_ref(), dy, dnew, grads_at, add, initial, n);
+                    to.iter().zip(grads).for_each(|(to, g)| to.add(g));
+                } else {
+                    let mut grads: [Buf; 6] = std::array::from_fn(|_| ctx.alloc(rows * c));
+                    back.run(|_| {
+                        let (x, grads) = (x.map(|x| &x[..]), grads.each_mut().map(|g| &mut g[..]));
+                        let (dy, dnew) = (dy.as_deref(), dnew.as_deref());
+                        for_head_size!(
+                            n,
+                            backward(&ctx, &shape, x, &saved.states, &saved.u, dy, dnew, grads, initial.as_deref_mut())
+                        );
+                    });
+                    to.iter().zip(grads).for_each(|(to, g)| to.add(g));
                 }
-                back.run(|_| {
-                    let x = inputs.each_ref().map(Var::data);
-                    let to = grads.each_mut().map(|g| &mut g[..]);
-                    let (dy, dnew) = (dy.as_deref(), dnew.as_deref());
-                    for_head_size!(
-                        n,
-                        backward(&ctx, &shape, x, &saved.states, &saved.u, dy, dnew, to, initial.as_deref_mut())
-                    );
-                });
-                inputs.iter().zip(grads).for_each(|(x, g)| x.add_grad(g));
                 if let Some(initial) = initial {
-                    let mut dstate = ctx.alloc_f32(state.rows() * state.cols());
+                    let mut g = ctx.alloc_f32(dstate.len());
                     if let Some(gpu) = ctx.cuda() {
-                        cuda::state_grad(&ctx, gpu, &shape, &dstate, c * n, dnew.as_ref(), &initial);
+                        cuda::state_grad(&ctx, gpu, &shape, &g, c * n, dnew.as_ref(), &initial);
                     }
-                    back.run(|_| state_grad(&mut dstate, c * n, &shape.segments, dnew.as_deref(), &initial));
-                    state.add_grad(dstate);
+                    back.run(|_| state_grad(&mut g, c * n, &shape.segments, dnew.as_deref(), &initial));
+                    dstate.add(g);
                 }
             });
         }

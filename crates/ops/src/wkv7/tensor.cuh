@@ -111,16 +111,27 @@ template <class T> __device__ __forceinline__ void keep_result(T* to, int pitch,
         *reinterpret_cast<uint32_t*>(row + 8) = pack<T>(c[1][2 * half], c[1][2 * half + 1]);
     }
 }
-// Stores it to device memory without rows from `rows` on.
-template <class T> __device__ __forceinline__ void store_result(T* to, size_t pitch, const float (&c)[2][4], int rows) {
+// Stores it to device memory without rows from `rows` on; with `add`, its sum with what is there.
+template <class T> __device__ __forceinline__ void store_result(T* to, size_t pitch, const float (&c)[2][4], int rows, bool add = false) {
     const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        if (g + 8 * half >= rows) continue;
-        T* row = to + (g + 8 * half) * pitch + 2 * q;
-        *reinterpret_cast<uint32_t*>(row) = pack<T>(c[0][2 * half], c[0][2 * half + 1]);
-        *reinterpret_cast<uint32_t*>(row + 8) = pack<T>(c[1][2 * half], c[1][2 * half + 1]);
+    for (int i = 0; i < 4; i++) {
+        const int row = g + i / 2 * 8;
+        if (row >= rows) continue;
+        uint32_t* place = reinterpret_cast<uint32_t*>(to + row * pitch + 8 * (i % 2) + 2 * q);
+        float2 x = make_float2(c[i % 2][i / 2 * 2], c[i % 2][i / 2 * 2 + 1]);
+        if (add) {
+            const float2 prior = unpack<T>(*place);
+            x = make_float2(x.x + prior.x, x.y + prior.y);
+        }
+        *place = pack<T>(x.x, x.y);
     }
+}
+
+// Brings the first rows of a tile in device memory into the second-level cache.
+template <int N> __device__ __forceinline__ void prefetch_rows(const bf16* from, size_t pitch, int rows) {
+    const int row = threadIdx.x / (N / 64);
+    if (row < rows) prefetch(from + row * pitch + threadIdx.x % (N / 64) * 64);
 }
 
 // A state [N, N] by value and channel, f32, to and from the warp's fragments.
@@ -544,9 +555,10 @@ __device__ __forceinline__ float sum_rows(float x) {
 }
 
 // SCAN: only the gradient of the state before a piece, given zero for the state after it; to `map` [pieces, heads, N, N].
+// Where `add` has the bits of R, K or V, their gradients are added to what is there.
 template <int N, bool SCAN>
 __device__ void backward(const Inputs<bf16>& in, const Piece* pieces, const Saved& saved, const bf16* dy, const float* dnew, const float* exit,
-                         float* map, const Grads& out, float* initial, int heads) {
+                         float* map, const Grads& out, int add, float* initial, int heads) {
     DYNAMIC_SHARED(memory);
     auto& m = *reinterpret_cast<BackShared<N>*>(memory);
     const Piece piece = pieces[blockIdx.x];
@@ -578,6 +590,10 @@ __device__ void backward(const Inputs<bf16>& in, const Piece* pieces, const Save
         __syncthreads();
         if (chunk > 0) fetch_chunk(chunk - 1);
         copy_commit();
+        if constexpr (!SCAN)
+#pragma unroll
+            for (int i = R; i <= V; i++)
+                if (i != W && add >> i & 1) prefetch_rows<N>(out.p[i] + origin + size_t(first) * c, c, rows);
         uint4 s[SCAN ? 1 : WARPS<N>]; // the state before the chunk: all values, the warp's channels
         if constexpr (!SCAN) {
 #pragma unroll
@@ -658,7 +674,7 @@ __device__ void backward(const Inputs<bf16>& in, const Piece* pieces, const Save
             mma2(dv, a, b);
             load_tiles_transposed(a, by_columns<SMALL>(m.m[0], 0));
             mma2(dv, a, t);
-            store_result(out.p[V] + origin + size_t(first) * c + 16 * warp, c, dv, rows);
+            store_result(out.p[V] + origin + size_t(first) * c + 16 * warp, c, dv, rows, add >> V & 1);
         }
         decay_state<N>(d, m.whole);
         as_a(x, b);
@@ -771,9 +787,9 @@ __device__ void backward(const Inputs<bf16>& in, const Piece* pieces, const Save
                     }
                 }
             const size_t at0 = origin + size_t(first) * c + 16 * warp;
-            store_result(out.p[R] + at0, c, dr, rows);
+            store_result(out.p[R] + at0, c, dr, rows, add >> R & 1);
             store_result(out.p[W] + at0, c, dw, rows);
-            store_result(out.p[K] + at0, c, ik, rows);
+            store_result(out.p[K] + at0, c, ik, rows, add >> K & 1);
             store_result(out.p[A] + at0, c, da, rows);
             store_result(out.p[B] + at0, c, ib, rows);
         }

@@ -7,9 +7,14 @@ use cudarc::cublaslt::sys as lt;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Bytes of workspace, as much as Hopper's kernels ask for.
 const WORKSPACE: usize = 64 << 20;
+/// Algorithms that are looked at, the one first that cuBLASLt thinks best.
+const CANDIDATES: usize = 16;
+/// Runs of each when they are timed, after one to warm up.
+const TIMED: usize = 3;
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Shape {
@@ -35,6 +40,17 @@ pub(super) struct Blas {
     handle: lt::cublasLtHandle_t,
     plans: Mutex<HashMap<Shape, Plan>>,
     workspace: Mutex<Option<DevicePtr>>,
+    tuned: AtomicBool,
+}
+
+/// What one product reads and writes.
+#[derive(Clone, Copy)]
+struct Call {
+    a: DevicePtr,
+    b: DevicePtr,
+    c: DevicePtr,
+    accumulate: bool,
+    workspace: DevicePtr,
 }
 
 fn data_type(t: DType) -> lt::cudaDataType_t {
@@ -54,7 +70,8 @@ fn ok(code: lt::cublasStatus_t) -> Result<(), String> {
 
 impl Default for Blas {
     fn default() -> Blas {
-        Blas { handle: std::ptr::null_mut(), plans: Mutex::default(), workspace: Mutex::default() }
+        let handle = std::ptr::null_mut();
+        Blas { handle, plans: Mutex::default(), workspace: Mutex::default(), tuned: AtomicBool::new(false) }
     }
 }
 
@@ -66,8 +83,14 @@ impl Blas {
         Ok(Blas { handle, ..Blas::default() })
     }
 
-    /// Chooses an algorithm for `c [m, n] = op(a) op(b)`, all row-major. cuBLASLt counts by columns, so it computes c^T = op(b)^T op(a)^T.
-    fn plan(&self, s: Shape) -> Result<Plan, String> {
+    /// Bytes of the workspace, if it is not there yet.
+    pub(super) fn workspace_to_come(&self) -> usize {
+        if lock(&self.workspace).is_some() { 0 } else { WORKSPACE }
+    }
+
+    /// Algorithms for `c [m, n] = op(a) op(b)`, all row-major, the one in the plan first. cuBLASLt counts by columns, so it computes
+    /// c^T = op(b)^T op(a)^T.
+    fn plan(&self, s: Shape) -> Result<(Plan, Vec<lt::cublasLtMatmulAlgo_t>), String> {
         let [m, n, k] = s.size.map(|v| v as u64);
         let [ta, tb] = s.trans;
         let (input, output) = (data_type(s.types[0]), data_type(s.types[1]));
@@ -118,7 +141,8 @@ impl Blas {
             let scheme = lt::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
             let attribute = P::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK;
             ok(lt::cublasLtMatmulPreferenceSetAttribute(pref, attribute, (&raw const scheme).cast(), 4))?;
-            let (mut found, mut count) = (std::mem::zeroed::<lt::cublasLtMatmulHeuristicResult_t>(), 0);
+            let mut found = [std::mem::zeroed::<lt::cublasLtMatmulHeuristicResult_t>(); CANDIDATES];
+            let mut count = 0;
             let code = lt::cublasLtMatmulAlgoGetHeuristic(
                 self.handle,
                 p.desc,
@@ -127,19 +151,62 @@ impl Blas {
                 p.c,
                 p.c,
                 pref,
-                1,
-                &mut found,
+                CANDIDATES as i32,
+                found.as_mut_ptr(),
                 &mut count,
             );
             lt::cublasLtMatmulPreferenceDestroy(pref);
             ok(code)?;
-            if count == 0 {
-                return Err(format!("cuBLASLt has no algorithm for a product of {m} x {n} x {k}"));
-            }
-            p.algo = found.algo;
+            let usable = |f: &&lt::cublasLtMatmulHeuristicResult_t| ok(f.state).is_ok() && repeatable(&f.algo);
+            let algos: Vec<_> = found[..count as usize].iter().filter(usable).map(|f| f.algo).collect();
+            p.algo =
+                *algos.first().ok_or_else(|| format!("cuBLASLt has no algorithm for a product of {m} x {n} x {k}"))?;
+            Ok((p, algos))
         }
-        Ok(p)
     }
+
+    /// Begins one product.
+    fn run(
+        &self, p: &Plan, algo: &lt::cublasLtMatmulAlgo_t, call: Call, stream: lt::cudaStream_t,
+    ) -> Result<(), String> {
+        let (alpha, beta) = (1f32, if call.accumulate { 1f32 } else { 0f32 });
+        let at = |p: DevicePtr| p.0 as *mut c_void;
+        // SAFETY: the plan fits the shapes; the buffers hold them.
+        ok(unsafe {
+            lt::cublasLtMatmul(
+                self.handle,
+                p.desc,
+                (&raw const alpha).cast(),
+                at(call.b),
+                p.a,
+                at(call.a),
+                p.b,
+                (&raw const beta).cast(),
+                at(call.c),
+                p.c,
+                at(call.c),
+                p.c,
+                algo,
+                at(call.workspace),
+                WORKSPACE,
+                stream,
+            )
+        })
+    }
+}
+
+/// Whether an algorithm adds the parts of a sum in a fixed order: whole sums, or parts from the workspace; never in place.
+fn repeatable(algo: &lt::cublasLtMatmulAlgo_t) -> bool {
+    let (mut scheme, mut written) = (0u32, 0usize);
+    let attribute = lt::cublasLtMatmulAlgoConfigAttributes_t::CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME;
+    // SAFETY: reads a word of the algorithm into a variable of its size.
+    let code =
+        unsafe { lt::cublasLtMatmulAlgoConfigGetAttribute(algo, attribute, (&raw mut scheme).cast(), 4, &mut written) };
+    let [none, by_workspace] = [
+        lt::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_NONE,
+        lt::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE,
+    ];
+    ok(code).is_ok() && (scheme == none as u32 || scheme == by_workspace as u32)
 }
 
 impl Cuda {
@@ -172,15 +239,6 @@ impl Cuda {
             types: [input, output],
             bias: bias.is_some(),
         };
-        let plan = {
-            let mut plans = lock(&self.blas.plans);
-            match plans.get(&shape) {
-                Some(&p) => Ok(p),
-                None => self.blas.plan(shape).inspect(|&p| {
-                    plans.insert(shape, p);
-                }),
-            }
-        };
         let workspace = {
             let mut w = lock(&self.blas.workspace);
             if w.is_none() {
@@ -188,25 +246,34 @@ impl Cuda {
             }
             *w
         };
-        let (Ok(p), Some(workspace)) = (plan.as_ref(), workspace) else {
-            let what =
-                plan.err().unwrap_or_else(|| "no device memory is left for the workspace of matrix products".into());
-            let _ = self.failure.set(what);
+        let Some(workspace) = workspace else {
+            let _ = self.failure.set("no device memory is left for the workspace of matrix products".into());
             return;
         };
-        let (alpha, beta) = (1f32, if accumulate { 1f32 } else { 0f32 });
-        let at = |p: DevicePtr| p.0 as *mut c_void;
+        let call = Call { a, b, c, accumulate, workspace };
+        let fail = |what: String| drop(self.failure.set(format!("a matrix product of {m} x {n} x {k}: {what}")));
         // The plan is the shape's, the bias the call's: one call at a time.
-        let _plans = bias.map(|bias| {
-            let plans = lock(&self.blas.plans);
+        let mut plans = lock(&self.blas.plans);
+        let (p, algos) = match plans.get(&shape) {
+            Some(&p) => (p, Vec::new()),
+            None => match self.blas.plan(shape) {
+                Ok(made) => made,
+                Err(e) => return fail(e),
+            },
+        };
+        if let Some(bias) = bias {
             let attribute = lt::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
             // SAFETY: the descriptor lives as long as the process; the address is read from a variable.
             let code = unsafe { lt::cublasLtMatmulDescSetAttribute(p.desc, attribute, (&raw const bias.0).cast(), 8) };
             if let Err(e) = ok(code) {
-                let _ = self.failure.set(format!("the bias of a matrix product: {e}"));
+                return fail(e);
             }
-            plans
-        });
+        }
+        let p = match algos.len() {
+            0 => p,
+            1 => *plans.entry(shape).or_insert(p),
+            _ => *plans.entry(shape).or_insert(self.fastest(p, &algos, call, m * n * output.size())),
+        };
         let what = || {
             let letter = |t| if t == Trans::T { 't' } else { 'n' };
             let add = if accumulate { " +=" } else { "" };
@@ -216,30 +283,36 @@ impl Cuda {
             (name, bytes, 2.0 * (m * n * k) as f64)
         };
         self.timed(what, || {
-            // SAFETY: the plan fits the shapes; the buffers hold them.
-            let code = unsafe {
-                lt::cublasLtMatmul(
-                    self.blas.handle,
-                    p.desc,
-                    (&raw const alpha).cast(),
-                    at(b),
-                    p.a,
-                    at(a),
-                    p.b,
-                    (&raw const beta).cast(),
-                    at(c),
-                    p.c,
-                    at(c),
-                    p.c,
-                    &p.algo,
-                    at(workspace),
-                    WORKSPACE,
-                    self.stream.cast(),
-                )
-            };
-            if let Err(e) = ok(code) {
-                let _ = self.failure.set(format!("a matrix product of {m} x {n} x {k}: {e}"));
+            if let Err(e) = self.blas.run(&p, &p.algo, call, self.stream.cast()) {
+                fail(e);
             }
         });
+    }
+
+    /// From now on times the algorithms for each new shape once and takes the fastest, instead of the one that cuBLASLt thinks best. Two
+    /// runs of a process then compute the same bits as long as they choose alike, which timing doesn't promise.
+    pub fn tune_products(&self) {
+        self.blas.tuned.store(true, Ordering::Relaxed);
+        lock(&self.blas.plans).clear();
+    }
+
+    /// The plan with the fastest of `algos`, if products are tuned. They write to a buffer of their own of `bytes` bytes; without
+    /// memory for it, the first is taken.
+    fn fastest(&self, p: Plan, algos: &[lt::cublasLtMatmulAlgo_t], call: Call, bytes: usize) -> Plan {
+        if !self.blas.tuned.load(Ordering::Relaxed) {
+            return p;
+        }
+        let Some(scratch) = self.take(bytes) else { return p };
+        self.clear(scratch, bytes);
+        let call = Call { c: scratch, ..call };
+        let time = |algo: &&lt::cublasLtMatmulAlgo_t| {
+            let run = || self.blas.run(&p, algo, call, self.stream.cast()).is_ok();
+            // An algorithm that fails is never chosen.
+            if run() { self.milliseconds(|| (0..TIMED).for_each(|_| _ = run())) } else { f32::MAX }
+        };
+        let times: Vec<f32> = algos.iter().map(|a| time(&a)).collect();
+        let best = (0..algos.len()).min_by(|&a, &b| times[a].total_cmp(&times[b])).unwrap_or(0);
+        self.give_back(scratch);
+        Plan { algo: algos[best], ..p }
     }
 }

@@ -66,6 +66,9 @@ __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_gr
 // Waits until at most N groups are under way.
 template <int N> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
+// Brings the 128 bytes at an address into the second-level cache.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // Waits until `threads` threads have come to barrier `id` (1 to 15).
 __device__ __forceinline__ void wait_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
@@ -122,6 +125,7 @@ inline void copy_async(void* to, const void* from, bool valid = true) {
 }
 inline void copy_commit() {}
 template <int N> void copy_wait() {}
+inline void prefetch(const void*) {}
 inline void wait_barrier(int id, int threads) { emulator::state->wait_block(id, threads); }
 inline float exp2_fast(float x) { return exp2f(x); }
 #define DYNAMIC_SHARED(name) unsigned char* name = emulator::state->dynamic_shared

@@ -276,7 +276,7 @@ impl Cuda {
         self.note(code, || "making the device current".into())
     }
 
-    /// Free bytes of device memory.
+    /// Free bytes of device memory, less what the workspace of matrix products will take.
     pub fn free_memory(&self) -> usize {
         if self.dry {
             return 0;
@@ -285,7 +285,7 @@ impl Cuda {
         let (mut free, mut total) = (0, 0);
         // SAFETY: writes two numbers.
         unsafe { cu::cuMemGetInfo_v2(&mut free, &mut total) };
-        free
+        free.saturating_sub(self.blas.workspace_to_come())
     }
 
     /// Device memory from the driver; `None` when there is none left.

@@ -74,6 +74,23 @@ impl Cuda {
         e
     }
 
+    /// Milliseconds that the device takes for what `f` begins; waits for it.
+    pub(super) fn milliseconds(&self, f: impl FnOnce()) -> f32 {
+        let [start, end] = [self.event(), self.event()];
+        let mut ms = 0f32;
+        // SAFETY: events made above, on this device's stream, destroyed once; their time is read after they have passed.
+        unsafe {
+            self.note(cu::cuEventRecord(start, self.stream), || "timing".into());
+            f();
+            self.note(cu::cuEventRecord(end, self.stream), || "timing".into());
+            self.synchronize();
+            self.note(cu::cuEventElapsedTime_v2(&mut ms, start, end), || "timing".into());
+            cu::cuEventDestroy_v2(start);
+            cu::cuEventDestroy_v2(end);
+        }
+        ms
+    }
+
     /// Runs `f` and says what the device did meanwhile, in order. The events themselves take a few microseconds each.
     pub fn profiled<R>(&self, f: impl FnOnce() -> R) -> (R, Vec<Span>) {
         if !self.enter() {
