@@ -85,6 +85,7 @@ inline int __any_sync(unsigned m, int v) { return __ballot_sync(m, v) != 0; }
 inline int __all_sync(unsigned m, int v) { return __ballot_sync(m, v) == ~0u; }
 inline int atomicAdd(int* p, int v) { return std::exchange(*p, *p + v); }
 inline unsigned atomicAdd(unsigned* p, unsigned v) { return std::exchange(*p, *p + v); }
+inline int atomicMin(int* p, int v) { return std::exchange(*p, *p < v ? *p : v); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }

@@ -71,6 +71,22 @@ pub(crate) fn read(
     if name.ends_with(".jsonl") { lines(path, reader, limit, take) } else { text(path, reader, take) }
 }
 
+/// The documents of a file, whole: a text file is one, each line of a .jsonl file is one; either may be .xz, .zst or .gz.
+///
+/// # Errors
+/// When the file cannot be read, is not UTF-8 or not what its name says.
+pub fn documents(path: &Path) -> Result<Vec<String>, Error> {
+    let (mut all, mut document) = (Vec::new(), String::new());
+    let end = read(path, usize::MAX >> 1, |piece, _| {
+        match piece {
+            Piece::Text(text) => document.push_str(text),
+            Piece::End => all.push(std::mem::take(&mut document)),
+        }
+        Ok(ControlFlow::Continue(()))
+    });
+    end.map(|_| all)
+}
+
 fn text(
     path: &Path, mut reader: impl BufRead, mut take: impl FnMut(Piece<'_>) -> Result<ControlFlow<()>, Error>,
 ) -> Result<ControlFlow<()>, Error> {

@@ -12,6 +12,7 @@ mod order;
 pub use binidx::{Binidx, BinidxWriter};
 pub use build::{Built, build};
 pub use dataset::{Batch, Dataset, Options, Order, Tokens};
+pub use documents::documents;
 pub use order::Official;
 
 use std::path::{Path, PathBuf};

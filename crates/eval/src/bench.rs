@@ -4,13 +4,14 @@ use anser_data::Batch;
 use anser_infer::{Decoder, Session};
 use anser_model::{Config, Init, Model};
 use anser_ops::{ParamSet, Tape, Var, batch, wkv7::Wkv7Inputs};
+use anser_tensor::cuda::Span;
 use anser_tensor::{Context, DType, bench};
 use anser_tokenizer::Tokenizer;
 use anser_train::{Bptt, Hyper, Schedule, Settings, Trainer};
 use std::time::Instant;
 
 /// Speed of training.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Train {
     /// Median over the steps.
     pub tokens_per_second: f64,
@@ -22,6 +23,10 @@ pub struct Train {
     pub nominal: Option<f64>,
     /// Share of the step that one WKV-7 forward and backward pass a layer takes, measured alone.
     pub wkv_share: f64,
+    /// Most bytes of the context's memory in use at a time.
+    pub peak_bytes: usize,
+    /// What the GPU did in one more step, if that was asked for.
+    pub profile: Vec<Span>,
 }
 
 /// Speed of decoding.
@@ -42,12 +47,12 @@ fn median(mut seconds: Vec<f64>) -> f64 {
     seconds[seconds.len() / 2]
 }
 
-/// Trains a new model on arbitrary tokens for `steps` steps after one to warm up.
+/// Trains a new model on arbitrary tokens for `steps` steps after one to warm up; with `profile` once more, timing each launch.
 ///
 /// # Errors
 /// When the dimensions are impossible.
 pub fn train(
-    ctx: &Context, layers: usize, width: usize, vocab: usize, rows: usize, t: usize, steps: usize,
+    ctx: &Context, layers: usize, width: usize, vocab: usize, rows: usize, t: usize, steps: usize, profile: bool,
 ) -> Result<Train, crate::Error> {
     let config = Config::new(layers, width, vocab);
     let schedule = Schedule { init: 1e-4, last: 1e-4, warmup: 0, total: 1 };
@@ -67,6 +72,17 @@ pub fn train(
         seconds.push(start.elapsed().as_secs_f64());
     }
     let step = median(seconds);
+    let profile = match ctx.cuda() {
+        Some(gpu) if profile => {
+            let (done, spans) = gpu.profiled(|| trainer.step(&data));
+            done?;
+            spans
+        }
+        _ => Vec::new(),
+    };
+    let peak_bytes = ctx.memory().peak;
+    drop(trainer);
+    ctx.trim();
     let tokens_per_second = n as f64 / step;
     let wkv = wkv(ctx, rows, t, config.heads(), config.head_size).both * layers as f64;
     Ok(Train {
@@ -75,6 +91,8 @@ pub fn train(
         peak: bench::gemm_peak(ctx),
         nominal: bench::nominal_peak(ctx),
         wkv_share: wkv / step,
+        peak_bytes,
+        profile,
     })
 }
 

@@ -153,5 +153,5 @@ pub fn grads(
         shape: s.shape.clone(),
         data: grads[s.range.clone()].to_vec(),
     };
-    Ok((loss.loss, model.params().specs().iter().map(named).collect()))
+    Ok((loss.loss(), model.params().specs().iter().map(named).collect()))
 }

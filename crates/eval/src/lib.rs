@@ -3,6 +3,8 @@
 pub mod bench;
 pub mod debug;
 pub mod digits;
+pub mod profile;
+pub mod text;
 
 /// What can go wrong in an experiment.
 #[derive(Debug, thiserror::Error)]

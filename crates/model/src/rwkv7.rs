@@ -71,8 +71,34 @@ impl ChannelMix {
     fn forward(&self, t: &mut Tape<'_>, x: &Var, last: &Var, segments: &Arc<[Segment]>) -> (Var, Var) {
         let ([xk], ffn_x) = t.token_shift(x, last, segments, [self.mix]);
         let k = t.linear(&xk, &self.key);
-        let k = t.relu_squared(&k);
+        let k = t.relu_squared(k);
         (t.linear(&k, &self.value), ffn_x)
+    }
+}
+
+/// The residual stream between two blocks, x + dx: the addition waits for the norm that follows, which does both in one pass.
+struct Residual {
+    x: Var,
+    dx: Option<Var>,
+}
+
+impl Residual {
+    /// The sum and its norm.
+    fn norm(self, t: &mut Tape<'_>, n: &Norm) -> (Var, Var) {
+        match self.dx {
+            Some(dx) => t.add_norm(self.x, &dx, n.weight, n.bias),
+            None => {
+                let h = t.layer_norm(&self.x, n.weight, n.bias);
+                (self.x, h)
+            }
+        }
+    }
+
+    fn sum(self, t: &mut Tape<'_>) -> Var {
+        match self.dx {
+            Some(dx) => t.add(self.x, &dx),
+            None => self.x,
+        }
     }
 }
 
@@ -86,14 +112,13 @@ pub(crate) struct Block {
 impl Block {
     /// x: [tokens, C]. Returns (x, v_first, state).
     fn forward(
-        &self, t: &mut Tape<'_>, x: Var, v_first: Option<&Var>, state: &LayerState, segments: &Arc<[Segment]>,
-    ) -> (Var, Var, LayerState) {
-        let h = t.layer_norm(&x, self.ln1.weight, self.ln1.bias);
+        &self, t: &mut Tape<'_>, x: Residual, v_first: Option<&Var>, state: &LayerState, segments: &Arc<[Segment]>,
+    ) -> (Residual, Var, LayerState) {
+        let (x, h) = x.norm(t, &self.ln1);
         let (dx, v_first, att_x, wkv) = self.att.forward(t, &h, v_first, state, segments);
-        let x = t.add(x, &dx);
-        let h = t.layer_norm(&x, self.ln2.weight, self.ln2.bias);
+        let (x, h) = t.add_norm(x, &dx, self.ln2.weight, self.ln2.bias);
         let (dx, ffn_x) = self.ffn.forward(t, &h, &state.ffn_x, segments);
-        (t.add(x, &dx), v_first, LayerState { att_x, wkv, ffn_x })
+        (Residual { x, dx: Some(dx) }, v_first, LayerState { att_x, wkv, ffn_x })
     }
 }
 
@@ -137,24 +162,27 @@ impl Model {
             return Err(Error::Token { token: tokens[position], position, vocab });
         }
         let x = t.embedding(tokens, &self.emb);
-        let mut x = t.layer_norm(&x, self.ln0.weight, self.ln0.bias);
+        let mut x = Residual { x: t.layer_norm(&x, self.ln0.weight, self.ln0.bias), dx: None };
         let mut v_first: Option<Var> = None;
         let mut layers = Vec::with_capacity(self.blocks.len());
         for (i, (block, s)) in self.blocks.iter().zip(&state.layers).enumerate() {
             // Below the lowest trainable parameter there is nothing to go back for.
             let prefix = format!("blocks.{i}.");
             let trainable = || self.params.specs().iter().any(|p| p.trainable && p.name.starts_with(&prefix));
-            let (next_x, next_v, next_s) = if checkpointing && t.is_recording() && (x.needs_grad() || trainable()) {
+            let (next_x, next_v, next_s) = if checkpointing && t.is_recording() && (x.x.needs_grad() || trainable()) {
                 let segments = segments.clone();
-                let mut inputs = vec![&x, &s.att_x, &s.wkv, &s.ffn_x];
+                // One tensor is kept of each block.
+                let whole = x.sum(t);
+                let mut inputs = vec![&whole, &s.att_x, &s.wkv, &s.ffn_x];
                 inputs.extend(v_first.as_ref());
                 let out = t.checkpoint(&inputs, move |t, i| {
                     let s = LayerState { att_x: i[1].clone(), wkv: i[2].clone(), ffn_x: i[3].clone() };
-                    let (x, v, s) = block.forward(t, i[0].clone(), i.get(4), &s, &segments);
-                    vec![x, v, s.att_x, s.wkv, s.ffn_x]
+                    let x = Residual { x: i[0].clone(), dx: None };
+                    let (x, v, s) = block.forward(t, x, i.get(4), &s, &segments);
+                    vec![x.sum(t), v, s.att_x, s.wkv, s.ffn_x]
                 });
                 let [x, v, att_x, wkv, ffn_x] = <[Var; 5]>::try_from(out).unwrap_or_else(|_| unreachable!());
-                (x, v, LayerState { att_x, wkv, ffn_x })
+                (Residual { x, dx: None }, v, LayerState { att_x, wkv, ffn_x })
             } else {
                 block.forward(t, x, v_first.as_ref(), s, segments)
             };
@@ -162,7 +190,8 @@ impl Model {
             (x, v_first) = (next_x, Some(v_first.unwrap_or(next_v)));
             layers.push(next_s);
         }
-        Ok((t.layer_norm(&x, self.ln_out.weight, self.ln_out.bias), State { layers }))
+        let (_, hidden) = x.norm(t, &self.ln_out);
+        Ok((hidden, State { layers }))
     }
 
     /// Logits of hidden vectors: [n, C] to [n, V].

@@ -121,7 +121,7 @@ fn gradients(ctx: &Context, m: &Model, tokens: &[u32], segments: Vec<Segment>, c
     let opts = CrossEntropy { divisor: tokens.len() as f64, l2wrap: true };
     let loss = m.loss(&mut t, &hidden, &targets, None, opts);
     t.backward();
-    (loss.loss, grads.to_vec())
+    (loss.loss(), grads.to_vec())
 }
 
 #[test]
@@ -186,7 +186,7 @@ fn back_propagation_over_segments_is_exact() {
         let (hidden, next) = m.forward(&mut t, p, &segments, &state, false).unwrap();
         let targets: Vec<i32> = p.iter().map(|&t| ((t + 1) % V as u32) as i32).collect();
         let opts = CrossEntropy { divisor: 60.0, l2wrap: true };
-        loss += m.loss(&mut t, &hidden, &targets, None, opts).loss;
+        loss += m.loss(&mut t, &hidden, &targets, None, opts).loss();
         for (v, g) in next.vars().zip(from_future.drain(..)) {
             if let Some(g) = g {
                 v.add_grad(g);

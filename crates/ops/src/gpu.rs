@@ -2,7 +2,7 @@
 
 use crate::{Backward, Param, Segment};
 use anser_tensor::cuda::{Arg, Cuda, DevicePtr};
-use anser_tensor::{Buf, Context, DType};
+use anser_tensor::{Buf, Context};
 use std::sync::Arc;
 
 /// The kernel `base` for activations of the context's type.
@@ -49,11 +49,8 @@ pub(crate) fn channels(c: usize) -> (usize, usize) {
 pub(crate) fn add_param_sums<const K: usize>(
     b: &Backward<'_>, gpu: &Cuda, params: [Param; K], parts: &Buf, count: usize, size: usize,
 ) {
-    for (k, p) in params.into_iter().enumerate() {
-        if let Some(grad) = b.param_grad_ptr(p) {
-            gpu.add_partial_sums(grad, parts.ptr().offset(k * size, DType::F32), count, K * size, size);
-        }
-    }
+    let to = params.map(|p| b.param_grad_ptr(p).unwrap_or(DevicePtr::NULL));
+    gpu.add_partial_sums(to, parts.ptr(), count, size);
 }
 
 /// The segments as the kernels have them: {start, len, state_in, state_out}, -1 for none.

@@ -50,6 +50,7 @@ pub struct ParamSet {
     specs: Vec<ParamSpec>,
     values: Vec<f32>,
     device: Option<Arc<OnDevice>>,
+    layout: Arc<()>,
 }
 
 /// The arena on a GPU: master weights, and a copy in the type of activations if that is not f32.
@@ -128,7 +129,7 @@ impl ParamSet {
             ParamSpec { name, shape, group, range, trainable: true }
         };
         let specs: Vec<ParamSpec> = starts.into_iter().zip(list).map(spec).collect();
-        let set = ParamSet { specs, values: vec![0.0; at], device: None };
+        let set = ParamSet { specs, values: vec![0.0; at], device: None, layout: Arc::default() };
         let handles = (0..set.specs.len()).map(|id| set.handle(id)).collect();
         (set, handles)
     }
@@ -150,6 +151,12 @@ impl ParamSet {
         for s in &mut self.specs {
             s.trainable = f(&s.name);
         }
+        self.layout = Arc::default();
+    }
+
+    /// Stands for the arena's layout and what of it is trainable: a key for tables made from them ([`Context::table`]).
+    pub fn layout(&self) -> &Arc<()> {
+        &self.layout
     }
 
     /// The arena.

@@ -9,7 +9,8 @@ use anser_tensor::cuda::DevicePtr;
 use anser_tensor::{Buf, Context, DType};
 use std::sync::{Arc, Mutex};
 
-type Slot = Arc<Mutex<Option<Buf>>>;
+/// Gradients that several values have in common are shared until one of them is added to.
+type Slot = Arc<Mutex<Option<Arc<Buf>>>>;
 
 /// A value on the tape: a matrix [rows, cols] and, if it needs one, the place of its gradient. Cheap to clone.
 #[derive(Clone)]
@@ -74,23 +75,22 @@ impl Var {
 
     /// Takes the gradient, if one arrived.
     pub fn take_grad(&self) -> Option<Buf> {
-        self.grad.as_ref().and_then(|s| lock(s).take())
+        self.slot().take()
     }
 
     /// Adds `g` to the gradient (nothing happens if none is needed).
-    pub fn add_grad(&self, g: Buf) {
-        let Some(slot) = &self.grad else { return };
-        assert_eq!(g.len(), self.rows * self.cols);
-        let mut slot = lock(slot);
-        match &mut *slot {
-            None => *slot = Some(g),
-            Some(sum) => sum.add(&g),
-        }
+    pub fn add_grad(&self, g: impl Into<Arc<Buf>>) {
+        self.slot().add(g);
     }
 
     /// The gradient slot without the value, for closures that do not need the value: keeping it would keep its memory.
     pub fn slot(&self) -> GradSlot {
         GradSlot(self.grad.clone(), self.rows * self.cols)
+    }
+
+    /// The buffer itself, or a copy of it if somebody else holds it.
+    pub fn into_owned(self) -> Buf {
+        owned(self.value)
     }
 
     /// The buffer itself, if nobody else holds it.
@@ -117,22 +117,50 @@ impl GradSlot {
 
     /// Takes the gradient, if one arrived.
     pub fn take(&self) -> Option<Buf> {
+        self.take_shared().map(owned)
+    }
+
+    /// Takes the gradient, if one arrived, to read it: other values may have the same.
+    pub fn take_shared(&self) -> Option<Arc<Buf>> {
         self.0.as_ref().and_then(|s| lock(s).take())
     }
 
     /// Adds `g` to the gradient (nothing happens if none is wanted).
-    pub fn add(&self, g: Buf) {
+    pub fn add(&self, g: impl Into<Arc<Buf>>) {
         let Some(slot) = &self.0 else { return };
+        let g = g.into();
         assert_eq!(g.len(), self.1);
         let mut slot = lock(slot);
-        match &mut *slot {
-            None => *slot = Some(g),
-            Some(sum) => sum.add(&g),
-        }
+        *slot = Some(match slot.take() {
+            None => g,
+            Some(sum) => {
+                let mut sum = owned(sum);
+                sum.add(&g);
+                sum.into()
+            }
+        });
+    }
+
+    /// Lets `f(buffer, add)` write a gradient of activations into a new buffer, or add it to what has arrived so far: one pass
+    /// less than [`GradSlot::add`]. Nothing happens if none is wanted.
+    pub fn accumulate(&self, ctx: &Context, f: impl FnOnce(&Buf, bool)) {
+        let Some(slot) = &self.0 else { return };
+        let mut slot = lock(slot);
+        let (g, add) = match slot.take() {
+            None => (ctx.alloc(self.1), false),
+            Some(sum) => (owned(sum), true),
+        };
+        f(&g, add);
+        *slot = Some(g.into());
     }
 }
 
-fn lock(slot: &Slot) -> std::sync::MutexGuard<'_, Option<Buf>> {
+/// The buffer, or a copy of it if it is shared.
+fn owned(b: Arc<Buf>) -> Buf {
+    Arc::try_unwrap(b).unwrap_or_else(|b| b.duplicate())
+}
+
+fn lock(slot: &Slot) -> std::sync::MutexGuard<'_, Option<Arc<Buf>>> {
     slot.lock().unwrap_or_else(|e| e.into_inner())
 }
 
@@ -271,7 +299,7 @@ impl<'p> Tape<'p> {
         let outputs: Vec<Var> = plain.iter().map(Var::detached).collect();
         let slots: Vec<GradSlot> = outputs.iter().map(Var::slot).collect();
         self.record(move |b| {
-            let grads: Vec<Option<Buf>> = slots.iter().map(GradSlot::take).collect();
+            let grads: Vec<Option<Arc<Buf>>> = slots.iter().map(GradSlot::take_shared).collect();
             if grads.iter().all(Option::is_none) {
                 return;
             }
@@ -285,7 +313,7 @@ impl<'p> Tape<'p> {
             }
             tape.backward();
             for (leaf, v) in leaves.iter().zip(&inputs) {
-                if let Some(g) = leaf.take_grad() {
+                if let Some(g) = leaf.slot().take_shared() {
                     v.add_grad(g);
                 }
             }

@@ -126,7 +126,12 @@ fn elementwise_operations() {
             let y = t.layer_norm(&x[0], p[0], p[1]);
             vec![t.add(y, &x[0])]
         });
-        check("relu_squared", &[Leaf(ROWS, c, 2.0, Act)], &[], |t, x, _| vec![t.relu_squared(&x[0])]);
+        let two: [Leaf; 2] = std::array::from_fn(|_| Leaf(ROWS, c, 2.0, Act));
+        check("add_norm", &two, &[(1, c), (1, c)], |t, x, p| {
+            let (x, y) = t.add_norm(x[0].clone(), &x[1], p[0], p[1]);
+            vec![x, y]
+        });
+        check("relu_squared", &[Leaf(ROWS, c, 2.0, Act)], &[], |t, x, _| vec![t.relu_squared(x[0].clone())]);
         let three: [Leaf; 3] = std::array::from_fn(|_| Leaf(ROWS, c, 2.0, Act));
         check("value_residual", &three, &[], |t, x, _| vec![t.value_residual(&x[0], &x[1], &x[2])]);
     }
@@ -202,12 +207,17 @@ fn embedding_and_cross_entropy() {
         let targets: Vec<i32> = (0..ROWS as i32).map(|i| if i % 7 == 0 { -1 } else { i * 5 % vocab as i32 }).collect();
         let weights: Vec<f32> = (0..ROWS).map(|i| i as f32 / 64.0).collect();
         for (l2wrap, weights) in [(false, None), (true, Some(&weights[..]))] {
+            let total = std::cell::Cell::new(0.0);
             check("cross_entropy", &[Leaf(ROWS, c, 1.0, Kind::Act)], &[(vocab as usize, c)], |t, x, p| {
                 let opts = CrossEntropy { divisor: 64.0, l2wrap };
                 let loss = t.cross_entropy(&x[0], &Weight::OutIn(p[0]), &targets, weights, opts);
                 let ctx = t.ctx();
                 let mut b = ctx.alloc_f32(ROWS);
-                b.copy_from(&loss.per_token);
+                b.copy_from(&loss.per_token());
+                total.set(loss.loss());
+                let row = |(l, i): (f32, usize)| l as f64 * weights.map_or(1.0, |w| w[i] as f64);
+                let sum: f64 = loss.per_token().into_iter().zip(0..).map(row).sum();
+                assert!((total.get() - sum / 64.0).abs() <= 1e-12 * sum);
                 vec![Var::constant(ROWS, 1, b)]
             });
         }
@@ -306,6 +316,20 @@ fn wkv7_in_chunks() {
             let table: Vec<String> = names.iter().zip(&errors).map(|(n, e)| format!("{n} {e:.1e}")).collect();
             println!("wkv7 in chunks, head size {n}, repeated keys {repeated}: {}", table.join(", "));
             assert!(errors.iter().all(|e| *e <= 5e-3));
+            // Without gradients, in f16 too.
+            for (dtype, tolerance) in [(DType::BF16, 5e-3), (DType::F16, 8e-4)] {
+                let ctx = Context::with_activations(Device::Cuda(0), dtype, 1).unwrap();
+                let set = ParamSet::default();
+                let vars: Vec<Var> = inputs.iter().map(|x| Var::constant(rows, c, ctx.copy_of(x))).collect();
+                let mut start = ctx.alloc_f32(4 * c * n);
+                start.copy_from(&noise(4 * c * n, 5, 1.0));
+                let x = Wkv7Inputs { r: &vars[0], w: &vars[1], k: &vars[2], v: &vars[3], a: &vars[4], b: &vars[5] };
+                let state = Var::constant(4, c * n, start);
+                let (y, new) = Tape::inference(&ctx, &set).wkv7(x, &state, &segments, heads);
+                let errors = [error(&y.to_vec(), &want[0]), error(&new.to_vec(), &want[1])];
+                println!("wkv7 in chunks, {dtype}, without gradients: y {:.1e}, state {:.1e}", errors[0], errors[1]);
+                assert!(errors.iter().all(|e| *e <= tolerance));
+            }
         }
     }
 }

@@ -178,6 +178,18 @@ impl Buf {
         }
     }
 
+    /// The f64 that kernels wrote into a buffer of f32, each in the room of two; waits for the device. Empty in a forecast and on the CPU.
+    pub fn to_f64(&self) -> Vec<f64> {
+        match (&self.data, &self.pool.cuda) {
+            (Data::Device(p), Some(cuda)) => {
+                let mut raw = vec![0u8; self.bytes()];
+                cuda.download(*p, &mut raw);
+                raw.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
     /// Adds the values of `other`, of the same length and type.
     pub fn add(&mut self, other: &Buf) {
         assert!(self.len == other.len && self.dtype == other.dtype);

@@ -92,9 +92,15 @@ impl Context {
         Context::with(Device::Cpu, DType::F32, Pool::new(false, None), threads)
     }
 
-    /// A context that allocates nothing and computes nothing: run a step in it and read [`Context::memory`].
+    /// A CPU context that allocates nothing and computes nothing: run a step in it and read [`Context::memory`].
     pub fn forecast() -> Context {
         Context::with(Device::Cpu, DType::F32, Pool::new(true, None), 1)
+    }
+
+    /// A forecast of what work in this context takes: the same device and types, nothing allocated and nothing computed.
+    pub fn dry(&self) -> Context {
+        let cuda = self.cuda().map(|c| Arc::new(Cuda::dry(c.info().clone())));
+        Context::with(self.device(), self.dtype(), Pool::new(true, cuda), 1)
     }
 
     fn with(device: Device, dtype: DType, pool: Arc<Pool>, threads: usize) -> Context {
@@ -106,7 +112,7 @@ impl Context {
         self.0.device
     }
 
-    /// The GPU, if this is one.
+    /// The GPU, if this is one; in a forecast of one it does nothing.
     pub fn cuda(&self) -> Option<&Cuda> {
         self.0.pool.cuda().map(|c| &**c)
     }

@@ -2,9 +2,19 @@
 // elements that lie in one tensor; starts are multiples of 8 (every tensor's size is), given in units of 8.
 #include "common.cuh"
 
+// What was found about the gradients.
+struct Verdict {
+    double norm;
+    float scale; // what clipping multiplies them by
+    int finite;
+};
+
+// Gradients are cleared for the next step; if their norm is not finite, nothing is touched.
 template <class T>
-__device__ void adamw(float* p, T* rounded, const float* g, float* m, float* v, const int* pieces, float b1, float b2, float n1,
-                      float n2, float root, float eps, float scale, float keep, float rate, float rate2) {
+__device__ void adamw(float* p, T* rounded, float* g, float* m, float* v, const int* pieces, const Verdict* verdict, float b1,
+                      float b2, float n1, float n2, float root, float eps, float keep, float rate, float rate2) {
+    if (!verdict->finite) return;
+    const float scale = verdict->scale;
     const size_t start = size_t(pieces[blockIdx.x * 3]) * 8;
     const int len = pieces[blockIdx.x * 3 + 1], group = pieces[blockIdx.x * 3 + 2];
     if (group != 0) keep = 1.f;
@@ -22,25 +32,48 @@ __device__ void adamw(float* p, T* rounded, const float* g, float* m, float* v, 
         store(p + at, pp);
         store(m + at, mm);
         store(v + at, vv);
+        store(g + at, zeros());
         if (rounded) store(rounded + at, pp);
     }
 }
 
 #define ADAMW(T, name)                                                                                                        \
-    extern "C" __global__ void adamw_##name(float* p, T* rounded, const float* g, float* m, float* v, const int* pieces,      \
-        float b1, float b2, float n1, float n2, float root, float eps, float scale, float keep, float rate, float rate2) {    \
-        adamw(p, rounded, g, m, v, pieces, b1, b2, n1, n2, root, eps, scale, keep, rate, rate2);                              \
+    extern "C" __global__ void __launch_bounds__(256) adamw_##name(float* p, T* rounded, float* g, float* m, float* v,        \
+        const int* pieces, const Verdict* verdict, float b1, float b2, float n1, float n2, float root, float eps, float keep, \
+        float rate, float rate2) {                                                                                            \
+        adamw(p, rounded, g, m, v, pieces, verdict, b1, b2, n1, n2, root, eps, keep, rate, rate2);                            \
     }
 FOR_EACH_TYPE(ADAMW)
 
-extern "C" __global__ void sum_of_squares(const float* g, const int* pieces, float* sums) {
-    const size_t start = size_t(pieces[blockIdx.x * 2]) * 8;
-    const int len = pieces[blockIdx.x * 2 + 1];
-    float s = 0.f;
+// Sum over a block in a fixed order; the first thread gets it. A power of two of threads, at most 1024.
+__device__ double sum_of_block(double s) {
+    __shared__ double sums[1024];
+    sums[threadIdx.x] = s;
+    for (int n = blockDim.x / 2; n; n >>= 1) {
+        __syncthreads();
+        if (threadIdx.x < n) sums[threadIdx.x] += sums[threadIdx.x + n];
+    }
+    return sums[0];
+}
+
+// Sum of the squares of each piece.
+extern "C" __global__ void __launch_bounds__(256) sums_of_squares(const float* g, const int* pieces, double* sums) {
+    const size_t start = size_t(pieces[blockIdx.x * 3]) * 8;
+    const int len = pieces[blockIdx.x * 3 + 1];
+    double s = 0.;
+#pragma unroll 4
     for (int i = threadIdx.x * 8; i < len; i += blockDim.x * 8) {
         const Vec x = load(g + start + i);
-        for (int j = 0; j < 8; j++) s += x[j] * x[j];
+        for (int j = 0; j < 8; j++) s += double(x[j]) * double(x[j]);
     }
-    s = block_sum(s);
+    s = sum_of_block(s);
     if (threadIdx.x == 0) sums[blockIdx.x] = s;
+}
+
+// One block: the norm from the sums of `count` pieces, and the scale that makes it at most `limit` (0: no limit).
+extern "C" __global__ void __launch_bounds__(1024) verdict(const double* sums, int count, float limit, Verdict* out) {
+    double s = 0.;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) s += sums[i];
+    s = sqrt(sum_of_block(s));
+    if (threadIdx.x == 0) *out = {s, limit > 0.f ? float(fmin(1., double(limit) / (s + 1e-6))) : 1.f, int(isfinite(s))};
 }

@@ -11,7 +11,7 @@ mod trainer;
 mod trajectory;
 
 pub use config::{BpttMode, DataConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig};
-pub use optim::{AdamW, Hyper, clip, grad_norm};
+pub use optim::{AdamW, GradNorm, Hyper};
 pub use plot::loss_curve;
 pub use run::{Event, Summary, run, write_text};
 pub use schedule::Schedule;

@@ -1,7 +1,7 @@
 //! AdamW over the flat arenas: one pass over values, gradients and both moments.
 
 use anser_ops::{Group, ParamSet};
-use anser_tensor::cuda::{Arg, Module};
+use anser_tensor::cuda::{Arg, DevicePtr, Module};
 use anser_tensor::{Buf, Context, DisjointMut, simd::vectorize};
 use std::ops::Range;
 
@@ -46,40 +46,55 @@ fn pieces(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     range.step_by(PIECE).map(move |i| i..end.min(i + PIECE))
 }
 
+/// All trainable parameters in pieces that lie in one parameter.
+fn tasks(params: &ParamSet) -> impl Iterator<Item = (Range<usize>, Group)> {
+    params.specs().iter().filter(|s| s.trainable).flat_map(|s| pieces(s.range.clone()).map(|r| (r, s.group)))
+}
+
+/// The tasks as the kernels have them: {start / 8, length, group}; and how many there are. Made once for a set of trainable parameters.
+fn table(ctx: &Context, params: &ParamSet) -> (DevicePtr, usize) {
+    let words = |(r, g): (Range<usize>, Group)| [(r.start / 8) as i32, r.len() as i32, g as i32];
+    (ctx.table(params.layout(), "optimiser", || tasks(params).flat_map(words).collect()), tasks(params).count())
+}
+
 impl AdamW {
     /// Zero moments for an arena of `len` parameters.
     pub fn new(ctx: &Context, len: usize) -> AdamW {
         AdamW { m: ctx.zeros_f32(len), v: ctx.zeros_f32(len), steps: 0 }
     }
 
-    /// One step with learning rate `lr` (2x for the `Double` group), gradients multiplied by `scale` (clipping). Frozen
-    /// parameters and their moments stay as they are.
-    pub fn step(&mut self, ctx: &Context, params: &mut ParamSet, grads: &Buf, hyper: Hyper, lr: f64, scale: f64) {
+    /// One step with learning rate `lr` (2x for the `Double` group), gradients multiplied by what `norm` says (clipping). Frozen
+    /// parameters and their moments stay as they are; so does everything if the norm is not finite, but for the number of steps,
+    /// which on a GPU is counted before the norm is known. A GPU leaves zeros in `grads`.
+    pub fn step(
+        &mut self, ctx: &Context, params: &mut ParamSet, grads: &mut Buf, hyper: Hyper, lr: f64, norm: &GradNorm,
+    ) {
         assert!(grads.len() == self.m.len() && params.values().len() == self.m.len());
         self.steps += 1;
-        let mut tasks = Vec::new();
-        for s in params.specs().iter().filter(|s| s.trainable) {
-            tasks.extend(pieces(s.range.clone()).map(|r| (r, s.group)));
-        }
         let t = self.steps.min(i32::MAX as u64) as i32;
         let (b1, b2) = (hyper.beta1 as f32, hyper.beta2 as f32);
         let (n1, n2) = ((1.0 - hyper.beta1) as f32, (1.0 - hyper.beta2) as f32);
         let root = (1.0 / (1.0 - hyper.beta2.powi(t)).sqrt()) as f32;
-        let (eps, scale) = (hyper.eps as f32, scale as f32);
-        if let Some(gpu) = ctx.cuda() {
-            let rate = |lr: f64| Arg::F32((lr / (1.0 - hyper.beta1.powi(t))) as f32);
-            let keep = Arg::F32((1.0 - lr * hyper.weight_decay) as f32);
-            let words: Vec<i32> =
-                tasks.iter().flat_map(|(r, g)| [(r.start / 8) as i32, r.len() as i32, *g as i32]).collect();
-            let Some(table) = ctx.upload_i32(&words) else { return };
-            let (master, rounded) = params.arenas();
-            let mut args = vec![Arg::Ptr(master), Arg::Ptr(rounded)];
-            args.extend([grads, &self.m, &self.v, &table].map(|b| Arg::Ptr(b.ptr())));
-            args.extend([b1, b2, n1, n2, root, eps, scale].map(Arg::F32));
-            args.extend([keep, rate(lr), rate(2.0 * lr)]);
-            let name = format!("adamw_{}", ctx.dtype());
-            return gpu.launch(&KERNELS, &name, [tasks.len(), 1, 1], [256, 1, 1], &args);
-        }
+        let eps = hyper.eps as f32;
+        let scale = match &norm.0 {
+            Place::Host { norm, .. } if !norm.is_finite() => return,
+            Place::Host { scale, .. } => *scale as f32,
+            Place::Device(verdict) => {
+                let Some(gpu) = ctx.cuda() else { return };
+                let rate = |lr: f64| Arg::F32((lr / (1.0 - hyper.beta1.powi(t))) as f32);
+                let keep = Arg::F32((1.0 - lr * hyper.weight_decay) as f32);
+                let (table, count) = table(ctx, params);
+                let (master, rounded) = params.arenas();
+                let mut args = vec![Arg::Ptr(master), Arg::Ptr(rounded)];
+                args.extend([grads, &self.m, &self.v].map(|b| Arg::Ptr(b.ptr())));
+                args.extend([table, verdict.ptr()].map(Arg::Ptr));
+                args.extend([b1, b2, n1, n2, root, eps].map(Arg::F32));
+                args.extend([keep, rate(lr), rate(2.0 * lr)]);
+                let name = format!("adamw_{}", ctx.dtype());
+                return gpu.launch(&KERNELS, &name, [count, 1, 1], [256, 1, 1], &args);
+            }
+        };
+        let tasks: Vec<_> = tasks(params).collect();
         let (values, ms, vs) =
             (DisjointMut::new(params.values_mut()), DisjointMut::new(&mut self.m), DisjointMut::new(&mut self.v));
         ctx.threads().run(tasks.len(), |i| {
@@ -106,36 +121,57 @@ impl AdamW {
     }
 }
 
-/// Euclidean norm of the gradients of all trainable parameters, in f64 over fixed pieces in order.
-pub fn grad_norm(ctx: &Context, params: &ParamSet, grads: &Buf) -> f64 {
-    let tasks: Vec<_> = params.specs().iter().filter(|s| s.trainable).flat_map(|s| pieces(s.range.clone())).collect();
-    let mut sums = vec![0f64; tasks.len()];
-    if let Some(gpu) = ctx.cuda() {
-        let words: Vec<i32> = tasks.iter().flat_map(|r| [(r.start / 8) as i32, r.len() as i32]).collect();
-        let Some(table) = ctx.upload_i32(&words) else { return 0.0 };
-        let parts = ctx.alloc_f32(tasks.len());
-        let args = [grads.ptr().into(), table.ptr().into(), parts.ptr().into()];
-        gpu.launch(&KERNELS, "sum_of_squares", [tasks.len(), 1, 1], [256, 1, 1], &args);
-        return parts.to_vec().iter().map(|&s| s as f64).sum::<f64>().sqrt();
-    }
-    let shared = DisjointMut::new(&mut sums);
-    ctx.threads().run(tasks.len(), |i| {
-        let mut parts = [0f64; 8];
-        for c in grads[tasks[i].clone()].chunks(8) {
-            for (p, &g) in parts.iter_mut().zip(c) {
-                *p += g as f64 * g as f64;
-            }
-        }
-        // SAFETY: every task has its own sum.
-        let sum = unsafe { shared.get(i..i + 1) };
-        sum[0] = parts.iter().sum();
-    });
-    sums.iter().sum::<f64>().sqrt()
+/// Euclidean norm of the gradients of all trainable parameters, in f64 over fixed pieces in order, and what clipping multiplies them
+/// by. On a GPU both stay there until they are asked for, so that the optimiser's step waits for nobody.
+pub struct GradNorm(Place);
+
+enum Place {
+    Host {
+        norm: f64,
+        scale: f64,
+    },
+    /// {norm as f64, scale as f32, whether the norm is finite as an int}.
+    Device(Buf),
 }
 
-/// What gradients of norm `norm` are multiplied by so that the norm is at most `max` (0: no limit).
-pub fn clip(norm: f64, max: f64) -> f64 {
-    if max > 0.0 { (max / (norm + 1e-6)).min(1.0) } else { 1.0 }
+impl GradNorm {
+    /// Measures `grads`; clipping makes the norm at most `max` (0: no limit).
+    pub fn new(ctx: &Context, params: &ParamSet, grads: &Buf, max: f64) -> GradNorm {
+        if let Some(gpu) = ctx.cuda() {
+            let (table, count) = table(ctx, params);
+            let (parts, verdict) = (ctx.alloc_f32(2 * count), ctx.alloc_f32(4));
+            let args = [grads.ptr(), table, parts.ptr()].map(Arg::Ptr);
+            gpu.launch(&KERNELS, "sums_of_squares", [count, 1, 1], [256, 1, 1], &args);
+            let args = [parts.ptr().into(), (count as i32).into(), (max as f32).into(), verdict.ptr().into()];
+            gpu.launch(&KERNELS, "verdict", [1, 1, 1], [1024, 1, 1], &args);
+            return GradNorm(Place::Device(verdict));
+        }
+        let tasks: Vec<_> = tasks(params).collect();
+        let mut sums = vec![0f64; tasks.len()];
+        let shared = DisjointMut::new(&mut sums);
+        ctx.threads().run(tasks.len(), |i| {
+            let mut parts = [0f64; 8];
+            for c in grads[tasks[i].0.clone()].chunks(8) {
+                for (p, &g) in parts.iter_mut().zip(c) {
+                    *p += g as f64 * g as f64;
+                }
+            }
+            // SAFETY: every task has its own sum.
+            let sum = unsafe { shared.get(i..i + 1) };
+            sum[0] = parts.iter().sum();
+        });
+        let norm = sums.iter().sum::<f64>().sqrt();
+        let scale = if max > 0.0 { (max / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        GradNorm(Place::Host { norm, scale })
+    }
+
+    /// The norm before clipping; waits for the device.
+    pub fn norm(&self) -> f64 {
+        match &self.0 {
+            Place::Host { norm, .. } => *norm,
+            Place::Device(verdict) => verdict.to_f64().first().copied().unwrap_or(0.0),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -168,17 +204,18 @@ mod tests {
         let run = |threads| {
             let (ctx, mut p) = (Context::cpu(threads), set());
             let mut adam = AdamW::new(&ctx, 120_000);
-            let norm = grad_norm(&ctx, &p, &ctx.copy_of(&grads));
+            let mut grads = ctx.copy_of(&grads);
+            let norm = GradNorm::new(&ctx, &p, &grads, 1.0);
             for _ in 0..3 {
-                adam.step(&ctx, &mut p, &ctx.copy_of(&grads), hyper, 1e-2, clip(norm, 1.0));
+                adam.step(&ctx, &mut p, &mut grads, hyper, 1e-2, &norm);
             }
-            (p, norm)
+            (p, norm.norm())
         };
         let (p, norm) = run(2);
         assert!(p.values() == run(1).0.values() && norm == run(3).1);
         let exact = grads.iter().map(|&g| (g as f64).powi(2)).sum::<f64>().sqrt();
-        assert!((norm / exact - 1.0).abs() < 1e-12 && (clip(norm, 1.0) * norm - 1.0).abs() < 1e-6);
-        assert_eq!((clip(0.5, 1.0), clip(100.0, 0.0)), (1.0, 1.0));
+        assert!((norm / exact - 1.0).abs() < 1e-12);
+        let clip = |norm: f64| 1.0 / (norm + 1e-6);
         let start = set();
         for s in p.specs() {
             let (lr, wd) = match s.group {
@@ -187,7 +224,7 @@ mod tests {
                 Group::Plain => (1e-2, 0.0),
             };
             for i in [s.range.start, s.range.end - 1] {
-                let g = grads[i] as f64 * clip(norm, 1.0);
+                let g = grads[i] as f64 * clip(norm);
                 let want = reference(start.values()[i] as f64, g, lr, wd, hyper, 3);
                 assert!((p.values()[i] as f64 - want).abs() < 1e-6, "{} {} {want}", s.name, p.values()[i]);
             }
@@ -198,9 +235,10 @@ mod tests {
     fn frozen_parameters_stay() {
         let (ctx, mut p) = (Context::cpu(1), set());
         p.set_trainable(|n| n != "b");
-        let grads = ctx.copy_of(&[1.0; 120_000]);
-        assert!((grad_norm(&ctx, &p, &grads) - 80_000f64.sqrt()).abs() < 1e-9);
-        AdamW::new(&ctx, 120_000).step(&ctx, &mut p, &grads, Hyper::default(), 1e-2, 1.0);
+        let mut grads = ctx.copy_of(&[1.0; 120_000]);
+        let norm = GradNorm::new(&ctx, &p, &grads, 0.0);
+        assert!((norm.norm() - 80_000f64.sqrt()).abs() < 1e-9);
+        AdamW::new(&ctx, 120_000).step(&ctx, &mut p, &mut grads, Hyper::default(), 1e-2, &norm);
         let start = set();
         for s in p.specs() {
             let same = p.values()[s.range.clone()] == start.values()[s.range.clone()];

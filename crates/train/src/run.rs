@@ -145,17 +145,12 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
         n => n.min(config.train.rows),
     };
     let needed = trainer.forecast(micro)?;
-    // Weights, gradients and moments are there already.
-    let resident = 4 * 4 * trainer.model().params().values().len();
     let advice = match () {
         _ if micro > 1 => "set train.micro_rows to fewer rows",
         _ if !config.train.checkpointing => "set train.checkpointing = true",
         _ => "set train.bptt to a piece of the row, or train.ctx lower",
     };
-    // The forecast is of the CPU's plan; a GPU says at the first step that its memory doesn't suffice.
-    if ctx.cuda().is_none() {
-        check_memory(needed, resident, advice)?;
-    }
+    check_memory(needed, trainer.resident(), available(ctx), advice)?;
 
     let peak = bench::gemm_peak(ctx);
     let per_step = (config.train.rows * config.train.ctx) as f64;
@@ -261,9 +256,14 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
     })
 }
 
-/// An error if `needed` bytes, of which `present` are taken already, are more than there are.
-fn check_memory(needed: usize, present: usize, advice: &'static str) -> Result<(), Error> {
-    match memory::available() {
+/// Free memory of the device.
+fn available(ctx: &Context) -> Option<u64> {
+    ctx.cuda().map_or_else(memory::available, |gpu| Some(gpu.free_memory() as u64))
+}
+
+/// An error if `needed` bytes, of which `present` are taken already, are more than those and what is `available`.
+fn check_memory(needed: usize, present: usize, available: Option<u64>, advice: &'static str) -> Result<(), Error> {
+    match available {
         Some(available) if needed.saturating_sub(present) as u64 > available => {
             Err(Error::Memory { needed: needed as u64 >> 20, available: (available + present as u64) >> 20, advice })
         }
@@ -337,7 +337,7 @@ fn tokens(config: &RunConfig) -> Result<(Tokens, Option<Tokenizer>), Error> {
 fn model(ctx: &Context, config: &RunConfig, tokenizer: Option<&Tokenizer>) -> Result<Model, Error> {
     let m = &config.model;
     // Weights, gradients and two moments in f32, before any of them is made.
-    let fits = |dims: &Config| check_memory(4 * 4 * dims.parameters(), 0, "train a smaller model");
+    let fits = |dims: &Config| check_memory(4 * 4 * dims.parameters(), 0, available(ctx), "train a smaller model");
     if !m.load.as_os_str().is_empty() {
         let file = Checkpoint::open(&m.load)?;
         fits(&Config::from_checkpoint(&file)?)?;

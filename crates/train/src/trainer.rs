@@ -1,9 +1,9 @@
-use crate::{AdamW, Error, Hyper, Schedule, clip, grad_norm};
+use crate::{AdamW, Error, GradNorm, Hyper, Schedule};
 use anser_data::Batch;
 use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
 use anser_model::{Config, Load, Model, State};
-use anser_ops::{CrossEntropy, Segment, Tape, batch};
-use anser_tensor::{Buf, Context};
+use anser_ops::{CrossEntropy, Loss, Segment, Tape, batch};
+use anser_tensor::{Buf, Context, DType};
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -68,6 +68,8 @@ pub struct Trainer {
     model: Model,
     adam: AdamW,
     grads: Buf,
+    /// Whether there may be something in `grads`.
+    used: bool,
     settings: Settings,
     metadata: BTreeMap<String, String>,
 }
@@ -130,6 +132,7 @@ impl Trainer {
             model,
             adam: AdamW::new(ctx, n),
             grads: ctx.zeros_f32(n),
+            used: false,
             settings,
             metadata: BTreeMap::new(),
         }
@@ -162,15 +165,23 @@ impl Trainer {
     pub fn step(&mut self, micro: &[Batch]) -> Result<StepInfo, Error> {
         let targets: usize = micro.iter().flat_map(|b| &b.targets).filter(|t| **t >= 0).count();
         let opts = CrossEntropy { divisor: targets.max(1) as f64, l2wrap: self.settings.l2wrap };
-        self.grads.clear();
-        let mut loss = 0.0;
-        for b in micro {
-            loss += self.back_propagate(b, opts)?;
+        if self.used {
+            self.grads.clear();
         }
-        let step = self.adam.steps;
+        self.used = true;
+        let mut losses = Vec::new();
+        for b in micro {
+            self.back_propagate(b, opts, &mut losses)?;
+        }
+        let (step, settings) = (self.adam.steps, self.settings);
+        let lr = settings.schedule.at(step);
+        let norm = GradNorm::new(&self.ctx, self.model.params(), &self.grads, settings.grad_clip);
+        self.adam.step(&self.ctx, self.model.params_mut(), &mut self.grads, settings.hyper, lr, &norm);
+        // All work is under way; here the device is waited for.
+        let (norm, loss) = (norm.norm(), losses.iter().map(Loss::loss).sum::<f64>());
         self.ctx.check()?;
-        let norm = grad_norm(&self.ctx, self.model.params(), &self.grads);
         if !(loss.is_finite() && norm.is_finite()) {
+            self.adam.steps = step;
             let grads = self.grads.to_vec();
             let bad = |s: &&anser_model::ParamSpec| grads[s.range.clone()].iter().any(|g| !g.is_finite());
             let what = match self.model.params().specs().iter().find(bad) {
@@ -179,23 +190,21 @@ impl Trainer {
             };
             return Err(Error::NotFinite { step, what });
         }
-        let lr = self.settings.schedule.at(step);
-        let scale = clip(norm, self.settings.grad_clip);
-        self.adam.step(&self.ctx, self.model.params_mut(), &self.grads, self.settings.hyper, lr, scale);
+        // A GPU's optimiser cleared them.
+        self.used = self.ctx.cuda().is_none();
         Ok(StepInfo { step, loss, lr, grad_norm: norm })
     }
 
-    /// Adds the gradients of a micro-batch; its part of the loss.
-    fn back_propagate(&mut self, b: &Batch, opts: CrossEntropy) -> Result<f64, Error> {
+    /// Adds the gradients of a micro-batch, and its parts of the loss to `losses`.
+    fn back_propagate(&mut self, b: &Batch, opts: CrossEntropy, losses: &mut Vec<Loss>) -> Result<(), Error> {
         let Settings { ctx: t, checkpointing, bptt, .. } = self.settings;
         let pieces = pieces(b, t, bptt.piece(t));
         let slots = if pieces.len() > 1 { b.len(t) } else { 0 };
         let mut state = State::zeros(&self.ctx, self.model.config(), slots);
-        let mut loss = 0.0;
         let mut record = |piece: &Piece, state: &State, from_next: Vec<Option<Buf>>| -> Result<State, Error> {
             let mut tape = Tape::recording(&self.ctx, self.model.params(), &mut self.grads);
             let (hidden, next) = self.model.forward(&mut tape, &piece.tokens, &piece.segments, state, checkpointing)?;
-            loss += self.model.loss(&mut tape, &hidden, &piece.targets, None, opts).loss;
+            losses.push(self.model.loss(&mut tape, &hidden, &piece.targets, None, opts));
             for (v, g) in next.vars().zip(from_next) {
                 g.into_iter().for_each(|g| v.add_grad(g));
             }
@@ -208,7 +217,7 @@ impl Trainer {
             for piece in &pieces {
                 state = record(piece, &state, Vec::new())?;
             }
-            return Ok(loss);
+            return Ok(());
         }
         let mut states = vec![state];
         for piece in &pieces[..pieces.len().saturating_sub(1)] {
@@ -223,7 +232,7 @@ impl Trainer {
             record(piece, &state, from_next)?;
             from_next = state.vars().map(|v| v.take_grad()).collect();
         }
-        Ok(loss)
+        Ok(())
     }
 
     /// Mean cross entropy on a batch without training on it.
@@ -240,7 +249,7 @@ impl Trainer {
                 let mut tape = Tape::inference(&self.ctx, self.model.params());
                 let state = State::zeros(&self.ctx, self.model.config(), 0);
                 let (hidden, _) = self.model.forward(&mut tape, &piece.tokens, &piece.segments, &state, false)?;
-                loss += self.model.loss(&mut tape, &hidden, &piece.targets, None, opts).loss;
+                loss += self.model.loss(&mut tape, &hidden, &piece.targets, None, opts).loss();
             }
         }
         Ok(loss)
@@ -251,7 +260,7 @@ impl Trainer {
     /// # Errors
     /// Never for a model that exists; the forward pass checks tokens.
     pub fn forecast(&self, rows: usize) -> Result<usize, Error> {
-        let dry = Context::forecast();
+        let dry = self.ctx.dry();
         let (t, piece) = (self.settings.ctx, self.settings.bptt.piece(self.settings.ctx));
         let n = rows * piece;
         let cut = piece < t;
@@ -260,12 +269,19 @@ impl Trainer {
         let mut tape = Tape::recording(&dry, self.model.params(), &mut none);
         let state = State::zeros(&dry, self.model.config(), if cut { rows } else { 0 });
         let (hidden, _) = self.model.forward(&mut tape, &vec![0; n], &segments, &state, self.settings.checkpointing)?;
-        self.model.loss(&mut tape, &hidden, &vec![0; n], None, CrossEntropy { divisor: 1.0, l2wrap: false });
+        let opts = CrossEntropy { divisor: 1.0, l2wrap: false };
+        let _kept = self.model.loss(&mut tape, &hidden, &vec![0; n], None, opts);
         drop(hidden);
         tape.backward();
         // Exact back-propagation keeps the states between the pieces.
         let states = if cut { t.div_ceil(piece) * rows * self.model.config().state_len() * 4 } else { 0 };
-        Ok(4 * 4 * self.grads.len() + dry.memory().peak + states)
+        Ok(self.resident() + dry.memory().peak + states)
+    }
+
+    /// Bytes of parameters, gradients and moments, which are there already.
+    pub fn resident(&self) -> usize {
+        let rounded = if self.ctx.dtype() == DType::F32 { 0 } else { self.ctx.dtype().size() };
+        (4 * 4 + rounded) * self.grads.len()
     }
 
     /// Notes something that is written into the metadata of checkpoints and models, and is there again after [`Trainer::resume`].

@@ -1,4 +1,4 @@
-use crate::{AdamW, Hyper, Schedule, clip, grad_norm};
+use crate::{AdamW, GradNorm, Hyper, Schedule};
 use anser_model::{Error, Model, State};
 use anser_ops::{CrossEntropy, Segment, Tape, batch};
 use anser_tensor::Context;
@@ -41,12 +41,12 @@ pub fn trajectory(
         let (hidden, _) = model.forward(&mut tape, &inputs, &segments, &state, false)?;
         let loss = model.loss(&mut tape, &hidden, &targets, None, CrossEntropy { divisor: (b * t) as f64, l2wrap });
         tape.backward();
-        let norm = grad_norm(ctx, model.params(), &grads);
+        let norm = GradNorm::new(ctx, model.params(), &grads, grad_clip);
         let lr = schedule.at(step as u64);
-        adam.step(ctx, model.params_mut(), &grads, hyper, lr, clip(norm, grad_clip));
-        out.losses.push(loss.loss);
+        adam.step(ctx, model.params_mut(), &mut grads, hyper, lr, &norm);
+        out.losses.push(loss.loss());
         out.lrs.push(lr);
-        out.grad_norms.push(norm);
+        out.grad_norms.push(norm.norm());
     }
     model.params_mut().to_host();
     Ok(out)

@@ -1,8 +1,10 @@
 use crate::global::Global;
 use anser_eval::bench;
+use anser_eval::profile::{chrome_trace, table};
 use anser_tokenizer::Tokenizer;
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use serde_json::json;
+use std::path::PathBuf;
 
 /// Measures speed, beside what limits it on this machine
 #[derive(clap::Args)]
@@ -33,6 +35,9 @@ enum What {
         /// Steps measured
         #[arg(long, default_value_t = 10)]
         steps: usize,
+        /// Times every launch on the GPU in one more step: a table on stderr, and this file as a trace for Chrome or Perfetto
+        #[arg(long)]
+        profile: Option<PathBuf>,
     },
     /// WKV-7 alone, forward and backward, beside the time its bytes take
     Wkv {
@@ -82,8 +87,14 @@ enum What {
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let ctx = global.context()?;
     match &args.what {
-        What::Train { layers, width, vocab, rows, ctx: t, steps } => {
-            let r = bench::train(&ctx, *layers, *width, *vocab, *rows, *t, *steps)?;
+        What::Train { layers, width, vocab, rows, ctx: t, steps, profile } => {
+            ensure!(profile.is_none() || ctx.cuda().is_some(), "--profile: launches are timed on a GPU only");
+            let r = bench::train(&ctx, *layers, *width, *vocab, *rows, *t, *steps, profile.is_some())?;
+            if let Some(path) = profile {
+                eprint!("{}", table(&r.profile));
+                let trace = chrome_trace(&r.profile).to_string();
+                std::fs::write(path, trace).with_context(|| path.display().to_string())?;
+            }
             let json = json!({
                 "tokens_per_second": r.tokens_per_second,
                 "gflops": r.flops / 1e9,
@@ -91,6 +102,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                 "nominal_peak_gflops": r.nominal.map(|p| p / 1e9),
                 "mfu": r.flops / r.peak,
                 "wkv_share": r.wkv_share,
+                "peak_bytes": r.peak_bytes,
                 "threads": ctx.threads().len(),
             });
             global.result(json, || {

@@ -1,11 +1,13 @@
 use crate::global::{Global, Interrupted, stop};
 use anser_eval::digits;
+use anser_eval::text::{Prediction, predict};
 use anser_formats::Checkpoint;
 use anser_model::{Load, Model};
+use anser_tokenizer::Tokenizer;
 use anser_train::Trainer;
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -39,11 +41,58 @@ enum Task {
         #[arg(long)]
         out: Option<PathBuf>,
     },
+    /// How well a model predicts text files: cross entropy per token, bits per byte
+    Text {
+        /// Checkpoint or Hugging Face folder
+        #[arg(long)]
+        model: PathBuf,
+        /// Tokenizer: world or bytes [default: what the model file says, else world]
+        #[arg(long)]
+        tokenizer: Option<String>,
+        /// Text and .jsonl files (also .xz, .zst, .gz)
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
 }
 
 /// Runs the subcommand.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
-    let Task::Digits { model, steps, rows, count, seed, out } = &args.task;
+    match &args.task {
+        Task::Digits { .. } => digits(&args.task, global),
+        Task::Text { model, tokenizer, files } => text(model, tokenizer.as_deref(), files, global),
+    }
+}
+
+fn text(model: &Path, tokenizer: Option<&str>, files: &[PathBuf], global: &Global) -> anyhow::Result<()> {
+    let ctx = global.context()?;
+    let file = Checkpoint::open(model)?;
+    let name = tokenizer.or(file.metadata().get("anser.tokenizer").map(String::as_str));
+    let tokenizer = Tokenizer::from_name(name.unwrap_or("world"))?;
+    let mut model = Model::load(&ctx, &file, Load::Train)?;
+    model.params_mut().to_device(&ctx);
+    let mut all = Vec::new();
+    for path in files {
+        let name = path.display().to_string();
+        let text = anser_data::documents(path)?.concat();
+        all.push((name.clone(), predict(&ctx, &model, &tokenizer, text.as_bytes()).with_context(|| name)?));
+    }
+    global.result(
+        json!(all.iter().map(|(name, p)| json!({ "file": name, "prediction": p })).collect::<Vec<_>>()),
+        || {
+            let line = |(name, p): &(String, Prediction)| {
+                let (loss, bits) = (p.loss, p.bits_per_byte);
+                format!(
+                    "{name}: {loss:.4} nats a token, {bits:.4} bits a byte ({} tokens, {} bytes)\n",
+                    p.tokens, p.bytes
+                )
+            };
+            all.iter().map(line).collect()
+        },
+    )
+}
+
+fn digits(task: &Task, global: &Global) -> anyhow::Result<()> {
+    let Task::Digits { model, steps, rows, count, seed, out } = task else { return Ok(()) };
     ensure!(*count > 0 && *rows > 0, "--count and --rows must be at least 1");
     let ctx = global.context()?;
     let start = Instant::now();

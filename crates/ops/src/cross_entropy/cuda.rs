@@ -1,6 +1,6 @@
 //! Cross entropy on a GPU: chunks of logits in the type of activations, losses and statistics in f32.
 
-use super::{CrossEntropy, Loss};
+use super::{CrossEntropy, Loss, Place};
 use crate::gpu::{int, kernel, table};
 use crate::linear::Weight;
 use crate::{Tape, Var};
@@ -14,7 +14,7 @@ pub(super) const CHUNK: usize = 1 << 28;
 
 pub(super) fn run(
     t: &mut Tape<'_>, gpu: &Cuda, x: &Var, head: &Weight, targets: &[i32], weights: Option<&[f32]>, opts: CrossEntropy,
-    z: &Buf, chunk: usize, mut dx: Option<&mut Buf>, grad: bool,
+    z: &Buf, chunk: usize, dx: Option<&Buf>, grad: bool,
 ) -> Loss {
     let ctx = t.ctx().clone();
     let (rows, cols, vocab) = (x.rows(), x.cols(), head.outputs());
@@ -29,7 +29,7 @@ pub(super) fn run(
     for start in (0..rows).step_by(chunk) {
         let n = chunk.min(rows - start);
         let xs = x.buf().ptr().offset(start * cols, size);
-        head.product_cuda(&ctx, gpu, t.params(), xs, z.ptr(), n);
+        head.product_cuda(&ctx, gpu, t.params(), xs, z.ptr(), n, None);
         let args = [
             z.ptr().into(),
             ids.ptr().offset(start, t32).into(),
@@ -40,16 +40,26 @@ pub(super) fn run(
             int(grad.into()),
             int(vocab),
         ];
-        gpu.launch(&KERNELS, &kernel(&ctx, "cross_entropy"), [n, 1, 1], [512, 1, 1], &args);
-        if let Some(dx) = &mut dx {
-            head.input_grad_cuda(&ctx, gpu, t.params(), z.ptr(), dx.ptr().offset(start * cols, size), n);
+        // A row of up to 65536 logits in 16 bits stays in the registers of a block.
+        let held = size != DType::F32 && vocab.is_multiple_of(8) && vocab <= 1 << 16;
+        let name = if held { "cross_entropy_held" } else { "cross_entropy" };
+        gpu.launch(&KERNELS, &kernel(&ctx, name), [n, 1, 1], [512, 1, 1], &args);
+        if let Some(dx) = dx {
+            let dx = dx.ptr().offset(start * cols, size);
+            head.input_grad_cuda(&ctx, gpu, t.params(), z.ptr(), dx, false, n);
         }
         if grad {
             t.with_backward(|b| head.add_weight_grad_cuda(b, gpu, xs, z.ptr(), n));
         }
     }
-    let per_token = losses.to_vec();
-    let weighted = |(i, &l): (usize, &f32)| weights.map_or(1.0, |w| w[i] as f64) * l as f64;
-    let loss = per_token.iter().enumerate().map(weighted).sum::<f64>() / opts.divisor;
-    Loss { loss, per_token }
+    let total = ctx.alloc_f32(2);
+    let scales = Arg::Ptr(scales.as_ref().map_or(DevicePtr::NULL, Buf::ptr));
+    gpu.launch(
+        &KERNELS,
+        "total_loss",
+        [1, 1, 1],
+        [1024, 1, 1],
+        &[losses.ptr().into(), scales, total.ptr().into(), int(rows)],
+    );
+    Loss(Place::Device { total, per_token: losses, divisor: opts.divisor })
 }

@@ -3,11 +3,12 @@
 //! loss = sum_i weight_i (logsumexp(z_i) - `z_i[target_i]`) / divisor, with z = x W^T, over rows whose target is not ignored.
 //! dz_i = (weight_i (softmax(z_i) - onehot) + `[L2Wrap]` 1e-4 max(z_i) onehot(argmax z_i)) / divisor.
 //! L2Wrap (official trainer) pulls the largest logit towards 0; it changes gradients only. Of equal logits the first counts.
-//! The gradients are made at once, in the forward pass: this operation is the root.
+//! The gradients are made at once, in the forward pass: this operation is the root. A loss that is not finite makes its gradients NaN, so
+//! that whoever looks at the gradients has seen the loss.
 
 use crate::linear::Weight;
 use crate::{Tape, Var};
-use anser_tensor::{DisjointMut, math, simd::vectorize};
+use anser_tensor::{Buf, DisjointMut, math, simd::vectorize};
 
 mod cuda;
 #[cfg(test)]
@@ -22,13 +23,38 @@ pub struct CrossEntropy {
     pub l2wrap: bool,
 }
 
-/// The loss and what it is made of.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Loss {
-    /// sum of weight x loss over the divisor. 0 in a forecast.
-    pub loss: f64,
-    /// Negative log-likelihood of each row in nats, unweighted; 0 for ignored rows.
-    pub per_token: Vec<f32>,
+/// The loss and what it is made of. On a GPU it stays there until it is asked for, so that work goes on meanwhile.
+pub struct Loss(Place);
+
+enum Place {
+    Host {
+        loss: f64,
+        per_token: Vec<f32>,
+    },
+    /// `total` is one f64, not yet divided.
+    Device {
+        total: Buf,
+        per_token: Buf,
+        divisor: f64,
+    },
+}
+
+impl Loss {
+    /// sum of weight x loss over the divisor; waits for the device. 0 in a forecast.
+    pub fn loss(&self) -> f64 {
+        match &self.0 {
+            Place::Host { loss, .. } => *loss,
+            Place::Device { total, divisor, .. } => total.to_f64().first().map_or(0.0, |t| t / divisor),
+        }
+    }
+
+    /// Negative log-likelihood of each row in nats, unweighted; 0 for ignored rows. Waits for the device.
+    pub fn per_token(&self) -> Vec<f32> {
+        match &self.0 {
+            Place::Host { per_token, .. } => per_token.clone(),
+            Place::Device { per_token, .. } => per_token.to_vec(),
+        }
+    }
 }
 
 /// Logits held at a time: 4 Mi, 16 MiB.
@@ -66,6 +92,9 @@ fn row(z: &mut [f32], target: usize, weight: f64, opts: CrossEntropy, grad: bool
                 if let (true, Some(i)) = (opts.l2wrap, first_max) {
                     z[i] += (L2WRAP * max as f64 / opts.divisor) as f32;
                 }
+                if !loss.is_finite() {
+                    z.fill(f32::NAN);
+                }
             }
             loss
         },
@@ -88,26 +117,26 @@ impl<'p> Tape<'p> {
         let chunk = (held / vocab).clamp(1, rows.max(1));
         let mut z = ctx.alloc(chunk * vocab);
         let mut dx = (grad && x.needs_grad()).then(|| ctx.alloc(rows * cols));
-        let mut out = Loss { loss: 0.0, per_token: vec![0.0; rows] };
-        if ctx.is_dry() {
+        if let Some(gpu) = ctx.cuda() {
+            let out = cuda::run(self, gpu, x, head, targets, weights, opts, &z, chunk, dx.as_ref(), grad);
             if let Some(dx) = dx {
                 x.add_grad(dx);
             }
             return out;
         }
-        if let Some(gpu) = ctx.cuda() {
-            out = cuda::run(self, gpu, x, head, targets, weights, opts, &z, chunk, dx.as_mut(), grad);
+        let mut per_token = vec![0.0; rows];
+        if ctx.is_dry() {
             if let Some(dx) = dx {
                 x.add_grad(dx);
             }
-            return out;
+            return Loss(Place::Host { loss: 0.0, per_token });
         }
         for start in (0..rows).step_by(chunk) {
             let n = chunk.min(rows - start);
             let z = &mut z[..n * vocab];
             let xs = &x.data()[start * cols..(start + n) * cols];
             head.product(&ctx, params, xs, z);
-            let (zs, losses) = (DisjointMut::new(z), DisjointMut::new(&mut out.per_token[start..start + n]));
+            let (zs, losses) = (DisjointMut::new(z), DisjointMut::new(&mut per_token[start..start + n]));
             ctx.threads().run(n, |i| {
                 // SAFETY: each task has its own row.
                 let (z, loss) = unsafe { (zs.get(i * vocab..(i + 1) * vocab), &mut losses.get(i..i + 1)[0]) };
@@ -131,7 +160,7 @@ impl<'p> Tape<'p> {
             x.add_grad(dx);
         }
         let weighted = |(i, &l): (usize, &f32)| weights.map_or(1.0, |w| w[i] as f64) * l as f64;
-        out.loss = out.per_token.iter().enumerate().map(weighted).sum::<f64>() / opts.divisor;
-        out
+        let loss = per_token.iter().enumerate().map(weighted).sum::<f64>() / opts.divisor;
+        Loss(Place::Host { loss, per_token })
     }
 }

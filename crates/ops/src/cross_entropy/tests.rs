@@ -46,6 +46,12 @@ fn error(got: &[f32], want: &[f64]) -> f64 {
     (d / want.iter().map(|w| w * w).sum::<f64>().max(1e-30)).sqrt()
 }
 
+#[derive(Debug, Default, PartialEq)]
+struct Values {
+    loss: f64,
+    per_token: Vec<f32>,
+}
+
 struct Case {
     set: ParamSet,
     head: Weight,
@@ -61,14 +67,14 @@ fn case(rows: usize, cols: usize, vocab: usize) -> Case {
 
 fn run(
     c: &Case, threads: usize, targets: &[i32], weights: Option<&[f32]>, opts: CrossEntropy,
-) -> (Loss, Vec<f32>, Vec<f32>) {
+) -> (Values, Vec<f32>, Vec<f32>) {
     let ctx = Context::cpu(threads);
     let mut grads = ctx.zeros_f32(c.set.values().len());
     let mut t = Tape::recording(&ctx, &c.set, &mut grads);
     let x = Var::leaf(targets.len(), c.cols, ctx.copy_of(&c.x));
     let loss = t.cross_entropy(&x, &c.head, targets, weights, opts);
     t.backward();
-    (loss, x.take_grad().unwrap().to_vec(), grads.to_vec())
+    (Values { loss: loss.loss(), per_token: loss.per_token() }, x.take_grad().unwrap().to_vec(), grads.to_vec())
 }
 
 #[test]
@@ -138,5 +144,15 @@ fn frozen_head_and_no_rows() {
     let (_, dx, dw) = run(&c, 1, &[0, 1], None, opts);
     assert!(dx.iter().any(|&d| d != 0.0) && dw.iter().all(|&d| d == 0.0));
     c.x.clear();
-    assert_eq!(run(&c, 1, &[], None, opts).0, Loss::default());
+    assert_eq!(run(&c, 1, &[], None, opts).0, Values::default());
+}
+
+#[test]
+fn a_loss_that_is_not_finite_makes_gradients_that_are_not() {
+    // The target's logit is minus infinity: softmax minus onehot alone would be finite.
+    let mut c = case(1, 1, 3);
+    c.set.values_mut().copy_from_slice(&[1.0, f32::MIN, 0.0]);
+    c.x = vec![2.0];
+    let (loss, dx, dw) = run(&c, 1, &[1], None, CrossEntropy { divisor: 1.0, l2wrap: false });
+    assert!(loss.loss.is_infinite() && dx[0].is_nan() && dw.iter().all(|d| d.is_nan()));
 }

@@ -15,7 +15,7 @@ pub(super) fn forward(ctx: &Context, gpu: &Cuda, rows: DevicePtr, tokens: &[u32]
 }
 
 /// Tokens grouped by id, each group summed in order.
-pub(super) fn backward(ctx: &Context, gpu: &Cuda, grad: DevicePtr, dy: &Buf, tokens: &[u32], c: usize) {
+pub(super) fn backward(ctx: &Context, gpu: &Cuda, grad: DevicePtr, dy: &Buf, tokens: &[u32], vocab: usize, c: usize) {
     let mut order: Vec<i32> = (0..tokens.len() as i32).collect();
     order.sort_by_key(|&i| tokens[i as usize]);
     let mut groups: Vec<i32> = Vec::new();
@@ -29,6 +29,8 @@ pub(super) fn backward(ctx: &Context, gpu: &Cuda, grad: DevicePtr, dy: &Buf, tok
         }
     }
     let (order, count) = (table(ctx, &order), groups.len() / 3);
+    // As long for any tokens: a step takes the memory that was forecast.
+    groups.resize(3 * tokens.len().min(vocab), 0);
     let groups = table(ctx, &groups);
     let args = [grad.into(), dy.ptr().into(), order.ptr().into(), groups.ptr().into(), int(c)];
     gpu.launch(&KERNELS, &kernel(ctx, "embedding_back"), [count, 1, 1], [128, 1, 1], &args);

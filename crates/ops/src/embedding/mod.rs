@@ -33,7 +33,7 @@ impl<'p> Tape<'p> {
             self.record(move |b| {
                 let Some(dy) = dy.take() else { return };
                 if let (Some(gpu), Some(g)) = (b.ctx().cuda(), b.param_grad_ptr(table)) {
-                    cuda::backward(b.ctx(), gpu, g, &dy, &tokens, c);
+                    cuda::backward(b.ctx(), gpu, g, &dy, &tokens, table.rows, c);
                 }
                 b.run(|b| {
                     if let Some(g) = b.param_grad(table) {

@@ -33,13 +33,15 @@ __device__ void forward(const T* k, const T* rate, const float* k_k, const float
 
 // A thread owns 8 channels and walks over a run of rows; parts[run][2][c] get dk_k and dk_a.
 template <class T>
-__device__ void backward(const T* k, const T* rate, const T* d0, const T* d1, const T* d2, const float* k_k, const float* k_a,
-                         T* dk, T* drate, float* parts, int n, int rows, int c, int run) {
+__device__ void backward(const T* __restrict__ k, const T* __restrict__ rate, const T* __restrict__ d0,
+                         const T* __restrict__ d1, const T* __restrict__ d2, const float* k_k, const float* k_a,
+                         T* __restrict__ dk, T* __restrict__ drate, float* parts, int n, int rows, int c, int run) {
     const int col = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
     const bool in = col < c; // whole heads are in or out
     const Vec pk = in ? load(k_k + col) : zeros(), pa = in ? load(k_a + col) : zeros();
     Vec sk = zeros(), sa = zeros();
     const int first = blockIdx.x * run, end = min(rows, first + run);
+#pragma unroll 2
     for (int r = first; r < end; r++) {
         const size_t i = size_t(r) * c + col;
         const Vec x = in ? load(k + i) : zeros(), z = in ? load(rate + i) : zeros();

@@ -1,43 +1,59 @@
 //! LayerNorm on a GPU.
 
 use crate::gpu::{add_param_sums, int, kernel};
-use crate::{Backward, GradSlot, Param, Tape, Var};
-use anser_tensor::Buf;
+use crate::{Backward, Param, ParamSet};
 use anser_tensor::cuda::{Arg, Cuda, DevicePtr, Module};
+use anser_tensor::{Buf, Context};
 
 static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 
-/// Blocks of the backward pass, each a run of rows; fixed, so that sums have a fixed order.
+/// Blocks of the backward pass, each with runs of rows; fixed, so that sums have a fixed order.
 const BLOCKS: usize = 528;
 
-/// Threads of a block: each holds at most four vectors of 8 channels.
-fn threads(c: usize) -> usize {
-    assert!(c <= 8192, "LayerNorm on a GPU takes at most 8192 channels, not {c}");
-    c.div_ceil(8).next_multiple_of(32).min(256)
+/// Warps that hold a row of `c` channels, and vectors of 8 that a thread holds.
+fn shape(c: usize) -> (usize, usize) {
+    const SHAPES: [(usize, usize); 7] = [(1, 1), (1, 2), (1, 3), (1, 4), (2, 4), (4, 4), (8, 4)];
+    let fits = |s: &(usize, usize)| c <= 256 * s.0 * s.1;
+    SHAPES.into_iter().find(fits).unwrap_or_else(|| panic!("LayerNorm on a GPU takes at most 8192 channels, not {c}"))
 }
 
-pub(super) fn forward(t: &Tape<'_>, gpu: &Cuda, x: &Var, weight: Param, bias: Param, y: &Buf) {
-    let (x, none) = (x.buf().ptr(), DevicePtr::NULL);
-    let (w, b) = (t.params().master(weight), t.params().master(bias));
-    let (rows, c) = (y.len() / t.params().specs()[weight.id].range.len(), t.params().specs()[weight.id].range.len());
-    let args = [x.into(), none.into(), none.into(), y.ptr().into(), w.into(), b.into(), int(c)];
-    gpu.launch(&KERNELS, &kernel(t.ctx(), "layer_norm"), [rows, 1, 1], [threads(c), 1, 1], &args);
+fn name(ctx: &Context, base: &str, (w, h): (usize, usize)) -> String {
+    kernel(ctx, &format!("{base}_{w}x{h}"))
 }
 
-pub(super) fn backward(b: &Backward<'_>, gpu: &Cuda, x: &Var, dy: &Buf, dx: &GradSlot, weight: Param, bias: Param) {
-    let (ctx, rows, c) = (b.ctx(), x.rows(), x.cols());
-    let count = BLOCKS.min(rows);
+/// Rows that a block takes at a time, and its threads.
+fn block(w: usize) -> (usize, usize) {
+    if w == 1 { (4, 128) } else { (1, 32 * w) }
+}
+
+fn at(b: Option<&Buf>) -> Arg {
+    Arg::Ptr(b.map_or(DevicePtr::NULL, Buf::ptr))
+}
+
+/// y from x or, with `residual` = (dx, sum), from sum = x + dx.
+pub(super) fn forward(
+    ctx: &Context, gpu: &Cuda, params: &ParamSet, x: &Buf, residual: Option<(&Buf, &Buf)>, y: &Buf, weight: Param,
+    bias: Param, c: usize,
+) {
+    let (rows, shape) = (x.len() / c, shape(c));
+    let (each, threads) = block(shape.0);
+    let (dx, sum) = (at(residual.map(|r| r.0)), at(residual.map(|r| r.1)));
+    let (w, b) = (params.master(weight), params.master(bias));
+    let args = [x.ptr().into(), dx, sum, y.ptr().into(), w.into(), b.into(), int(rows), int(c)];
+    gpu.launch(&KERNELS, &name(ctx, "layer_norm", shape), [rows.div_ceil(each), 1, 1], [threads, 1, 1], &args);
+}
+
+/// The gradient of x plus `prior` into `dx`, and the gradients of weight and bias.
+pub(super) fn backward(
+    b: &Backward<'_>, gpu: &Cuda, x: &Buf, dy: &Buf, prior: Option<&Buf>, dx: Option<&Buf>, weight: Param, bias: Param,
+    c: usize,
+) {
+    let (ctx, rows, shape) = (b.ctx(), x.len() / c, shape(c));
+    let (each, threads) = block(shape.0);
+    let count = BLOCKS.min(rows.div_ceil(each));
     let parts = ctx.alloc_f32(count * 2 * c);
-    // What has arrived so far is read and written in the same pass.
-    let prior = dx.take();
-    let g = dx.wanted().then(|| ctx.alloc(rows * c));
-    let at = |b: &Option<Buf>| Arg::Ptr(b.as_ref().map_or(DevicePtr::NULL, Buf::ptr));
     let w = b.params().master(weight);
-    let args =
-        [x.buf().ptr().into(), dy.ptr().into(), at(&prior), at(&g), w.into(), parts.ptr().into(), int(rows), int(c)];
-    gpu.launch(&KERNELS, &kernel(ctx, "layer_norm_back"), [count, 1, 1], [threads(c), 1, 1], &args);
+    let args = [x.ptr().into(), dy.ptr().into(), at(prior), at(dx), w.into(), parts.ptr().into(), int(rows), int(c)];
+    gpu.launch(&KERNELS, &name(ctx, "layer_norm_back", shape), [count, 1, 1], [threads, 1, 1], &args);
     add_param_sums(b, gpu, [weight, bias], &parts, count, c);
-    if let Some(g) = g {
-        dx.add(g);
-    }
 }

@@ -124,16 +124,18 @@ impl Weight {
 
     pub(crate) fn product_cuda(
         &self, ctx: &Context, gpu: &Cuda, params: &ParamSet, x: DevicePtr, y: DevicePtr, rows: usize,
+        bias: Option<Param>,
     ) {
         let (n, k, t) = (self.outputs(), self.inputs(), ctx.dtype());
-        gpu.gemm(Trans::N, self.stored().0, rows, n, k, x, self.device(params), t, false, y, t);
+        let bias = bias.map(|b| params.rounded(b));
+        gpu.gemm_bias(Trans::N, self.stored().0, rows, n, k, x, self.device(params), t, false, y, t, bias);
     }
 
     pub(crate) fn input_grad_cuda(
-        &self, ctx: &Context, gpu: &Cuda, params: &ParamSet, dy: DevicePtr, dx: DevicePtr, rows: usize,
+        &self, ctx: &Context, gpu: &Cuda, params: &ParamSet, dy: DevicePtr, dx: DevicePtr, add: bool, rows: usize,
     ) {
         let (n, k, t) = (self.outputs(), self.inputs(), ctx.dtype());
-        gpu.gemm(Trans::N, self.stored().1, rows, k, n, dy, self.device(params), t, false, dx, t);
+        gpu.gemm(Trans::N, self.stored().1, rows, k, n, dy, self.device(params), t, add, dx, t);
     }
 
     pub(crate) fn add_weight_grad_cuda(&self, b: &Backward<'_>, gpu: &Cuda, x: DevicePtr, dy: DevicePtr, rows: usize) {
@@ -153,7 +155,7 @@ impl<'p> Tape<'p> {
         assert_eq!(x.cols(), w.inputs());
         let mut y = self.ctx().alloc(x.rows() * w.outputs());
         if let Some(gpu) = self.ctx().cuda() {
-            w.product_cuda(self.ctx(), gpu, self.params(), x.buf().ptr(), y.ptr(), x.rows());
+            w.product_cuda(self.ctx(), gpu, self.params(), x.buf().ptr(), y.ptr(), x.rows(), None);
         }
         self.run(|| w.product(self.ctx(), self.params(), x.data(), &mut y));
         let param = w.param();
@@ -164,19 +166,22 @@ impl<'p> Tape<'p> {
             // The weight gradient alone needs x.
             let kept = param.is_some_and(|p| self.params().is_trainable(p)).then(|| x.clone());
             self.record(move |b| {
-                let Some(dy) = dy.take() else { return };
+                let Some(dy) = dy.take_shared() else { return };
                 let ctx = b.ctx();
-                if let (Some(x), Some(gpu)) = (&kept, ctx.cuda()) {
-                    w.add_weight_grad_cuda(b, gpu, x.buf().ptr(), dy.ptr(), x.rows());
+                if let Some(gpu) = ctx.cuda() {
+                    if let Some(x) = &kept {
+                        w.add_weight_grad_cuda(b, gpu, x.buf().ptr(), dy.ptr(), x.rows());
+                    }
+                    let rows = dy.len() / w.outputs();
+                    return dx.accumulate(ctx, |g, add| {
+                        w.input_grad_cuda(ctx, gpu, b.params(), dy.ptr(), g.ptr(), add, rows);
+                    });
                 }
                 if let Some(x) = kept {
                     b.run(|b| w.add_weight_grad(b, x.data(), &dy));
                 }
                 if dx.wanted() {
                     let mut g = ctx.alloc(dx.len());
-                    if let Some(gpu) = ctx.cuda() {
-                        w.input_grad_cuda(ctx, gpu, b.params(), dy.ptr(), g.ptr(), dy.len() / w.outputs());
-                    }
                     b.run(|b| w.input_grad(ctx, b.params(), &dy, &mut g));
                     dx.add(g);
                 }

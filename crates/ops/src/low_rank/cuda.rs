@@ -3,7 +3,7 @@
 use super::Activation;
 use crate::gpu::{add_param_sums, channels, int, kernel, runs, size};
 use crate::{Backward, Param};
-use anser_tensor::cuda::{Cuda, DevicePtr, Module};
+use anser_tensor::cuda::{Cuda, Module};
 use anser_tensor::{Buf, Context};
 
 static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
@@ -27,12 +27,6 @@ pub(super) fn scale_by_derivative(ctx: &Context, gpu: &Cuda, a: Activation, h: &
     let (grid, block) = gpu.walk(h.len());
     let args = [h.ptr().into(), d.ptr().into(), int(kind), size(h.len())];
     gpu.launch(&KERNELS, &kernel(ctx, "activate_back"), grid, block, &args);
-}
-
-pub(super) fn add_bias(ctx: &Context, gpu: &Cuda, y: &Buf, bias: DevicePtr, c: usize) {
-    let (grid, block) = gpu.walk(y.len());
-    let args = [y.ptr().into(), bias.into(), int(c), size(y.len())];
-    gpu.launch(&KERNELS, &kernel(ctx, "add_bias"), grid, block, &args);
 }
 
 pub(super) fn add_bias_grad(b: &Backward<'_>, gpu: &Cuda, dy: &Buf, bias: Param, c: usize) {

@@ -18,22 +18,13 @@ template <class T> __device__ void derivative(const T* h, T* d, int kind, size_t
     }
 }
 
-template <class T> __device__ void add_bias(T* y, const float* bias, int c, size_t n) {
-    for (size_t i = (blockIdx.x * size_t(blockDim.x) + threadIdx.x) * 8; i < n; i += size_t(gridDim.x) * blockDim.x * 8) {
-        Vec x = load(y + i);
-        const Vec b = load(bias + i % c);
-        for (int j = 0; j < 8; j++) x[j] += b[j];
-        store(y + i, x);
-    }
-}
-
 // Sums of the columns of d [rows, c] over runs of rows: parts[run][c].
 template <class T> __device__ void column_sums(const T* d, float* parts, int rows, int c, int run) {
     const int col = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
     if (col >= c) return;
     Vec s = zeros();
     const int first = blockIdx.x * run, end = min(rows, first + run);
-#pragma unroll 4
+#pragma unroll 8
     for (int r = first; r < end; r++) {
         const Vec x = load(d + size_t(r) * c + col);
         for (int j = 0; j < 8; j++) s[j] += x[j];
@@ -44,7 +35,6 @@ template <class T> __device__ void column_sums(const T* d, float* parts, int row
 #define LOW_RANK(T, name)                                                                                                   \
     extern "C" __global__ void activate_##name(T* h, int kind, size_t n) { apply(h, kind, n); }                            \
     extern "C" __global__ void activate_back_##name(const T* h, T* d, int kind, size_t n) { derivative(h, d, kind, n); }   \
-    extern "C" __global__ void add_bias_##name(T* y, const float* bias, int c, size_t n) { add_bias(y, bias, c, n); }      \
     extern "C" __global__ void column_sums_##name(const T* d, float* parts, int rows, int c, int run) {                    \
         column_sums(d, parts, rows, c, run);                                                                               \
     }

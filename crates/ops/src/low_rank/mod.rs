@@ -70,12 +70,9 @@ impl<'p> Tape<'p> {
         let mut h = ctx.alloc(rows * rank);
         let mut y = ctx.alloc(rows * cols);
         if let Some(gpu) = ctx.cuda() {
-            w.down.product_cuda(&ctx, gpu, self.params(), x.buf().ptr(), h.ptr(), rows);
+            w.down.product_cuda(&ctx, gpu, self.params(), x.buf().ptr(), h.ptr(), rows, None);
             cuda::apply(&ctx, gpu, w.activation, &h);
-            w.up.product_cuda(&ctx, gpu, self.params(), h.ptr(), y.ptr(), rows);
-            if let Some(bias) = w.bias {
-                cuda::add_bias(&ctx, gpu, &y, self.params().master(bias), cols);
-            }
+            w.up.product_cuda(&ctx, gpu, self.params(), h.ptr(), y.ptr(), rows, w.bias);
         }
         self.run(|| {
             w.down.product(&ctx, self.params(), x.data(), &mut h);
@@ -92,16 +89,19 @@ impl<'p> Tape<'p> {
         if needs {
             let (dy, dx, w, x) = (out.slot(), x.slot(), w.clone(), x.clone());
             self.record(move |b| {
-                let Some(dy) = dy.take() else { return };
+                let Some(dy) = dy.take_shared() else { return };
                 let mut dh = ctx.alloc(rows * rank);
                 if let Some(gpu) = ctx.cuda() {
                     if let Some(bias) = w.bias.filter(|&p| b.params().is_trainable(p)) {
                         cuda::add_bias_grad(b, gpu, &dy, bias, cols);
                     }
                     w.up.add_weight_grad_cuda(b, gpu, h.ptr(), dy.ptr(), rows);
-                    w.up.input_grad_cuda(&ctx, gpu, b.params(), dy.ptr(), dh.ptr(), rows);
+                    w.up.input_grad_cuda(&ctx, gpu, b.params(), dy.ptr(), dh.ptr(), false, rows);
                     cuda::scale_by_derivative(&ctx, gpu, w.activation, &h, &dh);
                     w.down.add_weight_grad_cuda(b, gpu, x.buf().ptr(), dh.ptr(), rows);
+                    return dx.accumulate(&ctx, |g, add| {
+                        w.down.input_grad_cuda(&ctx, gpu, b.params(), dh.ptr(), g.ptr(), add, rows);
+                    });
                 }
                 b.run(|b| {
                     if let Some(db) = w.bias.and_then(|p| b.param_grad(p)) {
@@ -114,9 +114,6 @@ impl<'p> Tape<'p> {
                 });
                 if dx.wanted() {
                     let mut g = ctx.alloc(dx.len());
-                    if let Some(gpu) = ctx.cuda() {
-                        w.down.input_grad_cuda(&ctx, gpu, b.params(), dh.ptr(), g.ptr(), rows);
-                    }
                     b.run(|b| w.down.input_grad(&ctx, b.params(), &dh, &mut g));
                     dx.add(g);
                 }

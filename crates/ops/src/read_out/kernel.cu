@@ -36,14 +36,17 @@ __device__ void forward(const T* y, const T* r, const T* k, const T* v, const T*
 
 // parts[run][3][c] get dr_k, dweight, dbias.
 template <class T>
-__device__ void backward(const T* d, const T* y, const T* r, const T* k, const T* v, const T* gate, const float* r_k,
-                         const float* weight, const float* bias, T* dy, T* dr, T* dk, T* dv, T* dgate, float* parts, int n,
+__device__ void backward(const T* __restrict__ d, const T* __restrict__ y, const T* __restrict__ r, const T* __restrict__ k,
+                         const T* __restrict__ v, const T* __restrict__ gate, const float* r_k, const float* weight,
+                         const float* bias, T* __restrict__ dy, T* __restrict__ dr, T* __restrict__ dk, T* __restrict__ dv,
+                         T* __restrict__ dgate, float* parts, int n,
                          int rows, int c, int run) {
     const int col = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
     const bool in = col < c; // whole heads are in or out
     const Vec rk = in ? load(r_k + col) : zeros(), w = in ? load(weight + col) : zeros(), b = in ? load(bias + col) : zeros();
     Vec srk = zeros(), sw = zeros(), sb = zeros();
     const int first = blockIdx.x * run, end = min(rows, first + run);
+#pragma unroll 2
     for (int t = first; t < end; t++) {
         const size_t i = size_t(t) * c + col;
         const Vec yy = in ? load(y + i) : zeros(), rr = in ? load(r + i) : zeros(), kk = in ? load(k + i) : zeros();

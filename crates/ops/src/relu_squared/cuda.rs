@@ -6,8 +6,20 @@ use anser_tensor::{Buf, Context};
 
 static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 
-/// `relu_squared` from x to y, or `relu_squared_back` from x and the gradient in place.
-pub(super) fn launch(ctx: &Context, gpu: &Cuda, name: &str, x: &Buf, y: &Buf) {
+/// In place.
+pub(super) fn forward(ctx: &Context, gpu: &Cuda, x: &Buf) {
     let (grid, block) = gpu.walk(x.len());
-    gpu.launch(&KERNELS, &kernel(ctx, name), grid, block, &[x.ptr().into(), y.ptr().into(), size(x.len())]);
+    gpu.launch(&KERNELS, &kernel(ctx, "relu_squared"), grid, block, &[x.ptr().into(), size(x.len())]);
+}
+
+/// From the output y, in place of its gradient.
+pub(super) fn backward(ctx: &Context, gpu: &Cuda, y: &Buf, d: &Buf) {
+    let (grid, block) = gpu.walk(y.len());
+    gpu.launch(
+        &KERNELS,
+        &kernel(ctx, "relu_squared_back"),
+        grid,
+        block,
+        &[y.ptr().into(), d.ptr().into(), size(y.len())],
+    );
 }

@@ -1,4 +1,4 @@
-//! y = max(x, 0)^2. Backward: dx = 2 max(x, 0) dy.
+//! y = max(x, 0)^2. Backward: dx = 2 max(x, 0) dy; on a GPU y takes the place of x, and max(x, 0) is the root of y.
 
 use crate::rows::blocks;
 use crate::{Tape, Var};
@@ -10,13 +10,28 @@ mod tests;
 
 impl<'p> Tape<'p> {
     /// relu(x)^2, elementwise.
-    pub fn relu_squared(&mut self, x: &Var) -> Var {
+    pub fn relu_squared(&mut self, x: Var) -> Var {
         let (rows, c) = (x.rows(), x.cols());
+        let needs = self.needs_grad(&[&x], &[]);
         let ctx = self.ctx().clone();
-        let mut y = ctx.alloc(rows * c);
         if let Some(gpu) = ctx.cuda() {
-            cuda::launch(&ctx, gpu, "relu_squared", x.buf(), &y);
+            let dx = x.slot();
+            let y = x.into_owned();
+            cuda::forward(&ctx, gpu, &y);
+            let out = self.output(rows, c, y, needs);
+            if needs {
+                let y = out.clone();
+                self.record(move |_| {
+                    let Some(d) = y.take_grad() else { return };
+                    if let Some(gpu) = ctx.cuda() {
+                        cuda::backward(&ctx, gpu, y.buf(), &d);
+                    }
+                    dx.add(d);
+                });
+            }
+            return out;
         }
+        let mut y = ctx.alloc(rows * c);
         self.run(|| {
             let (ys, xs) = (DisjointMut::new(&mut y), x.data());
             blocks(&ctx, rows, |_, r| {
@@ -34,15 +49,11 @@ impl<'p> Tape<'p> {
                 );
             })
         });
-        let needs = self.needs_grad(&[x], &[]);
         let out = self.output(rows, c, y, needs);
         if needs {
-            let (d, dx, x) = (out.slot(), x.slot(), x.clone());
+            let (d, dx, x) = (out.slot(), x.slot(), x);
             self.record(move |b| {
                 let Some(mut d) = d.take() else { return };
-                if let Some(gpu) = ctx.cuda() {
-                    cuda::launch(&ctx, gpu, "relu_squared_back", x.buf(), &d);
-                }
                 b.run(|_| {
                     let ds = DisjointMut::new(&mut d);
                     blocks(&ctx, rows, |_, r| {

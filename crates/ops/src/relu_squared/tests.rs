@@ -6,7 +6,7 @@ fn values_and_gradients() {
         check(
             &[matrix(rows, 3, 1, scale)],
             &[],
-            |t, x, _| vec![t.relu_squared(&x[0])],
+            |t, x, _| vec![t.relu_squared(x[0].clone())],
             |x| vec![x[0].iter().map(|x| x.max(0.0).powi(2)).collect()],
         );
     }

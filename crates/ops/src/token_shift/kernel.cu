@@ -24,16 +24,30 @@ __device__ void forward(const T* x, const T* last, const int2* links, Pointers<T
     for (int k = 0; k < K; k++) m[k] = load(mu.p[k] + col);
     const int first = blockIdx.x * run, end = min(rows, first + run);
     Vec kept = zeros();
-    for (int r = first; r < end; r++) {
-        const int before = links[r].x;
-        const Vec p = r > first && before == r - 1 ? kept : at_link(x, last, before, c, col);
-        kept = load(x + size_t(r) * c + col);
+    // Four rows at a time, so that four loads are under way.
+    for (int r = first; r < end; r += 4) {
+        Vec own[4], p[4];
 #pragma unroll
-        for (int k = 0; k < K; k++) {
-            Vec o;
-            for (int j = 0; j < 8; j++) o[j] = kept[j] + (p[j] - kept[j]) * m[k][j];
-            store(y.p[k] + size_t(r) * c + col, o);
+        for (int i = 0; i < 4; i++)
+            if (r + i < end) own[i] = load(x + size_t(r + i) * c + col);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (r + i >= end) break;
+            const int before = links[r + i].x;
+            const bool held = (i || r > first) && before == r + i - 1;
+            p[i] = held ? (i ? own[(i + 3) % 4] : kept) : at_link(x, last, before, c, col);
         }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (r + i >= end) break;
+#pragma unroll
+            for (int k = 0; k < K; k++) {
+                Vec o;
+                for (int j = 0; j < 8; j++) o[j] = own[i][j] + (p[i][j] - own[i][j]) * m[k][j];
+                store(y.p[k] + size_t(r + i) * c + col, o);
+            }
+        }
+        kept = own[3];
     }
 }
 

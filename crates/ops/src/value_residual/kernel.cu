@@ -12,15 +12,17 @@ template <class T> __device__ void forward(const T* v, const T* first, const T* 
     }
 }
 
+// dfirst also takes up prior, which may be null.
 template <class T>
-__device__ void backward(const T* dy, const T* v, const T* first, const T* gate, T* dv, T* dfirst, T* dgate, size_t n) {
+__device__ void backward(const T* dy, const T* v, const T* first, const T* gate, const T* prior, T* dv, T* dfirst, T* dgate,
+                         size_t n) {
     EACH {
         const Vec d = load(dy + i), x = load(v + i), f = load(first + i), g = load(gate + i);
-        Vec a, b, e;
+        Vec a, e, b = prior ? load(prior + i) : zeros();
         for (int j = 0; j < 8; j++) {
             const float s = sigmoid(g[j]), r = sigmoid(-g[j]);
             a[j] = d[j] * r;
-            b[j] = d[j] * s;
+            b[j] += d[j] * s;
             e[j] = d[j] * (f[j] - x[j]) * s * r;
         }
         store(dv + i, a);
@@ -33,8 +35,8 @@ __device__ void backward(const T* dy, const T* v, const T* first, const T* gate,
     extern "C" __global__ void value_residual_##name(const T* v, const T* first, const T* gate, T* y, size_t n) {         \
         forward(v, first, gate, y, n);                                                                                    \
     }                                                                                                                     \
-    extern "C" __global__ void value_residual_back_##name(const T* dy, const T* v, const T* first, const T* gate, T* dv,  \
-                                                          T* dfirst, T* dgate, size_t n) {                                \
-        backward(dy, v, first, gate, dv, dfirst, dgate, n);                                                               \
+    extern "C" __global__ void value_residual_back_##name(const T* dy, const T* v, const T* first, const T* gate,        \
+                                                          const T* prior, T* dv, T* dfirst, T* dgate, size_t n) {         \
+        backward(dy, v, first, gate, prior, dv, dfirst, dgate, n);                                                               \
     }
 FOR_EACH_TYPE(RESIDUAL)

@@ -41,11 +41,11 @@ impl<'p> Tape<'p> {
         if needs {
             let (d, v, f, gate) = (out.slot(), v.clone(), v_first.clone(), gate.clone());
             self.record(move |b| {
-                let Some(d) = d.take() else { return };
-                let (mut dv, mut df, mut dg) = (ctx.alloc(rows * c), ctx.alloc(rows * c), ctx.alloc(rows * c));
+                let Some(d) = d.take_shared() else { return };
                 if let Some(gpu) = ctx.cuda() {
-                    cuda::backward(&ctx, gpu, &d, [&v, &f, &gate].map(Var::buf), [&dv, &df, &dg]);
+                    return cuda::backward(&ctx, gpu, &d, [&v, &f, &gate]);
                 }
+                let (mut dv, mut df, mut dg) = (ctx.alloc(rows * c), ctx.alloc(rows * c), ctx.alloc(rows * c));
                 b.run(|_| {
                     let o = [DisjointMut::new(&mut dv), DisjointMut::new(&mut df), DisjointMut::new(&mut dg)];
                     blocks(&ctx, rows, |_, r| {

@@ -16,6 +16,8 @@ struct Shape {
     trans: [bool; 2],
     size: [usize; 3],
     types: [DType; 2],
+    /// Whether a bias is added to every row of the output.
+    bias: bool,
 }
 
 /// A chosen algorithm with its descriptors, which live as long as the process.
@@ -28,6 +30,7 @@ struct Plan {
     algo: lt::cublasLtMatmulAlgo_t,
 }
 
+/// The library; without a handle until [`Blas::new`] gives it one.
 pub(super) struct Blas {
     handle: lt::cublasLtHandle_t,
     plans: Mutex<HashMap<Shape, Plan>>,
@@ -49,12 +52,18 @@ fn ok(code: lt::cublasStatus_t) -> Result<(), String> {
     }
 }
 
+impl Default for Blas {
+    fn default() -> Blas {
+        Blas { handle: std::ptr::null_mut(), plans: Mutex::default(), workspace: Mutex::default() }
+    }
+}
+
 impl Blas {
     pub(super) fn new() -> Result<Blas, String> {
         let mut handle = std::ptr::null_mut();
         // SAFETY: writes a handle.
         ok(unsafe { lt::cublasLtCreate(&mut handle) })?;
-        Ok(Blas { handle, plans: Mutex::default(), workspace: Mutex::default() })
+        Ok(Blas { handle, ..Blas::default() })
     }
 
     /// Chooses an algorithm for `c [m, n] = op(a) op(b)`, all row-major. cuBLASLt counts by columns, so it computes c^T = op(b)^T op(a)^T.
@@ -79,6 +88,11 @@ impl Blas {
             for (attribute, t) in [(D::CUBLASLT_MATMUL_DESC_TRANSA, tb), (D::CUBLASLT_MATMUL_DESC_TRANSB, ta)] {
                 let op: i32 = t.into();
                 ok(lt::cublasLtMatmulDescSetAttribute(p.desc, attribute, (&raw const op).cast(), 4))?;
+            }
+            if s.bias {
+                let epilogue = lt::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32;
+                let attribute = D::CUBLASLT_MATMUL_DESC_EPILOGUE;
+                ok(lt::cublasLtMatmulDescSetAttribute(p.desc, attribute, (&raw const epilogue).cast(), 4))?;
             }
             // Stored by rows as [rows, cols], a matrix is [cols, rows] by columns.
             let layout = |to: &mut _, t, rows: u64, cols: u64| {
@@ -135,17 +149,29 @@ impl Cuda {
         &self, ta: Trans, tb: Trans, m: usize, n: usize, k: usize, a: DevicePtr, b: DevicePtr, input: DType,
         accumulate: bool, c: DevicePtr, output: DType,
     ) {
-        self.enter();
-        if self.failed() || m == 0 || n == 0 {
+        self.gemm_bias(ta, tb, m, n, k, a, b, input, accumulate, c, output, None);
+    }
+
+    /// The same plus `bias` [n], of type `output`, on every row of c.
+    pub fn gemm_bias(
+        &self, ta: Trans, tb: Trans, m: usize, n: usize, k: usize, a: DevicePtr, b: DevicePtr, input: DType,
+        accumulate: bool, c: DevicePtr, output: DType, bias: Option<DevicePtr>,
+    ) {
+        if !self.enter() || m == 0 || n == 0 {
             return;
         }
-        if k == 0 {
+        if k == 0 && bias.is_none() {
             if !accumulate {
                 self.clear(c, m * n * output.size());
             }
             return;
         }
-        let shape = Shape { trans: [ta == Trans::T, tb == Trans::T], size: [m, n, k], types: [input, output] };
+        let shape = Shape {
+            trans: [ta == Trans::T, tb == Trans::T],
+            size: [m, n, k],
+            types: [input, output],
+            bias: bias.is_some(),
+        };
         let plan = {
             let mut plans = lock(&self.blas.plans);
             match plans.get(&shape) {
@@ -170,29 +196,50 @@ impl Cuda {
         };
         let (alpha, beta) = (1f32, if accumulate { 1f32 } else { 0f32 });
         let at = |p: DevicePtr| p.0 as *mut c_void;
-        // SAFETY: the plan fits the shapes; the buffers hold them.
-        let code = unsafe {
-            lt::cublasLtMatmul(
-                self.blas.handle,
-                p.desc,
-                (&raw const alpha).cast(),
-                at(b),
-                p.a,
-                at(a),
-                p.b,
-                (&raw const beta).cast(),
-                at(c),
-                p.c,
-                at(c),
-                p.c,
-                &p.algo,
-                at(workspace),
-                WORKSPACE,
-                self.stream.cast(),
-            )
+        // The plan is the shape's, the bias the call's: one call at a time.
+        let _plans = bias.map(|bias| {
+            let plans = lock(&self.blas.plans);
+            let attribute = lt::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+            // SAFETY: the descriptor lives as long as the process; the address is read from a variable.
+            let code = unsafe { lt::cublasLtMatmulDescSetAttribute(p.desc, attribute, (&raw const bias.0).cast(), 8) };
+            if let Err(e) = ok(code) {
+                let _ = self.failure.set(format!("the bias of a matrix product: {e}"));
+            }
+            plans
+        });
+        let what = || {
+            let letter = |t| if t == Trans::T { 't' } else { 'n' };
+            let add = if accumulate { " +=" } else { "" };
+            let add = if bias.is_some() { " +bias" } else { add };
+            let name = format!("gemm {m}x{n}x{k} {}{} {input}>{output}{add}", letter(ta), letter(tb));
+            let bytes = (m * k + k * n) * input.size() + m * n * output.size() * (1 + accumulate as usize);
+            (name, bytes, 2.0 * (m * n * k) as f64)
         };
-        if let Err(e) = ok(code) {
-            let _ = self.failure.set(format!("a matrix product of {m} x {n} x {k}: {e}"));
-        }
+        self.timed(what, || {
+            // SAFETY: the plan fits the shapes; the buffers hold them.
+            let code = unsafe {
+                lt::cublasLtMatmul(
+                    self.blas.handle,
+                    p.desc,
+                    (&raw const alpha).cast(),
+                    at(b),
+                    p.a,
+                    at(a),
+                    p.b,
+                    (&raw const beta).cast(),
+                    at(c),
+                    p.c,
+                    at(c),
+                    p.c,
+                    &p.algo,
+                    at(workspace),
+                    WORKSPACE,
+                    self.stream.cast(),
+                )
+            };
+            if let Err(e) = ok(code) {
+                let _ = self.failure.set(format!("a matrix product of {m} x {n} x {k}: {e}"));
+            }
+        });
     }
 }

@@ -42,8 +42,7 @@ impl Drop for Graph {
 impl Graph {
     /// Runs the recorded work.
     pub fn replay(&self) {
-        self.cuda.enter();
-        if self.cuda.failed() {
+        if !self.cuda.enter() {
             return;
         }
         // SAFETY: an instantiated graph and the stream of the same device.
@@ -114,8 +113,7 @@ impl Pinned {
     /// If there are not as many.
     pub fn send(&self, to: DevicePtr, start: usize, words: usize) {
         assert!((start + words) * 4 <= self.bytes);
-        self.cuda.enter();
-        if self.cuda.failed() {
+        if !self.cuda.enter() {
             return;
         }
         // SAFETY: this memory lives until the stream is done; `to` has room (the caller's buffer).
@@ -130,8 +128,7 @@ impl Pinned {
     /// If there is no room.
     pub fn receive(&self, from: DevicePtr, words: usize) {
         assert!(words * 4 <= self.bytes);
-        self.cuda.enter();
-        if self.cuda.failed() {
+        if !self.cuda.enter() {
             return;
         }
         // SAFETY: this memory lives until the stream is done; `from` has as many words.
@@ -144,8 +141,7 @@ impl Cuda {
     /// Records the work that `work` enqueues instead of doing it. It must allocate nothing, and its kernels must have been
     /// launched once before, so that they are loaded.
     pub fn capture(self: &Arc<Self>, work: impl FnOnce()) -> Option<Graph> {
-        self.enter();
-        if self.failed() {
+        if !self.enter() {
             return None;
         }
         let mode = cu::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
@@ -170,8 +166,7 @@ impl Cuda {
 
     /// Launches the kernel `name` of `module` as `how` says; see [`Cuda::launch`].
     pub fn launch_as(&self, module: &'static Module, name: &str, how: Launch, args: &[Arg]) {
-        self.enter();
-        if self.failed() || how.grid.contains(&0) {
+        if !self.enter() || how.grid.contains(&0) {
             return;
         }
         let Some(function) = self.function(module, name) else { return };
@@ -203,9 +198,22 @@ impl Cuda {
             attrs: &mut overlap,
             numAttrs: u32::from(how.overlap && self.info.capability.0 >= 9),
         };
-        // SAFETY: `params` point to the arguments and `config` to the attribute, which live until the call returns; the rest is the
-        // caller's promise.
-        let code = unsafe { cu::cuLaunchKernelEx(&config, function, params.as_mut_ptr(), std::ptr::null_mut()) };
-        self.note(code, || format!("launching {name}"));
+        let addresses = || {
+            args.iter().flat_map(|a| match a {
+                Arg::Ptr(p) => std::slice::from_ref(p),
+                Arg::Ptrs(p) => &p[..],
+                _ => &[],
+            })
+        };
+        self.timed(
+            || (name.into(), self.sizes_of(addresses().copied()), 0.0),
+            || {
+                // SAFETY: `params` point to the arguments and `config` to the attribute, which live until the call returns; the rest is
+                // the caller's promise.
+                let code =
+                    unsafe { cu::cuLaunchKernelEx(&config, function, params.as_mut_ptr(), std::ptr::null_mut()) };
+                self.note(code, || format!("launching {name}"));
+            },
+        );
     }
 }

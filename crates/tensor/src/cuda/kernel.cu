@@ -29,19 +29,28 @@ template <class A, class B> __device__ void convert(const A* x, B* y, size_t n) 
 CONVERT(bf16, bf16)
 CONVERT(f16, f16)
 
-// to[c] += sum over p of parts[p * stride + c], in the order of p within each of 8 groups and then over the groups.
-// Grid: columns / 32; block: 32 x 8.
-extern "C" __global__ void add_partial_sums(float* to, const float* parts, int count, int stride, int cols) {
-    __shared__ float group[8][33];
+struct Pointers {
+    float* p[6];
+};
+
+// to_k[c] += sum over p of parts[p][k][c], for c < cols and those of the K = gridDim.y pointers that are not null; in the order of p
+// within each of 32 groups and then over the groups. Grid: columns / 32, K; block: 32 x 32.
+extern "C" __global__ void __launch_bounds__(1024) add_partial_sums(Pointers to, const float* parts, int count, int cols) {
+    __shared__ float group[32][33];
     const int c = blockIdx.x * 32 + threadIdx.x;
+    float* sum = to.p[blockIdx.y];
+    if (!sum) return;
     float s = 0.f;
-    if (c < cols)
-        for (int p = threadIdx.y; p < count; p += 8) s += parts[size_t(p) * stride + c];
+    if (c < cols) {
+        const float* mine = parts + size_t(blockIdx.y) * cols + c;
+        const size_t stride = size_t(gridDim.y) * cols;
+#pragma unroll 4
+        for (int p = threadIdx.y; p < count; p += 32) s += mine[p * stride];
+    }
     group[threadIdx.y][threadIdx.x] = s;
     __syncthreads();
-    if (threadIdx.y == 0 && c < cols) {
-        s = 0.f;
-        for (int i = 0; i < 8; i++) s += group[i][threadIdx.x];
-        to[c] += s;
-    }
+    // A warp sums the groups of one column.
+    s = warp_sum(group[threadIdx.x][threadIdx.y]);
+    const int column = blockIdx.x * 32 + threadIdx.y;
+    if (threadIdx.x == 0 && column < cols) sum[column] += s;
 }

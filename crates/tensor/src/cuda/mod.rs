@@ -6,8 +6,10 @@
 
 mod blas;
 mod graph;
+mod profile;
 
 pub use graph::{Graph, Launch, Pinned};
+pub use profile::Span;
 
 use crate::{DType, Error};
 use cudarc::cublaslt::sys as lt;
@@ -119,14 +121,16 @@ struct Functions {
     functions: HashMap<(usize, String), usize>,
 }
 
-/// An open device.
+/// An open device, or a dry one, which does nothing: operations run in a forecast as on the device, and only allocate.
 pub struct Cuda {
+    dry: bool,
     context: cu::CUcontext,
     stream: cu::CUstream,
     blas: blas::Blas,
     info: Info,
     functions: Mutex<Functions>,
     failure: OnceLock<String>,
+    profiler: profile::Profiler,
 }
 
 // SAFETY: the driver's handles may be used from any thread; every entry makes the context current first.
@@ -220,7 +224,21 @@ impl Cuda {
         }
         let blas = blas::Blas::new().map_err(fail)?;
         let info = Info { name, capability: (major, minor), multiprocessors: sms as u32, memory };
-        Ok(Cuda { context, stream, blas, info, functions: Mutex::default(), failure: OnceLock::new() })
+        Ok(Cuda { dry: false, context, stream, blas, ..Cuda::dry(info) })
+    }
+
+    /// A device like `info` that does nothing.
+    pub(crate) fn dry(info: Info) -> Cuda {
+        Cuda {
+            dry: true,
+            context: std::ptr::null_mut(),
+            stream: std::ptr::null_mut(),
+            blas: blas::Blas::default(),
+            info,
+            functions: Mutex::default(),
+            failure: OnceLock::new(),
+            profiler: profile::Profiler::default(),
+        }
     }
 
     /// What the device is.
@@ -239,10 +257,6 @@ impl Cuda {
         }
     }
 
-    fn failed(&self) -> bool {
-        self.failure.get().is_some()
-    }
-
     fn note(&self, code: cu::CUresult, what: impl FnOnce() -> String) -> bool {
         if code == cu::CUresult::CUDA_SUCCESS {
             return true;
@@ -252,15 +266,21 @@ impl Cuda {
         false
     }
 
-    /// Makes the context current for this thread.
-    fn enter(&self) {
+    /// Makes the context current for this thread; false if nothing is to be done any more, or ever.
+    fn enter(&self) -> bool {
+        if self.dry || self.failure.get().is_some() {
+            return false;
+        }
         // SAFETY: the context lives as long as the process.
         let code = unsafe { cu::cuCtxSetCurrent(self.context) };
-        self.note(code, || "making the device current".into());
+        self.note(code, || "making the device current".into())
     }
 
     /// Free bytes of device memory.
     pub fn free_memory(&self) -> usize {
+        if self.dry {
+            return 0;
+        }
         self.enter();
         let (mut free, mut total) = (0, 0);
         // SAFETY: writes two numbers.
@@ -270,11 +290,16 @@ impl Cuda {
 
     /// Device memory from the driver; `None` when there is none left.
     pub(crate) fn take(&self, bytes: usize) -> Option<DevicePtr> {
-        self.enter();
+        if !self.enter() {
+            return None;
+        }
         let mut p = 0;
         // SAFETY: writes an address.
         let code = unsafe { cu::cuMemAlloc_v2(&mut p, bytes.max(16)) };
-        (code == cu::CUresult::CUDA_SUCCESS).then_some(DevicePtr(p))
+        (code == cu::CUresult::CUDA_SUCCESS).then(|| {
+            self.profiler.allocated(DevicePtr(p), bytes);
+            DevicePtr(p)
+        })
     }
 
     /// Notes that `bytes` could not be had.
@@ -289,12 +314,16 @@ impl Cuda {
     pub(crate) fn give_back(&self, p: DevicePtr) {
         self.enter();
         self.synchronize();
+        self.profiler.freed(p);
         // SAFETY: came from `take`, is given back once, and nothing runs.
         unsafe { cu::cuMemFree_v2(p.0) };
     }
 
     /// Waits until all work is done.
     pub fn synchronize(&self) {
+        if self.dry {
+            return;
+        }
         self.enter();
         // SAFETY: the stream lives as long as this.
         let code = unsafe { cu::cuStreamSynchronize(self.stream) };
@@ -303,8 +332,7 @@ impl Cuda {
 
     /// Copies bytes to the device.
     pub(crate) fn upload(&self, to: DevicePtr, from: &[u8]) {
-        self.enter();
-        if self.failed() || from.is_empty() {
+        if !self.enter() || from.is_empty() {
             return;
         }
         // SAFETY: `to` has room for `from` (the caller's buffer); the copy from pageable memory has left `from` on return.
@@ -314,8 +342,7 @@ impl Cuda {
 
     /// Copies bytes from the device, after all work before.
     pub(crate) fn download(&self, from: DevicePtr, to: &mut [u8]) {
-        self.enter();
-        if self.failed() || to.is_empty() {
+        if !self.enter() || to.is_empty() {
             return;
         }
         // SAFETY: `from` holds as many bytes; the copy is waited for below.
@@ -326,24 +353,32 @@ impl Cuda {
 
     /// Copies bytes on the device.
     pub fn copy(&self, from: DevicePtr, to: DevicePtr, bytes: usize) {
-        self.enter();
-        if self.failed() || bytes == 0 {
+        if !self.enter() || bytes == 0 {
             return;
         }
-        // SAFETY: both are buffers of at least `bytes` bytes.
-        let code = unsafe { cu::cuMemcpyDtoDAsync_v2(to.0, from.0, bytes, self.stream) };
-        self.note(code, || "copying on the device".into());
+        self.timed(
+            || ("copy".into(), 2 * bytes, 0.0),
+            || {
+                // SAFETY: both are buffers of at least `bytes` bytes.
+                let code = unsafe { cu::cuMemcpyDtoDAsync_v2(to.0, from.0, bytes, self.stream) };
+                self.note(code, || "copying on the device".into());
+            },
+        );
     }
 
     /// Sets bytes to zero.
     pub fn clear(&self, p: DevicePtr, bytes: usize) {
-        self.enter();
-        if self.failed() || bytes == 0 {
+        if !self.enter() || bytes == 0 {
             return;
         }
-        // SAFETY: a buffer of at least `bytes` bytes.
-        let code = unsafe { cu::cuMemsetD8Async(p.0, 0, bytes, self.stream) };
-        self.note(code, || "clearing device memory".into());
+        self.timed(
+            || ("clear".into(), bytes, 0.0),
+            || {
+                // SAFETY: a buffer of at least `bytes` bytes.
+                let code = unsafe { cu::cuMemsetD8Async(p.0, 0, bytes, self.stream) };
+                self.note(code, || "clearing device memory".into());
+            },
+        );
     }
 
     /// The function `name` of `module`.
@@ -403,10 +438,12 @@ impl Cuda {
         self.launch(&FLAT, &format!("add_{dtype}"), grid, block, &[x.into(), y.into(), Arg::Size(n as u64)]);
     }
 
-    /// `to[c] += parts[p * stride + c]` summed over p < count, for c < cols, all f32, in a fixed order.
-    pub fn add_partial_sums(&self, to: DevicePtr, parts: DevicePtr, count: usize, stride: usize, cols: usize) {
-        let args = [to.into(), parts.into(), (count as i32).into(), (stride as i32).into(), (cols as i32).into()];
-        self.launch(&FLAT, "add_partial_sums", [cols.div_ceil(32), 1, 1], [32, 8, 1], &args);
+    /// `to_k[c] += parts[p][k][c]` summed over p < count, for c < cols and K addresses `to` (null: not wanted), all f32, in a fixed order.
+    pub fn add_partial_sums<const K: usize>(&self, to: [DevicePtr; K], parts: DevicePtr, count: usize, cols: usize) {
+        let mut all = [DevicePtr::NULL; 6];
+        all[..K].copy_from_slice(&to);
+        let args = [Arg::Ptrs(all), parts.into(), (count as i32).into(), (cols as i32).into()];
+        self.launch(&FLAT, "add_partial_sums", [cols.div_ceil(32), K, 1], [32, 32, 1], &args);
     }
 
     /// Rounds `n` f32 to `dtype`.

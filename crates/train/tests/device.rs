@@ -1,0 +1,111 @@
+//! Training steps on a GPU: against the CPU, twice with the same bits, stopped by what is not finite, in the memory forecast.
+//!
+//! Needs a GPU: `cargo test -p anser-train --test device -- --ignored` (the device is cuda:0).
+
+use anser_data::{Dataset, Options, Order, Tokens};
+use anser_model::{Config, Init, Model};
+use anser_tensor::{Context, DType, Device};
+use anser_train::{Bptt, Error, Hyper, Schedule, Settings, StepInfo, Trainer};
+
+fn settings() -> Settings {
+    let schedule = Schedule { init: 3e-3, last: 3e-4, warmup: 2, total: 10 };
+    let hyper = Hyper { eps: 1e-8, ..Hyper::default() };
+    Settings { ctx: 32, schedule, hyper, grad_clip: 0.5, l2wrap: true, checkpointing: false, bptt: Bptt::Whole }
+}
+
+fn data() -> Dataset {
+    let text: Vec<u32> = (0..20_000u32).map(|i| (i * i / 7 + i % 13) % 64).collect();
+    let options = Options { ctx: 32, held_out: 0.1, order: Order::Official, resets: false, seed: 0 };
+    Dataset::new(Tokens::Memory(text), options).unwrap()
+}
+
+fn model() -> Model {
+    let config = Config { head_size: 32, ..Config::new(2, 64, 64) };
+    let mut m = Model::init(&Context::cpu(1), &config, Init::Current, 5).unwrap();
+    // Fresh models have zeros where gradients then don't flow.
+    m.params_mut().values_mut().iter_mut().enumerate().for_each(|(i, v)| *v += 0.02 * (i as f32 * 0.7).sin());
+    m
+}
+
+fn gpu(dtype: DType) -> Context {
+    Context::with_activations(Device::Cuda(0), dtype, 1).unwrap()
+}
+
+/// Three steps of two micro-batches each, the second with the head frozen.
+fn steps(ctx: &Context, settings: Settings) -> (Vec<StepInfo>, Vec<f32>) {
+    let mut t = Trainer::new(ctx, model(), settings);
+    let step = |t: &mut Trainer| t.step(&[data().train(t.steps(), 2), data().train(t.steps() + 9, 1)]).unwrap();
+    let mut infos = vec![step(&mut t)];
+    t.set_trainable(|name| name != "head.weight");
+    infos.push(step(&mut t));
+    t.set_trainable(|_| true);
+    infos.push(step(&mut t));
+    (infos, t.model().params().current().into_owned())
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_step_is_the_cpus() {
+    for checkpointing in [false, true] {
+        for bptt in [Bptt::Whole, Bptt::Exact(11), Bptt::Truncated(16)] {
+            let settings = Settings { checkpointing, bptt, ..settings() };
+            let want = steps(&Context::cpu(2), settings);
+            for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::BF16, 2e-2)] {
+                let got = steps(&gpu(dtype), settings);
+                for (g, w) in got.0.iter().zip(&want.0) {
+                    let (loss, norm) = ((g.loss - w.loss).abs() / w.loss, (g.grad_norm / w.grad_norm - 1.0).abs());
+                    assert!(loss < tolerance && norm < tolerance, "{dtype} {bptt:?}: {g:?}, not {w:?}");
+                }
+                if dtype == DType::F32 {
+                    let distance =
+                        |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (*a - *b).abs()).fold(0.0, f32::max);
+                    assert!(distance(&got.1, &want.1) < 2e-3, "{bptt:?}: {}", distance(&got.1, &want.1));
+                }
+                assert!(got == steps(&gpu(dtype), settings), "{dtype} {bptt:?}: two runs differ");
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn nan_stops_and_changes_nothing_and_a_good_step_follows() {
+    let at = model().params().specs().iter().find(|s| s.name == "blocks.1.ffn.key.weight").unwrap().range.start;
+    let mut bad = model();
+    bad.params_mut().values_mut()[at] = f32::NAN;
+    let bits = |m: &Model| m.params().current().iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
+    let before = bits(&bad);
+    let mut t = Trainer::new(&gpu(DType::BF16), bad, settings());
+    let e = t.step(&[data().train(0, 2)]).unwrap_err();
+    assert!(matches!(&e, Error::NotFinite { step: 0, what } if what.starts_with("the gradient of ")), "{e}");
+    assert!(bits(t.model()) == before && t.steps() == 0);
+
+    // A token outside the vocabulary is found in the second micro-batch, when the first has left gradients.
+    let mut t = Trainer::new(&gpu(DType::BF16), model(), settings());
+    let mut wrong = data().train(1, 2);
+    wrong.tokens[3] = 64;
+    assert!(t.step(&[data().train(0, 2), wrong]).is_err());
+    let after = t.step(&[data().train(0, 2)]).unwrap();
+    assert_eq!(after, Trainer::new(&gpu(DType::BF16), model(), settings()).step(&[data().train(0, 2)]).unwrap());
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn memory_is_forecast_and_launches_are_counted() {
+    for checkpointing in [false, true] {
+        let ctx = gpu(DType::BF16);
+        let settings = Settings { checkpointing, ..settings() };
+        let mut t = Trainer::new(&ctx, model(), settings);
+        ctx.trim();
+        let forecast = t.forecast(4).unwrap();
+        t.step(&[data().train(0, 4)]).unwrap();
+        assert_eq!(ctx.memory().peak, forecast);
+        let reserved = ctx.memory().reserved;
+        let (done, spans) = ctx.cuda().unwrap().profiled(|| t.step(&[data().train(1, 4)]));
+        done.unwrap();
+        assert_eq!(ctx.memory().reserved, reserved, "the second step allocated");
+        assert!(spans.iter().any(|s| s.name.starts_with("gemm ") && s.flops > 0.0 && s.bytes > 0));
+        assert!(spans.iter().any(|s| s.name == "adamw_bf16" && s.bytes > 0));
+        println!("{} launches a step", spans.len());
+    }
+}
