@@ -6,15 +6,18 @@
 // of k within a step is that in which it lies in memory, for W and x alike. Sums go over a group's warps in order, then over the shares in order, by
 // the block that ends last.
 #pragma once
+#include "heads.cuh"
 #include "overlap.cuh"
-
-enum Finish { STORE, RELU_SQUARED, ADD };
 
 // How W is stored, and what a warp takes of it in a step: [rows, k], 32 rows by 32 of k, or [k, rows], 16 of k by 64 rows.
 template <bool BY_INPUTS> struct Tile {
     static constexpr int ROWS = BY_INPUTS ? 64 : 32, STEP = BY_INPUTS ? 16 : 32, HIGH = ROWS / 16, PAD = BY_INPUTS ? 16 : 32;
 };
 constexpr int PIECES = 4; // of 16 bytes a lane copies in a step
+
+// The lower and the upper halves of two words.
+__device__ __forceinline__ uint32_t low(uint32_t x, uint32_t y) { return (x & 0xffffu) | y << 16; }
+__device__ __forceinline__ uint32_t high(uint32_t x, uint32_t y) { return x >> 16 | (y & 0xffff0000u); }
 
 constexpr int stages(int nt) { return nt > 4 ? 4 : 5; }
 
@@ -98,8 +101,7 @@ __device__ __forceinline__ void tiles(const T* w, void* y, float* parts, unsigne
 #pragma unroll
                 for (int m = 0; m < W::HIGH; m++) {
                     const auto word = [&](int p) { return m == 0 ? a[p].x : m == 1 ? a[p].y : m == 2 ? a[p].z : a[p].w; };
-                    const uint32_t f[4] = {__byte_perm(word(0), word(1), 0x5410), __byte_perm(word(0), word(1), 0x7632),
-                                           __byte_perm(word(2), word(3), 0x5410), __byte_perm(word(2), word(3), 0x7632)};
+                    const uint32_t f[4] = {low(word(0), word(1)), high(word(0), word(1)), low(word(2), word(3)), high(word(2), word(3))};
 #pragma unroll
                     for (int n = 0; n < NT; n++) mma<T>(sum[m][n], f, b[n].x, b[n].y);
                 }
@@ -116,6 +118,7 @@ __device__ __forceinline__ void tiles(const T* w, void* y, float* parts, unsigne
                 }
             }
         }
+        if (round && s.split > 1) __syncthreads();
         for (int p = 0; p + 1 < s.split; p++) {
             // Warp p hands its sums to warp p + 1.
             if (part == p)
@@ -160,18 +163,48 @@ __device__ __forceinline__ void tiles(const T* w, void* y, float* parts, unsigne
     if (threadIdx.x == 0) ended[block] = 0;
 }
 
-// y = x W^T for x [inputs, batch, k].
+// y = x W^T for x [inputs, batch, k]; blockIdx.y: sequences 64 at a time, each 64 with parts and counters of its own.
 template <class T, int NT, int FINISH, bool BY_INPUTS>
 __device__ void product(const T* w, const T* x, void* y, float* parts, unsigned* ended, const int4* work, Share s) {
     let_next_start();
     const int4 mine = work[blockIdx.x];
+    const int b0 = blockIdx.y * 64, batch = s.batch;
+    s.batch = min(batch - b0, 64);
+    y = static_cast<char*>(y) + size_t(b0) * s.total * (FINISH == RELU_SQUARED ? sizeof(T) : sizeof(float));
+    parts += size_t(b0) * s.shares * s.total;
+    ended += blockIdx.y * (gridDim.x / s.shares);
     tiles<T, NT, FINISH, BY_INPUTS>(w, y, parts, ended, mine, s, [&](T* held, int stride, int k0, int kn) {
-        x += size_t(mine.z) * s.batch * s.k + k0;
+        x += (size_t(mine.z) * batch + b0) * s.k + k0;
         const int pieces = (s.width + 63) / 64 * 8;
         for (int i = threadIdx.x; i < NT * 8 * pieces; i += blockDim.x) {
             const int b = i / pieces, col = i % pieces * 8;
             const bool valid = b < s.batch && col < kn;
             copy_async(held + b * stride + col, valid ? x + size_t(b) * s.k + col : x, valid);
+        }
+    });
+}
+
+// y [4, batch, C]: the second halves of the low-rank maps of functions of the first halves, which lie at proj + b * stride. work[block] = {first
+// channel, channels, map, 0}; blockIdx.y: sequences 64 at a time.
+template <class T, int NT>
+__device__ void ups(const float* proj, int stride, Maps maps, Ranks ranks, float* y, const int4* work, int batch, int c) {
+    let_next_start();
+    const int4 mine = work[blockIdx.x];
+    const int m = mine.z, b0 = blockIdx.y * 64, rank = ranks.rank[m];
+    const Share s = {min(batch - b0, 64), c, rank, rank, int(blockDim.x >> 5), 1};
+    tiles<T, NT, STORE, true>(static_cast<const T*>(maps.up[m]), y + (size_t(m) * batch + b0) * c, nullptr, nullptr, mine, s,
+                              [&](T* held, int width, int, int) {
+        proj += size_t(b0) * stride + ranks.at[m];
+        const int columns = (rank + 63) / 64 * 64;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < NT * 8 * columns; i += blockDim.x) {
+            const int b = i / columns, col = i % columns;
+            float v = 0.f;
+            if (b < s.batch && col < rank) {
+                v = __ldcg(proj + size_t(b) * stride + col);
+                v = m == 0 ? tanhf(v) : m == 3 ? sigmoid(v) : v;
+            }
+            held[b * width + col] = from_f32<T>(v);
         }
     });
 }
