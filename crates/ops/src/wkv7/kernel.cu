@@ -224,7 +224,7 @@ FOR_EACH_TYPE(SIZES)
         int heads) {                                                                                                          \
         tensor::backward<N, false>(in, pieces, saved, dy, dnew, exit, nullptr, out, add, initial, heads);                     \
     }                                                                                                                         \
-    extern "C" __global__ void __launch_bounds__(2 * N) wkv7_tensor_back_scan_##N(                                            \
+    extern "C" __global__ void __launch_bounds__(2 * N, 192 / N) wkv7_tensor_back_scan_##N(                                         \
         tensor::Inputs<bf16> in, const tensor::Piece* pieces, tensor::Saved saved, const bf16* dy, float* map, int heads) {   \
         tensor::backward<N, true>(in, pieces, saved, dy, nullptr, nullptr, map, {}, 0, nullptr, heads);                          \
     }                                                                                                                         \
