@@ -1,7 +1,7 @@
 //! Speed of training and decoding, each beside what limits it, measured in the same run.
 
 use anser_data::Batch;
-use anser_infer::Session;
+use anser_infer::{Decoder, Session};
 use anser_model::{Config, Init, Model};
 use anser_ops::{ParamSet, Tape, Var, batch, wkv7::Wkv7Inputs};
 use anser_tensor::cuda::Span;
@@ -196,6 +196,84 @@ pub fn wkv(ctx: &Context, rows: usize, t: usize, heads: usize, n: usize) -> Wkv 
     let both = time(&|| recorded(true)) - time(&|| drop(dy.duplicate()));
     let bytes = (tokens * c * ctx.dtype().size()) as f64 * (20.0 + 2.0 * n as f64 / 64.0);
     Wkv { forward, recording, both, bytes, bandwidth: bench::read_bandwidth(ctx) }
+}
+
+/// Decoding on a GPU, many sequences at a time.
+#[derive(Clone, Debug)]
+pub struct DecodeBatch {
+    /// Tokens a second of all sequences together, each step going on with the most probable tokens.
+    pub decode: f64,
+    /// The same for steps whose logits go to the host and whose tokens come from there.
+    pub with_logits: f64,
+    /// Tokens a second of a prompt of [`PROMPT`] tokens.
+    pub prefill: f64,
+    /// Bytes that a step moves at least.
+    pub bytes: f64,
+    /// Copying memory, bytes a second.
+    pub bandwidth: f64,
+    /// Share of relu(.)^2 that was zero for all sequences.
+    pub zero_share: f64,
+    /// Bytes of device memory reserved.
+    pub memory: usize,
+    /// Kind of kernel, seconds a step when it runs alone, bytes it moves at least.
+    pub parts: Vec<(String, f64, f64)>,
+}
+
+/// Tokens of the prompt that [`decode_batch`] reads.
+pub const PROMPT: usize = 4096;
+
+/// Decodes `batch` sequences for `tokens` steps on a GPU with a model of noise of a preset size.
+///
+/// # Errors
+/// When there is no such size, or it needs more memory than there is.
+pub fn decode_batch(ctx: &Context, preset: &str, batch: usize, tokens: usize) -> Result<DecodeBatch, crate::Error> {
+    let config = Config::preset(preset)?;
+    let model = Model::noise(ctx, &config, 1)?;
+    let vocab = config.vocab_size as u32;
+    let mut decoder =
+        Decoder::new(ctx, &model, batch)?.ok_or_else(|| crate::Error::Input("a batch needs --device cuda".into()))?;
+    let memory = ctx.memory().reserved;
+    let inputs: Vec<(usize, u32)> = (0..batch).map(|i| (i, i as u32 * 7919 % vocab)).collect();
+    let time = |decoder: &mut Decoder<'_>, steps: usize| {
+        let start = Instant::now();
+        decoder.greedy(&inputs, steps)?;
+        Ok::<f64, crate::Error>(start.elapsed().as_secs_f64())
+    };
+    time(&mut decoder, 4)?;
+    // What a step costs, without the first, which waits for logits.
+    let long = |decoder: &mut Decoder<'_>| {
+        Ok::<f64, crate::Error>((time(decoder, tokens + 1)? - time(decoder, 1)?) / tokens as f64)
+    };
+    let seconds = median((0..3).map(|_| long(&mut decoder)).collect::<Result<_, _>>()?);
+    let start = Instant::now();
+    for _ in 0..tokens {
+        decoder.step(&inputs)?;
+    }
+    let with_logits = batch as f64 * tokens as f64 / start.elapsed().as_secs_f64();
+    let zero_share = decoder.zero_share();
+    let parts = decoder.profile(batch, zero_share);
+    let parts = parts.into_iter().map(|(p, s, b)| (format!("{p:?}").to_lowercase(), s, b)).collect();
+    let bytes = decoder.bytes(batch, zero_share);
+    let prompt: Vec<u32> = (0..PROMPT as u32).map(|i| i * 37 % vocab).collect();
+    let mut read = Vec::new();
+    for _ in 0..4 {
+        decoder.clear(0)?;
+        let start = Instant::now();
+        decoder.prefill(0, &prompt)?;
+        read.push(start.elapsed().as_secs_f64());
+    }
+    let prefill = PROMPT as f64 / read.iter().skip(1).copied().fold(f64::INFINITY, f64::min);
+    let bandwidth = bench::read_bandwidth(ctx);
+    Ok(DecodeBatch {
+        decode: batch as f64 / seconds,
+        with_logits,
+        prefill,
+        bytes,
+        bandwidth,
+        zero_share,
+        memory,
+        parts,
+    })
 }
 
 /// Decodes with a randomly initialised model of a preset size.

@@ -1,10 +1,12 @@
 //! Running a model: sessions with their recurrent state, sampling, state files.
 
 pub mod chat;
+mod decoder;
 mod sampler;
 mod session;
 mod text;
 
+pub use decoder::Decoder;
 pub use sampler::{Sampler, SamplerOrder, Sampling};
 pub use session::Session;
 pub use text::TextStream;

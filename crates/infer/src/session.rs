@@ -1,4 +1,4 @@
-use crate::Error;
+use crate::{Decoder, Error};
 use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
 use anser_model::{Model, State};
 use anser_ops::{Tape, batch};
@@ -16,12 +16,15 @@ pub struct Session<'m> {
     model: &'m Model,
     state: State,
     logits: Vec<f32>,
+    /// On a GPU single tokens go through here; while it is there its slot 0 holds the state.
+    decoder: Option<Decoder<'m>>,
 }
 
 impl<'m> Session<'m> {
     /// An empty session.
     pub fn new(ctx: &Context, model: &'m Model) -> Session<'m> {
-        Session { ctx: ctx.clone(), model, state: State::zeros(ctx, model.config(), 1), logits: Vec::new() }
+        let state = State::zeros(ctx, model.config(), 1);
+        Session { ctx: ctx.clone(), model, state, logits: Vec::new(), decoder: None }
     }
 
     /// Reads tokens; long prompts in pieces, so that memory stays bounded.
@@ -29,6 +32,20 @@ impl<'m> Session<'m> {
     /// # Errors
     /// When a token is outside the vocabulary; the session is then as before that piece.
     pub fn feed(&mut self, tokens: &[u32]) -> Result<(), Error> {
+        if let &[token] = tokens {
+            if self.decoder.is_none()
+                && let Some(mut decoder) = Decoder::new(&self.ctx, self.model, 1)?
+            {
+                decoder.set_state(0, &self.state)?;
+                self.decoder = Some(decoder);
+            }
+            if let Some(decoder) = &mut self.decoder {
+                self.logits = decoder.step(&[(0, token)])?;
+                return Ok(());
+            }
+        }
+        self.state = self.state();
+        self.decoder = None;
         for piece in tokens.chunks(PIECE) {
             let mut tape = Tape::inference(&self.ctx, self.model.params());
             let segments = batch(1, piece.len(), true).into();
@@ -51,9 +68,15 @@ impl<'m> Session<'m> {
         if self.logits.is_empty() { Err(Error::Empty) } else { Ok(&self.logits) }
     }
 
+    /// The state, from wherever it is.
+    fn state(&self) -> State {
+        self.decoder.as_ref().and_then(|d| d.state(0).ok()).unwrap_or_else(|| self.state.clone())
+    }
+
     /// A second session that goes on from here.
     pub fn fork(&self) -> Session<'m> {
-        Session { ctx: self.ctx.clone(), model: self.model, state: self.state.clone(), logits: self.logits.clone() }
+        let (ctx, logits) = (self.ctx.clone(), self.logits.clone());
+        Session { ctx, model: self.model, state: self.state(), logits, decoder: None }
     }
 
     /// Writes the session to a file: everything that is needed to go on later.
@@ -61,7 +84,8 @@ impl<'m> Session<'m> {
     /// # Errors
     /// When writing fails.
     pub fn save(&self, path: &Path) -> Result<(), Error> {
-        let vars: Vec<_> = self.state.vars().map(|v| (v, v.to_vec())).collect();
+        let state = self.state();
+        let vars: Vec<_> = state.vars().map(|v| (v, v.to_vec())).collect();
         let mut sources: Vec<Source<'_>> = vars
             .iter()
             .enumerate()

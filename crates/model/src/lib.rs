@@ -4,6 +4,7 @@
 //! This crate opens no files: it takes named tensors ([`anser_formats::Checkpoint`]) and gives them back.
 
 mod config;
+mod decode;
 mod init;
 mod load;
 mod rwkv7;
@@ -11,6 +12,7 @@ mod state;
 
 pub use anser_ops::ParamSpec;
 pub use config::{Config, LoraDims, PRESETS};
+pub use decode::{DecodeStep, Part};
 pub use init::Init;
 pub use load::Load;
 pub use rwkv7::Model;
@@ -25,6 +27,9 @@ pub enum Error {
     /// A checkpoint that is not a RWKV-7 model.
     #[error("checkpoint: {0}")]
     Checkpoint(String),
+    /// From the device.
+    #[error(transparent)]
+    Device(#[from] anser_tensor::Error),
     /// A tensor that could not be read.
     #[error(transparent)]
     Format(#[from] anser_formats::Error),

@@ -4,7 +4,7 @@ use crate::rwkv7::{Block, ChannelMix, Norm, TimeMix};
 use crate::{Config, Error, LoraDims, Model};
 use anser_formats::{CONFIG_JSON, Checkpoint, TensorView};
 use anser_ops::{Activation, LowRank, Param, ParamSet, Weight};
-use anser_tensor::{Context, DType, Packed, memory};
+use anser_tensor::{Context, DType, DeviceMatrix, DisjointMut, Packed, memory};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub enum Load {
     /// f32 master weights in the parameter arena.
     Train,
-    /// Matrices packed for inference in this type; vectors stay f32.
+    /// Matrices packed for inference in this type, or on a GPU in the type of activations; vectors stay f32.
     Inference(DType),
 }
 
@@ -111,13 +111,13 @@ impl Model {
     /// When a tensor is missing, has a wrong shape or cannot be read; the message names it.
     pub fn load(ctx: &Context, ckpt: &Checkpoint, load: Load) -> Result<Model, Error> {
         let config = Config::from_checkpoint(ckpt)?;
-        // A GPU reads the arena; there are no tiles there.
-        let load = if ctx.cuda().is_some() { Load::Train } else { load };
-        let size = match load {
-            Load::Train => 4,
-            Load::Inference(dtype) => dtype.size(),
+        let needed = match load {
+            Load::Train => config.parameters() * 4,
+            // On a GPU one matrix after another passes through memory.
+            Load::Inference(_) if ctx.cuda().is_some() => config.vocab_size * config.n_embd * 4,
+            Load::Inference(dtype) => config.parameters() * dtype.size(),
         };
-        check_memory((config.parameters() * size) as u64, memory::available())?;
+        check_memory(needed as u64, memory::available())?;
         let find = |name: &str, shape: &[usize]| -> Result<TensorView<'_>, Error> {
             let t = ckpt.get(name).ok_or_else(|| Error::Checkpoint(format!("tensor {name} is missing")))?;
             let squeezed = |s: &[usize]| s.iter().copied().filter(|&d| d != 1).collect::<Vec<_>>();
@@ -129,11 +129,22 @@ impl Model {
             }
             Ok(t)
         };
-        let mut packed = HashMap::new();
+        let mut weights = HashMap::new();
         let mut list = config.tensors();
         if let Load::Inference(dtype) = load {
+            if ctx.cuda().is_some() {
+                weights = to_device(ctx, &config, |name, shape, out| {
+                    let t = find(name, shape)?;
+                    t.read_f32_into(out)?;
+                    t.release();
+                    match out.iter().position(|v| !v.is_finite()) {
+                        Some(i) => Err(not_finite(name, i)),
+                        None => Ok(()),
+                    }
+                })?;
+            }
             for (name, shape, _) in &list {
-                let Some(in_out) = packed_layout(name) else { continue };
+                let Some(in_out) = packed_layout(name).filter(|_| ctx.cuda().is_none()) else { continue };
                 let t = find(name, shape)?;
                 let bad = AtomicUsize::new(usize::MAX);
                 // An element type that is no float shows at once; after that reading cannot fail.
@@ -149,7 +160,7 @@ impl Model {
                 if bad.load(Ordering::Relaxed) < t.elements() {
                     return Err(not_finite(name, bad.into_inner()));
                 }
-                packed.insert(name.clone(), Arc::new(weight));
+                weights.insert(name.clone(), Weight::Packed(Arc::new(weight)));
             }
             list.retain(|(name, ..)| packed_layout(name).is_none());
         }
@@ -164,25 +175,30 @@ impl Model {
             }
         }
         params.to_device(ctx);
-        Ok(Model::build(config, params, &packed))
+        ctx.check()?;
+        Ok(Model::build(config, params, &weights))
     }
 
-    /// The same model for inference, its matrices packed in `dtype`.
+    /// The same model for inference, its matrices packed in `dtype`, or on a GPU in the type of activations.
     pub fn packed(&self, ctx: &Context, dtype: DType) -> Model {
-        if ctx.cuda().is_some() {
-            return Model::assemble(self.config.clone(), self.params.clone());
-        }
         let mut weights = HashMap::new();
         let mut list = self.config.tensors();
         let from = |name: &str| {
             let spec = self.params.specs().iter().find(|s| s.name == name);
             spec.map(|s| &self.params.values()[s.range.clone()]).unwrap_or_default()
         };
+        if ctx.cuda().is_some() {
+            let copied = to_device(ctx, &self.config, |name, _, out| {
+                out.copy_from_slice(from(name));
+                Ok(())
+            });
+            weights = copied.unwrap_or_default();
+        }
         for (name, shape, _) in &list {
-            if let Some(in_out) = packed_layout(name) {
+            if let Some(in_out) = packed_layout(name).filter(|_| ctx.cuda().is_none()) {
                 let m = from(name);
                 let copy = |start: usize, out: &mut [f32]| out.copy_from_slice(&m[start..start + out.len()]);
-                weights.insert(name.clone(), Arc::new(pack(ctx, dtype, shape, in_out, copy)));
+                weights.insert(name.clone(), Weight::Packed(Arc::new(pack(ctx, dtype, shape, in_out, copy))));
             }
         }
         list.retain(|(name, ..)| packed_layout(name).is_none());
@@ -191,6 +207,7 @@ impl Model {
             let name = params.specs()[p.id].name.clone();
             params.get_mut(p).copy_from_slice(from(&name));
         }
+        params.to_device(ctx);
         Model::build(self.config.clone(), params, &weights)
     }
 
@@ -199,12 +216,53 @@ impl Model {
         Model::build(config, params, &HashMap::new())
     }
 
-    fn build(config: Config, params: ParamSet, packed: &HashMap<String, Arc<Packed>>) -> Model {
+    /// A model for a GPU in the type of activations whose matrices are noise of the usual size: for measurements, made in seconds at any size.
+    ///
+    /// # Errors
+    /// When the configuration is impossible, or device memory runs out.
+    pub fn noise(ctx: &Context, config: &Config, seed: u64) -> Result<Model, Error> {
+        config.validate()?;
+        let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut next = move || {
+            s = s.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (s >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        let table: Vec<f32> = (0..1 << 20).map(|_| next()).collect();
+        let fill = |name: &str, shape: &[usize], out: &mut [f32]| {
+            let k = shape.get(usize::from(packed_layout(name) == Some(false))).copied().unwrap_or(1);
+            // Unit variance in, unit variance out; the embedding is normalised.
+            let scale = (3.0 / k as f32).sqrt();
+            let mut at = name.bytes().fold(0usize, |h, b| h.wrapping_mul(31).wrapping_add(b.into()));
+            for piece in out.chunks_mut(table.len() / 2) {
+                at = at.wrapping_mul(25_214_903_917).wrapping_add(11) % (table.len() / 2);
+                piece.iter_mut().zip(&table[at..]).for_each(|(o, v)| *o = v * scale);
+            }
+        };
+        let weights = to_device(ctx, config, |name, shape, out| {
+            fill(name, shape, out);
+            Ok(())
+        })?;
+        let mut list = config.tensors();
+        list.retain(|(name, ..)| packed_layout(name).is_none());
+        let (mut params, handles) = ParamSet::new(list);
+        for &p in &handles {
+            let name = params.specs()[p.id].name.clone();
+            let norm = name.contains("ln") && name.ends_with(".weight");
+            let out = params.get_mut(p);
+            fill(&name, &[1], out);
+            out.iter_mut().for_each(|v| *v = if norm { 1.0 } else { *v * 0.5 });
+        }
+        params.to_device(ctx);
+        ctx.check()?;
+        Ok(Model::build(config.clone(), params, &weights))
+    }
+
+    fn build(config: Config, params: ParamSet, weights: &HashMap<String, Weight>) -> Model {
         let handles: HashMap<&str, Param> =
             params.specs().iter().enumerate().map(|(id, s)| (s.name.as_str(), params.handle(id))).collect();
         let param = |name: &str| handles[name];
-        let weight = |name: &str| match packed.get(name) {
-            Some(w) => Weight::Packed(w.clone()),
+        let weight = |name: &str| match weights.get(name) {
+            Some(w) => w.clone(),
             None if packed_layout(name) == Some(true) => Weight::InOut(param(name)),
             None => Weight::OutIn(param(name)),
         };
@@ -245,6 +303,77 @@ impl Model {
         let blocks = (0..config.n_layer).map(block).collect();
         Model { emb, ln0, blocks, ln_out, head, config, params }
     }
+}
+
+/// The matrices of a layer that read interpolations of one vector, in the order in which they lie one after another on a GPU, all [out, in].
+pub(crate) const STACK: [&str; 7] =
+    ["att.receptance.weight", "att.key.weight", "att.value.weight", "att.v1", "att.w1", "att.a1", "att.g1"];
+
+/// Copies the matrices to the GPU in the type of activations, one after another; `read` gives a tensor's values. Those of [`STACK`] of a layer share
+/// a buffer; the second matrix of channel mixing lies [in, out], so that rows under zeros can be skipped.
+fn to_device(
+    ctx: &Context, config: &Config, read: impl Fn(&str, &[usize], &mut [f32]) -> Result<(), Error>,
+) -> Result<HashMap<String, Weight>, Error> {
+    let list = config.tensors();
+    let shapes: HashMap<&str, &[usize]> = list.iter().map(|(name, shape, _)| (name.as_str(), &shape[..])).collect();
+    let mut weights = HashMap::new();
+    let mut values = Vec::new();
+    let mut copy = |names: &[String]| -> Result<(), Error> {
+        let size = |name: &String| shapes[name.as_str()].iter().product::<usize>();
+        let mut buf = ctx.alloc(names.iter().map(size).sum());
+        let (mut start, mut places) = (0, Vec::new());
+        for name in names {
+            let (shape, stored) = (shapes[name.as_str()], packed_layout(name) == Some(true));
+            let (outputs, inputs) = if stored { (shape[1], shape[0]) } else { (shape[0], shape[1]) };
+            let in_out = (stored && names.len() == 1) || name.ends_with("ffn.value.weight");
+            values.resize(size(name), 0.0);
+            read(name, shape, &mut values)?;
+            if stored == in_out {
+                buf.write(start, &values);
+            } else {
+                buf.write(start, &transposed(ctx, &values, shape[0], shape[1]));
+            }
+            places.push((name, start, outputs, inputs, in_out));
+            start += size(name);
+        }
+        ctx.check()?;
+        let buf = Arc::new(buf);
+        for (name, start, outputs, inputs, in_out) in places {
+            weights.insert(name.clone(), Weight::Device(DeviceMatrix::new(&buf, start, outputs, inputs, in_out)));
+        }
+        Ok(())
+    };
+    for i in 0..config.n_layer {
+        let stack: Vec<String> =
+            STACK.iter().map(|m| format!("blocks.{i}.{m}")).filter(|name| shapes.contains_key(name.as_str())).collect();
+        copy(&stack)?;
+    }
+    for (name, ..) in &list {
+        let stacked =
+            name.strip_prefix("blocks.").and_then(|s| s.split_once('.')).is_some_and(|(_, m)| STACK.contains(&m));
+        if packed_layout(name).is_some() && !stacked {
+            copy(std::slice::from_ref(name))?;
+        }
+    }
+    Ok(weights)
+}
+
+/// A matrix [rows, cols] as [cols, rows].
+fn transposed(ctx: &Context, x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    let mut y = vec![0.0; x.len()];
+    let shared = DisjointMut::new(&mut y);
+    ctx.threads().run(cols.div_ceil(16), |t| {
+        let first = t * 16;
+        let n = 16.min(cols - first);
+        // SAFETY: every task has its own rows of y.
+        let to = unsafe { shared.get(first * rows..(first + n) * rows) };
+        for (r, row) in x.chunks_exact(cols).enumerate() {
+            for (j, v) in row[first..first + n].iter().enumerate() {
+                to[j * rows + r] = *v;
+            }
+        }
+    });
+    y
 }
 
 /// An error before a model is read that memory will not hold.

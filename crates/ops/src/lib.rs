@@ -18,6 +18,7 @@ mod testing;
 
 pub mod add;
 pub mod cross_entropy;
+pub mod decode;
 pub mod embedding;
 pub mod key_path;
 pub mod layer_norm;

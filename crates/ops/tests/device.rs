@@ -316,6 +316,20 @@ fn wkv7_in_chunks() {
             let table: Vec<String> = names.iter().zip(&errors).map(|(n, e)| format!("{n} {e:.1e}")).collect();
             println!("wkv7 in chunks, head size {n}, repeated keys {repeated}: {}", table.join(", "));
             assert!(errors.iter().all(|e| *e <= 5e-3));
+            // Without gradients, in f16 too.
+            for (dtype, tolerance) in [(DType::BF16, 5e-3), (DType::F16, 8e-4)] {
+                let ctx = Context::with_activations(Device::Cuda(0), dtype, 1).unwrap();
+                let set = ParamSet::default();
+                let vars: Vec<Var> = inputs.iter().map(|x| Var::constant(rows, c, ctx.copy_of(x))).collect();
+                let mut start = ctx.alloc_f32(4 * c * n);
+                start.copy_from(&noise(4 * c * n, 5, 1.0));
+                let x = Wkv7Inputs { r: &vars[0], w: &vars[1], k: &vars[2], v: &vars[3], a: &vars[4], b: &vars[5] };
+                let state = Var::constant(4, c * n, start);
+                let (y, new) = Tape::inference(&ctx, &set).wkv7(x, &state, &segments, heads);
+                let errors = [error(&y.to_vec(), &want[0]), error(&new.to_vec(), &want[1])];
+                println!("wkv7 in chunks, {dtype}, without gradients: y {:.1e}, state {:.1e}", errors[0], errors[1]);
+                assert!(errors.iter().all(|e| *e <= tolerance));
+            }
         }
     }
 }

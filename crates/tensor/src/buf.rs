@@ -229,16 +229,25 @@ impl Buf {
     /// # Panics
     /// If the lengths differ.
     pub fn copy_from(&mut self, src: &[f32]) {
+        assert!(src.len() == self.len || matches!(self.data, Data::Dry));
+        self.write(0, src);
+    }
+
+    /// Overwrites the elements from `start` on, rounding to the element type. Nothing happens in a forecast.
+    ///
+    /// # Panics
+    /// If they don't fit.
+    pub fn write(&mut self, start: usize, src: &[f32]) {
         match (&mut self.data, &self.pool.cuda) {
-            (Data::Host(h), _) => h.copy_from_slice(src),
+            (Data::Host(h), _) => h[start..start + src.len()].copy_from_slice(src),
             (Data::Device(p), Some(cuda)) => {
-                assert_eq!(src.len(), self.len);
+                assert!(start + src.len() <= self.len);
                 let raw: Vec<u8> = match self.dtype {
                     DType::F32 => src.iter().flat_map(|v| v.to_le_bytes()).collect(),
                     DType::F16 => src.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
                     DType::BF16 => src.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
                 };
-                cuda.upload(*p, &raw);
+                cuda.upload(p.offset(start, self.dtype), &raw);
             }
             _ => {}
         }

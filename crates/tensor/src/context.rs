@@ -117,6 +117,11 @@ impl Context {
         self.0.pool.cuda().map(|c| &**c)
     }
 
+    /// The GPU, if this is one, for those that outlive the context.
+    pub fn cuda_shared(&self) -> Option<&Arc<Cuda>> {
+        self.0.pool.cuda()
+    }
+
     /// Element type of activations.
     pub fn dtype(&self) -> DType {
         self.0.dtype

@@ -11,6 +11,7 @@ pub mod cuda;
 mod dtype;
 pub mod gemm;
 pub mod math;
+mod matrix;
 pub mod memory;
 pub mod packed;
 pub mod simd;
@@ -19,6 +20,7 @@ mod threads;
 pub use buf::{Buf, MemoryStats};
 pub use context::{Context, Device};
 pub use dtype::DType;
+pub use matrix::DeviceMatrix;
 pub use packed::Packed;
 pub use threads::{DisjointMut, ThreadPool};
 

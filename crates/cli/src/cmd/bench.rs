@@ -68,6 +68,9 @@ enum What {
         /// Tokens measured
         #[arg(long, default_value_t = 64)]
         tokens: usize,
+        /// Sequences decoded together (on a GPU)
+        #[arg(long, default_value_t = 1)]
+        batch: usize,
     },
     /// Time per token and memory along one long sequence, which a recurrent model keeps flat
     Flat {
@@ -129,6 +132,43 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                 )
             })
         }
+        What::Decode { preset, tokens, batch } if ctx.cuda().is_some() => {
+            let r = bench::decode_batch(&ctx, preset, *batch, *tokens)?;
+            let rate = r.decode * r.bytes / *batch as f64;
+            let part = |(name, seconds, bytes): &(String, f64, f64)| json!({ "part": name, "microseconds": seconds * 1e6, "bytes": bytes, "share_of_bandwidth": bytes / seconds / r.bandwidth });
+            let json = json!({
+                "decode_tokens_per_second": r.decode,
+                "with_logits_tokens_per_second": r.with_logits,
+                "prefill_tokens_per_second": r.prefill,
+                "bytes_per_step": r.bytes,
+                "bandwidth": r.bandwidth,
+                "share_of_bandwidth": rate / r.bandwidth,
+                "zero_share": r.zero_share,
+                "memory": r.memory,
+                "parts": r.parts.iter().map(part).collect::<Vec<_>>(),
+            });
+            global.result(json, || {
+                let mut text = format!(
+                    "{preset} {}, batch {batch}: decode {:.0} tokens/s = {:.0} GB/s of {:.0} measured ({:.0}%), {:.1} MB a step, {:.0}% of relu^2 zero; {:.0} tokens/s with logits on the host; prefill of {} tokens {:.0} tokens/s; {:.2} GB of device memory\n",
+                    ctx.dtype(),
+                    r.decode,
+                    rate / 1e9,
+                    r.bandwidth / 1e9,
+                    100.0 * rate / r.bandwidth,
+                    r.bytes / 1e6,
+                    100.0 * r.zero_share,
+                    r.with_logits,
+                    bench::PROMPT,
+                    r.prefill,
+                    r.memory as f64 / 1e9,
+                );
+                for (name, seconds, bytes) in &r.parts {
+                    let (us, share) = (seconds * 1e6, 100.0 * bytes / seconds / r.bandwidth);
+                    text += &format!("  {name:12} {us:8.1} us a step alone, {:.1} MB, {share:.0}%\n", bytes / 1e6);
+                }
+                text
+            })
+        }
         What::Wkv { rows, ctx: t, heads, head_size } => {
             ensure!([16, 32, 64, 128].contains(head_size), "--head-size must be 16, 32, 64 or 128");
             let r = bench::wkv(&ctx, *rows, *t, *heads, *head_size);
@@ -146,7 +186,8 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                 )
             })
         }
-        What::Decode { preset, tokens } => {
+        What::Decode { batch, .. } if *batch != 1 => anyhow::bail!("--batch {batch} needs --device cuda"),
+        What::Decode { preset, tokens, .. } => {
             let dtype = global.dtype.unwrap_or(anser_tensor::DType::BF16);
             let r = bench::decode(&ctx, preset, dtype, *tokens)?;
             let json = json!({

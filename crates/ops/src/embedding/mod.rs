@@ -18,6 +18,7 @@ impl<'p> Tape<'p> {
             for (y, &t) in y.chunks_exact_mut(c).zip(tokens) {
                 match table {
                     Weight::Packed(w) => w.row(t as usize, y),
+                    Weight::Device(_) => unreachable!("device weights are used by kernels"),
                     Weight::OutIn(p) | Weight::InOut(p) => {
                         y.copy_from_slice(&self.param(*p)[t as usize * c..][..c]);
                     }

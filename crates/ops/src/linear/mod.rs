@@ -6,7 +6,7 @@
 use crate::{Backward, Param, ParamSet, Tape, Var};
 use anser_tensor::cuda::{Cuda, DevicePtr};
 use anser_tensor::gemm::{Trans, gemm};
-use anser_tensor::{Context, DType, Packed};
+use anser_tensor::{Context, DType, DeviceMatrix, Packed};
 use std::sync::Arc;
 
 #[cfg(test)]
@@ -21,6 +21,8 @@ pub enum Weight {
     InOut(Param),
     /// Tiled f32, f16 or bf16: inference only.
     Packed(Arc<Packed>),
+    /// On a GPU in the type of activations: inference only.
+    Device(DeviceMatrix),
 }
 
 impl Weight {
@@ -30,6 +32,7 @@ impl Weight {
             Weight::OutIn(p) => p.rows,
             Weight::InOut(p) => p.cols,
             Weight::Packed(w) => w.n(),
+            Weight::Device(w) => w.outputs(),
         }
     }
 
@@ -39,6 +42,7 @@ impl Weight {
             Weight::OutIn(p) => p.cols,
             Weight::InOut(p) => p.rows,
             Weight::Packed(w) => w.k(),
+            Weight::Device(w) => w.inputs(),
         }
     }
 
@@ -46,7 +50,7 @@ impl Weight {
     pub fn param(&self) -> Option<Param> {
         match self {
             Weight::OutIn(p) | Weight::InOut(p) => Some(*p),
-            Weight::Packed(_) => None,
+            Weight::Packed(_) | Weight::Device(_) => None,
         }
     }
 
@@ -58,6 +62,7 @@ impl Weight {
             Weight::OutIn(p) => gemm(ctx, Trans::N, Trans::T, rows, n, k, x, params.get(*p), false, y),
             Weight::InOut(p) => gemm(ctx, Trans::N, Trans::N, rows, n, k, x, params.get(*p), false, y),
             Weight::Packed(w) => w.matmul(ctx, x, y),
+            Weight::Device(_) => unreachable!("device weights are used by kernels"),
         }
     }
 
@@ -71,7 +76,9 @@ impl Weight {
         match self {
             Weight::OutIn(p) => gemm(ctx, Trans::N, Trans::N, rows, k, n, dy, params.get(*p), false, dx),
             Weight::InOut(p) => gemm(ctx, Trans::N, Trans::T, rows, k, n, dy, params.get(*p), false, dx),
-            Weight::Packed(_) => panic!("packed weights are for inference: load the model for training"),
+            Weight::Packed(_) | Weight::Device(_) => {
+                panic!("packed weights are for inference: load the model for training")
+            }
         }
     }
 
@@ -90,7 +97,7 @@ impl Weight {
                     gemm(ctx, Trans::T, Trans::N, k, n, rows, x, dy, true, dw);
                 }
             }
-            Weight::Packed(_) => {}
+            Weight::Packed(_) | Weight::Device(_) => {}
         }
     }
 }
@@ -98,10 +105,11 @@ impl Weight {
 /// The same three products on a GPU: x and dx [rows, in], y and dy [rows, out] in the type of activations.
 impl Weight {
     /// Where the weights for products are.
-    pub(crate) fn device(&self, params: &ParamSet) -> DevicePtr {
+    pub fn device(&self, params: &ParamSet) -> DevicePtr {
         match self {
             Weight::OutIn(p) | Weight::InOut(p) => params.rounded(*p),
             Weight::Packed(_) => DevicePtr::NULL,
+            Weight::Device(w) => w.ptr(),
         }
     }
 
@@ -109,7 +117,8 @@ impl Weight {
     fn stored(&self) -> (Trans, Trans) {
         match self {
             Weight::OutIn(_) | Weight::Packed(_) => (Trans::T, Trans::N),
-            Weight::InOut(_) => (Trans::N, Trans::T),
+            Weight::Device(w) if !w.in_out() => (Trans::T, Trans::N),
+            Weight::InOut(_) | Weight::Device(_) => (Trans::N, Trans::T),
         }
     }
 
@@ -135,7 +144,7 @@ impl Weight {
         match self {
             Weight::OutIn(_) => gpu.gemm(Trans::T, Trans::N, n, k, rows, dy, x, t, true, dw, DType::F32),
             Weight::InOut(_) => gpu.gemm(Trans::T, Trans::N, k, n, rows, x, dy, t, true, dw, DType::F32),
-            Weight::Packed(_) => {}
+            Weight::Packed(_) | Weight::Device(_) => {}
         }
     }
 }

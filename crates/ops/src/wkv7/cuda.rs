@@ -1,4 +1,4 @@
-//! WKV-7 on a GPU: the recurrence in f32, and chunks on tensor cores for activations in bf16.
+//! WKV-7 on a GPU: the recurrence in f32, and chunks on tensor cores for activations in 16 bits.
 
 use super::{Saved, Shape, Wkv7Inputs};
 use crate::gpu::{int, kernel, pointers, segments};
@@ -19,9 +19,9 @@ const BLOCKS: usize = 384;
 /// Fewest chunks of a piece: each piece costs two passes over the state.
 const PIECE: usize = 32;
 
-/// Whether heads of size `n` run on tensor cores.
-pub(super) fn on_tensor_cores(ctx: &Context, n: usize) -> bool {
-    ctx.dtype() == DType::BF16 && (n == 64 || n == 128)
+/// Whether heads of size `n` run on tensor cores. In f16, where a gradient's range would be too short, they do so at inference only.
+pub(super) fn on_tensor_cores(ctx: &Context, n: usize, training: bool) -> bool {
+    (n == 64 || n == 128) && (ctx.dtype() == DType::BF16 || ctx.dtype() == DType::F16 && !training)
 }
 
 /// A part of a sequence that one block goes through.
@@ -97,7 +97,7 @@ fn range_table(ctx: &Context, segments: &Arc<[Segment]>, heads: usize) -> Device
 /// Buffers for what the backward pass needs.
 pub(super) fn saved(ctx: &Context, shape: &Shape, n: usize, tokens: usize) -> Saved {
     let states = |block: usize| shape.segments.iter().map(|s| s.len.div_ceil(block)).sum::<usize>() * shape.heads;
-    if on_tensor_cores(ctx, n) {
+    if on_tensor_cores(ctx, n, true) {
         let chunks = states(CHUNK);
         let inverses = Some(ctx.alloc(2 * chunks * CHUNK * CHUNK));
         return Saved { states: ctx.alloc(chunks * n * n), u: ctx.alloc(tokens * shape.heads * n), inverses };
@@ -114,8 +114,8 @@ pub(super) struct Cuts {
 
 impl Cuts {
     /// `None` if no sequence is cut, or nothing runs on tensor cores.
-    pub(super) fn new(ctx: &Context, shape: &Shape, n: usize) -> Option<Cuts> {
-        let count = if on_tensor_cores(ctx, n) { pieces(&shape.segments, shape.heads).len() } else { 0 };
+    pub(super) fn new(ctx: &Context, shape: &Shape, n: usize, training: bool) -> Option<Cuts> {
+        let count = if on_tensor_cores(ctx, n, training) { pieces(&shape.segments, shape.heads).len() } else { 0 };
         let size = count * shape.heads * n * n;
         (count > shape.segments.len()).then(|| Cuts { map: ctx.alloc_f32(2 * size), between: ctx.alloc_f32(size) })
     }
@@ -148,7 +148,7 @@ fn shared(n: usize, back: bool) -> usize {
     if back {
         (2 * 8 + 8) * tile + 2 * n * (n + 8) + (2 * 2 + 4) * small + 4 * ((CHUNK + 1) * (n + 8) + n)
     } else {
-        (2 * 6 + 7) * tile + 6 * small + 4 * (CHUNK * 20 + 4 * n + n)
+        (2 * 6 + 7) * tile + 6 * small + 4 * (CHUNK * 20 + 4 * n + 2 * n)
     }
 }
 
@@ -160,7 +160,7 @@ pub(super) fn forward(
     let Wkv7Inputs { r, w, k, v, a, b } = inputs;
     let inputs = pointers([r, w, k, v, a, b].map(|x| x.buf().ptr()));
     let heads = int(shape.heads);
-    if !on_tensor_cores(ctx, n) {
+    if !on_tensor_cores(ctx, n, saved.is_some()) {
         let args = [
             inputs,
             segments(ctx, &shape.segments).into(),
@@ -178,10 +178,10 @@ pub(super) fn forward(
     let table: Arg = piece_table(ctx, shape).into();
     let grid = [pieces(&shape.segments, shape.heads).len(), shape.heads, 1];
     let launch = |what: &str, args: &[Arg]| {
-        gpu.launch_with(&KERNELS, &format!("wkv7_tensor{what}_{n}"), grid, [2 * n, 1, 1], shared(n, false), args)
+        gpu.launch_with(&KERNELS, &name(ctx, what, n), grid, [2 * n, 1, 1], shared(n, false), args)
     };
     if let Some(cuts) = cuts {
-        launch("_scan", &[inputs, table, cuts.map.ptr().into(), heads, int(saved.is_some().into())]);
+        launch("wkv7_tensor_scan", &[inputs, table, cuts.map.ptr().into(), heads, int(saved.is_some().into())]);
         let ranges = range_table(ctx, &shape.segments, shape.heads);
         let args =
             [table, ranges.into(), state.buf().ptr().into(), cuts.map.ptr().into(), cuts.between.ptr().into(), heads];
@@ -190,7 +190,7 @@ pub(super) fn forward(
     let kept = saved.map_or([DevicePtr::NULL; 3], Saved::pointers);
     let entry = at(cuts.map(|c| &c.between));
     launch(
-        "",
+        "wkv7_tensor",
         &[inputs, table, state.buf().ptr().into(), at(new).into(), entry.into(), y.ptr().into(), pointers(kept), heads],
     );
 }
@@ -215,7 +215,7 @@ pub(super) fn backward(
     let heads = int(shape.heads);
     let values = pointers(inputs.map(Buf::ptr));
     let add = int(add.iter().enumerate().map(|(i, &add)| usize::from(add) << i).sum());
-    if !on_tensor_cores(ctx, n) {
+    if !on_tensor_cores(ctx, n, true) {
         let args = [
             values,
             segments(ctx, &shape.segments).into(),

@@ -208,21 +208,24 @@ extern "C" __global__ void wkv7_state_grad(float* g, const float* initial, const
 #define SIZES(T, name) WKV7(T, name, 16) WKV7(T, name, 32) WKV7(T, name, 64) WKV7(T, name, 128)
 FOR_EACH_TYPE(SIZES)
 
-#define TENSOR(N, blocks)                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(2 * N, blocks) wkv7_tensor_##N(tensor::Inputs in, const tensor::Piece* pieces, \
-        const float* arena, float* arena_out, const float* entry, bf16* y, tensor::Saved saved, int heads) {                  \
-        tensor::forward<N, false>(in, pieces, arena, arena_out, entry, nullptr, y, saved, heads, 0);                          \
+#define TENSOR_FORWARD(T, name, N, blocks)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(2 * N, blocks) wkv7_tensor_##name##_##N(                                     \
+        tensor::Inputs<T> in, const tensor::Piece* pieces, const float* arena, float* arena_out, const float* entry, T* y,    \
+        tensor::Saved saved, int heads) {                                                                                     \
+        tensor::forward<T, N, false>(in, pieces, arena, arena_out, entry, nullptr, y, saved, heads, 0);                       \
     }                                                                                                                         \
-    extern "C" __global__ void __launch_bounds__(2 * N) wkv7_tensor_scan_##N(tensor::Inputs in, const tensor::Piece* pieces,  \
-        float* map, int heads, int training) {                                                                                \
-        tensor::forward<N, true>(in, pieces, nullptr, nullptr, nullptr, map, nullptr, {}, heads, training);                   \
-    }                                                                                                                         \
-    extern "C" __global__ void __launch_bounds__(2 * N) wkv7_tensor_back_##N(tensor::Inputs in, const tensor::Piece* pieces,  \
-        tensor::Saved saved, const bf16* dy, const float* dnew, const float* exit, tensor::Grads out, int add, float* initial, int heads) { \
+    extern "C" __global__ void __launch_bounds__(2 * N) wkv7_tensor_scan_##name##_##N(                                        \
+        tensor::Inputs<T> in, const tensor::Piece* pieces, float* map, int heads, int training) {                             \
+        tensor::forward<T, N, true>(in, pieces, nullptr, nullptr, nullptr, map, nullptr, {}, heads, training);                \
+    }
+#define TENSOR(N)                                                                                                             \
+    extern "C" __global__ void __launch_bounds__(2 * N) wkv7_tensor_back_##N(tensor::Inputs<bf16> in, const tensor::Piece* pieces, \
+        tensor::Saved saved, const bf16* dy, const float* dnew, const float* exit, tensor::Grads out, int add, float* initial, \
+        int heads) {                                                                                                          \
         tensor::backward<N, false>(in, pieces, saved, dy, dnew, exit, nullptr, out, add, initial, heads);                     \
     }                                                                                                                         \
-    extern "C" __global__ void __launch_bounds__(2 * N) wkv7_tensor_back_scan_##N(tensor::Inputs in, const tensor::Piece* pieces, \
-        tensor::Saved saved, const bf16* dy, float* map, int heads) {                                                         \
+    extern "C" __global__ void __launch_bounds__(2 * N) wkv7_tensor_back_scan_##N(                                            \
+        tensor::Inputs<bf16> in, const tensor::Piece* pieces, tensor::Saved saved, const bf16* dy, float* map, int heads) {   \
         tensor::backward<N, true>(in, pieces, saved, dy, nullptr, nullptr, map, {}, 0, nullptr, heads);                       \
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(256) wkv7_tensor_entries_##N(const tensor::Piece* pieces, const int2* ranges, \
@@ -233,5 +236,9 @@ FOR_EACH_TYPE(SIZES)
         const float* dnew, const float* map, const float* own, float* exit, int heads) {                                      \
         tensor::combine<N, true>(pieces, ranges, dnew, map, own, exit, heads);                                                \
     }
-TENSOR(64, 4)
-TENSOR(128, 1)
+TENSOR_FORWARD(bf16, bf16, 64, 4)
+TENSOR_FORWARD(bf16, bf16, 128, 1)
+TENSOR_FORWARD(f16, f16, 64, 4)
+TENSOR_FORWARD(f16, f16, 128, 1)
+TENSOR(64)
+TENSOR(128)

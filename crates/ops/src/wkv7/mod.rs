@@ -214,7 +214,7 @@ struct Saved {
 
 impl Saved {
     fn new(ctx: &Context, shape: &Shape, n: usize, tokens: usize) -> Saved {
-        if ctx.cuda().is_some() || cuda::on_tensor_cores(ctx, n) {
+        if ctx.cuda().is_some() || cuda::on_tensor_cores(ctx, n, true) {
             return cuda::saved(ctx, shape, n, tokens);
         }
         let states = ctx.alloc_f32(shape.kept() * n * n);
@@ -340,7 +340,7 @@ impl<'p> Tape<'p> {
         let mut y = ctx.alloc(rows * c);
         let mut new = segments.iter().any(|s| s.state_out.is_some()).then(|| copy(state));
         let mut saved = needs.then(|| Saved::new(&ctx, &shape, n, rows));
-        let cuts = cuda::Cuts::new(&ctx, &shape, n);
+        let cuts = cuda::Cuts::new(&ctx, &shape, n, needs);
         if let Some(gpu) = ctx.cuda() {
             cuda::forward(&ctx, gpu, &shape, inputs, state, &y, new.as_ref(), saved.as_ref(), cuts.as_ref());
         }

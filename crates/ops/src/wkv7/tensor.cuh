@@ -1,4 +1,4 @@
-// WKV-7 on tensor cores, in chunks of 16 tokens (the formulas are in mod.rs): bf16 operands, f32 sums, f32 state.
+// WKV-7 on tensor cores, in chunks of 16 tokens (the formulas are in mod.rs): bf16 operands (f16 at inference), f32 sums, f32 state.
 //
 // One block per piece of a sequence and head, N / 16 warps. Where a product has values (rows of the state) as an index, warp w has
 // values 16 w .. 16 w + 15, with its rows of the state in registers from chunk to chunk; where it has channels, channels
@@ -17,6 +17,9 @@ namespace tensor {
 constexpr int L = 16;      // tokens of a chunk
 constexpr int SMALL = 24;  // pitch of a 16 x 16 matrix
 
+// Whether what cancels is kept in two parts: f16 is precise enough.
+template <class T> constexpr bool LOW = false;
+template <> constexpr bool LOW<bf16> = true;
 template <int N> constexpr int WARPS = N / 16;
 template <int N> constexpr int PITCH = N + 8; // of a tile [tokens, N]: the rows of an 8 x 8 tile lie in different banks
 template <int N> constexpr int TILE = L * PITCH<N>;
@@ -32,20 +35,20 @@ __device__ __forceinline__ float log2_decay(float w) { return __fdividef(-0.6065
 
 // Where a lane points load_tiles so that it gets, from a row-major matrix of pitch P:
 //   rows 0..15, columns col..: an A fragment; transposed, the B fragments (k = rows) of columns col.. and col + 8..
-template <int P> __device__ __forceinline__ const bf16* by_rows(const bf16* m, int col) {
+template <int P, class T> __device__ __forceinline__ const T* by_rows(const T* m, int col) {
     const int lane = threadIdx.x & 31;
     return m + (lane & 15) * P + col + (lane >> 4) * 8;
 }
 //   the B fragments (n = rows) of rows 0..7 and 8..15; transposed, an A fragment of the transposed matrix
-template <int P> __device__ __forceinline__ const bf16* by_columns(const bf16* m, int col) {
+template <int P, class T> __device__ __forceinline__ const T* by_columns(const T* m, int col) {
     const int lane = threadIdx.x & 31;
     return m + ((lane & 7) + (lane >> 4) * 8) * P + col + (lane & 8);
 }
 
 // c[0], c[1] += A times the two 8-column halves of B.
-__device__ __forceinline__ void mma2(float (&c)[2][4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
-    mma(c[0], a, b[0], b[1]);
-    mma(c[1], a, b[2], b[3]);
+template <class T = bf16> __device__ __forceinline__ void mma2(float (&c)[2][4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+    mma<T>(c[0], a, b[0], b[1]);
+    mma<T>(c[1], a, b[2], b[3]);
 }
 // The same where b holds the fragments of a matrix of which the transpose is the A operand.
 __device__ __forceinline__ void as_a(uint32_t (&a)[4], const uint32_t (&b)[4]) {
@@ -60,9 +63,9 @@ __device__ __forceinline__ uint32_t pack_low(float x, float y, uint32_t packed) 
     return pack(x - p.x, y - p.y);
 }
 // A 16 x 16 result as the B operand (k = rows), and its low part.
-__device__ __forceinline__ void as_b(uint32_t (&b)[4], const float (&c)[2][4]) {
+template <class T = bf16> __device__ __forceinline__ void as_b(uint32_t (&b)[4], const float (&c)[2][4]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) b[i] = transpose(pack(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]));
+    for (int i = 0; i < 4; i++) b[i] = transpose(pack<T>(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]));
 }
 __device__ __forceinline__ void as_b(uint32_t (&b)[4], uint32_t (&low)[4], const float (&c)[2][4]) {
 #pragma unroll
@@ -78,35 +81,44 @@ __device__ __forceinline__ void clear(float (&c)[2][4]) {
     for (int i = 0; i < 8; i++) c[i / 4][i % 4] = 0.f;
 }
 
-// Rows of the state as B operand (k = channel, n = value): of channels 16 k.. and the values of the warp.
-template <int N> __device__ __forceinline__ void state_operand(uint32_t (&b)[4], const float (&s)[N / 8][4], int k) {
-    b[0] = pack(s[2 * k][0], s[2 * k][1]);
-    b[1] = pack(s[2 * k + 1][0], s[2 * k + 1][1]);
-    b[2] = pack(s[2 * k][2], s[2 * k][3]);
-    b[3] = pack(s[2 * k + 1][2], s[2 * k + 1][3]);
+// Rows of the state as B operand (k = channel, n = value): of channels 16 k.. and the values of the warp; in f16 times factor[channel].
+template <class T, int N>
+__device__ __forceinline__ void state_operand(uint32_t (&b)[4], const float (&s)[N / 8][4], int k, const float* factor = nullptr) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int j = 2 * k + i % 2;
+        float x = s[j][i / 2 * 2], y = s[j][i / 2 * 2 + 1];
+        if constexpr (!LOW<T>) {
+            const float2 f = *reinterpret_cast<const float2*>(factor + 8 * j + 2 * (threadIdx.x & 3));
+            x *= f.x;
+            y *= f.y;
+        }
+        b[i] = pack<T>(x, y);
+    }
 }
 template <int N> __device__ __forceinline__ void state_low(uint32_t (&low)[4], const uint32_t (&b)[4], const float (&s)[N / 8][4], int k) {
 #pragma unroll
     for (int i = 0; i < 4; i++) low[i] = pack_low(s[2 * k + i % 2][i / 2 * 2], s[2 * k + i % 2][i / 2 * 2 + 1], b[i]);
 }
 
-// Keeps a 16 x 16 result as bf16 in shared memory. `to` is row 0, column 0.
-__device__ __forceinline__ void keep_result(bf16* to, int pitch, const float (&c)[2][4]) {
+// Keeps a 16 x 16 result in shared memory. `to` is row 0, column 0.
+template <class T> __device__ __forceinline__ void keep_result(T* to, int pitch, const float (&c)[2][4]) {
     const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        bf16* row = to + (g + 8 * half) * pitch + 2 * q;
-        *reinterpret_cast<uint32_t*>(row) = pack(c[0][2 * half], c[0][2 * half + 1]);
-        *reinterpret_cast<uint32_t*>(row + 8) = pack(c[1][2 * half], c[1][2 * half + 1]);
+        T* row = to + (g + 8 * half) * pitch + 2 * q;
+        *reinterpret_cast<uint32_t*>(row) = pack<T>(c[0][2 * half], c[0][2 * half + 1]);
+        *reinterpret_cast<uint32_t*>(row + 8) = pack<T>(c[1][2 * half], c[1][2 * half + 1]);
     }
 }
 // Stores it to device memory without rows from `rows` on. The four lanes of a row exchange what they hold, so that each writes 16
 // bytes of one row and a row's two lanes a whole sector. With `add`, the sum with what is there.
-__device__ __forceinline__ void store_result(bf16* to, size_t pitch, const float (&c)[2][4], int rows, bool add = false) {
+template <class T>
+__device__ __forceinline__ void store_result(T* to, size_t pitch, const float (&c)[2][4], int rows, bool add = false) {
     const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
     uint32_t r[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) r[i] = pack(c[i % 2][i / 2 * 2], c[i % 2][i / 2 * 2 + 1]);
+    for (int i = 0; i < 4; i++) r[i] = pack<T>(c[i % 2][i / 2 * 2], c[i % 2][i / 2 * 2 + 1]);
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
         const uint32_t other = __shfl_xor_sync(~0u, q & 1 ? r[i] : r[i + 1], 1);
@@ -125,8 +137,8 @@ __device__ __forceinline__ void store_result(bf16* to, size_t pitch, const float
         const uint32_t p[4] = {prior.x, prior.y, prior.z, prior.w};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float2 x = unpack(r[i]), y = unpack(p[i]);
-            r[i] = pack(x.x + y.x, x.y + y.y);
+            const float2 x = unpack<T>(r[i]), y = unpack<T>(p[i]);
+            r[i] = pack<T>(x.x + y.x, x.y + y.y);
         }
     }
     place = make_uint4(r[0], r[1], r[2], r[3]);
@@ -179,33 +191,36 @@ template <int N> __device__ __forceinline__ void decay_state(float (&s)[N / 8][4
 }
 
 // s += A B for A [16 values, 16 tokens] and the tile B [16 tokens, N].
-template <int N> __device__ __forceinline__ void add_to_state(float (&s)[N / 8][4], const uint32_t (&a)[4], const bf16* tile) {
+template <int N, class T> __device__ __forceinline__ void add_to_state(float (&s)[N / 8][4], const uint32_t (&a)[4], const T* tile) {
 #pragma unroll
     for (int k = 0; k < N / 16; k++) {
         uint32_t b[4];
         load_tiles_transposed(b, by_rows<PITCH<N>>(tile, 16 * k));
-        mma(s[2 * k], a, b[0], b[1]);
-        mma(s[2 * k + 1], a, b[2], b[3]);
+        mma<T>(s[2 * k], a, b[0], b[1]);
+        mma<T>(s[2 * k + 1], a, b[2], b[3]);
     }
 }
 
-// c += A s^T in two parts for the tile A [16 tokens, N] with its low part; unless null, d += B s^T for the tile B.
-template <int N>
-__device__ __forceinline__ void times_state(float (&c)[2][4], const bf16* tile, const bf16* tile_low, const float (&s)[N / 8][4], float (&d)[2][4],
-                                            const bf16* other) {
+// c += A s^T for the tile A [16 tokens, N], in two parts in bf16; unless null, d += B s^T for the tile B.
+template <int N, class T>
+__device__ __forceinline__ void times_state(float (&c)[2][4], const T* tile, const T* tile_low, const float (&s)[N / 8][4], const float* factor,
+                                            float (&d)[2][4], const T* other) {
 #pragma unroll
     for (int k = 0; k < N / 16; k++) {
-        uint32_t a[4], b[4], low[4];
-        state_operand<N>(b, s, k);
-        state_low<N>(low, b, s, k);
+        uint32_t a[4], b[4];
+        state_operand<T, N>(b, s, k, factor);
         load_tiles(a, by_rows<PITCH<N>>(tile, 16 * k));
-        mma2(c, a, b);
-        mma2(c, a, low);
-        load_tiles(a, by_rows<PITCH<N>>(tile_low, 16 * k));
-        mma2(c, a, b);
+        mma2<T>(c, a, b);
+        if constexpr (LOW<T>) {
+            uint32_t low[4];
+            state_low<N>(low, b, s, k);
+            mma2(c, a, low);
+            load_tiles(a, by_rows<PITCH<N>>(tile_low, 16 * k));
+            mma2(c, a, b);
+        }
         if (other) {
             load_tiles(a, by_rows<PITCH<N>>(other, 16 * k));
-            mma2(d, a, b);
+            mma2<T>(d, a, b);
         }
     }
 }
@@ -219,13 +234,13 @@ __device__ __forceinline__ void mma2_low(float (&c)[2][4], const uint32_t (&a)[4
 }
 
 // c += A B^T of two tiles [16, N].
-template <int N> __device__ __forceinline__ void add_product(float (&c)[2][4], const bf16* x, const bf16* y) {
+template <int N, class T> __device__ __forceinline__ void add_product(float (&c)[2][4], const T* x, const T* y) {
 #pragma unroll
     for (int k = 0; k < N / 16; k++) {
         uint32_t a[4], b[4];
         load_tiles(a, by_rows<PITCH<N>>(x, 16 * k));
         load_tiles(b, by_columns<PITCH<N>>(y, 16 * k));
-        mma2(c, a, b);
+        mma2<T>(c, a, b);
     }
 }
 
@@ -240,8 +255,8 @@ __device__ __forceinline__ void lower(float (&c)[2][4], bool strict) {
 }
 
 // Starts copying the tiles WHICH of one chunk; rows past the end become zero.
-template <int N, unsigned WHICH, class Pointers>
-__device__ __forceinline__ void fetch(bf16* to, const Pointers& from, size_t at, int c, int rows) {
+template <int N, unsigned WHICH, class T, class Pointers>
+__device__ __forceinline__ void fetch(T* to, const Pointers& from, size_t at, int c, int rows) {
     const int row = threadIdx.x / (N / 8), col = threadIdx.x % (N / 8) * 8;
 #pragma unroll
     for (int i = 0; i < 8; i++)
@@ -253,19 +268,19 @@ struct Part {
     int channel, row;
     template <int N> static __device__ __forceinline__ Part of() { return {int(threadIdx.x % (N / 2)) * 2, int(threadIdx.x / (N / 2)) * 4}; }
 };
-template <int N> __device__ __forceinline__ float2 pair(const bf16* tile, int row, int channel) {
-    return unpack(*reinterpret_cast<const uint32_t*>(tile + row * PITCH<N> + channel));
+template <int N, class T> __device__ __forceinline__ float2 pair(const T* tile, int row, int channel) {
+    return unpack<T>(*reinterpret_cast<const uint32_t*>(tile + row * PITCH<N> + channel));
 }
 // Writes x y to a tile, and what rounding leaves of it to another, unless that is null.
-template <int N> __device__ __forceinline__ void set_pair(bf16* tile, int row, int channel, float2 x, float2 y, bf16* low = nullptr) {
+template <int N, class T> __device__ __forceinline__ void set_pair(T* tile, int row, int channel, float2 x, float2 y, T* low = nullptr) {
     const int at = row * PITCH<N> + channel;
-    const uint32_t p = pack(x.x * y.x, x.y * y.y);
+    const uint32_t p = pack<T>(x.x * y.x, x.y * y.y);
     *reinterpret_cast<uint32_t*>(tile + at) = p;
-    if (low) *reinterpret_cast<uint32_t*>(low + at) = pack_low(x.x * y.x, x.y * y.y, p);
+    if (LOW<T> && low) *reinterpret_cast<uint32_t*>(low + at) = pack_low(x.x * y.x, x.y * y.y, p);
 }
 
 // Sums of log decays: of the thread's rows up to each, and over its rows into sums[row group][N].
-template <int N> __device__ __forceinline__ void sum_decays(float2 (&sum)[4], const bf16* w, float* sums, int rows) {
+template <int N, class T> __device__ __forceinline__ void sum_decays(float2 (&sum)[4], const T* w, float* sums, int rows) {
     const Part p = Part::of<N>();
     float2 s = {0.f, 0.f};
 #pragma unroll
@@ -282,24 +297,27 @@ enum { R, W, K, V, A, B }; // inputs
 enum { RT, AT, KT, BT, KH, BH, AL, BL = AL, HL };
 
 // The tiles WHICH of a chunk, the decay over the whole chunk and, BACK, the sums of log decays before and after each token:
-// total[0..16][N], pitch N + 8.
-template <int N, unsigned WHICH, bool BACK>
-__device__ __forceinline__ void make_tiles(bf16* tiles, const bf16* raw, const float2 (&sum)[4], const float* sums, float* whole, float* total) {
+// total[0..16][N], pitch N + 8. In f16, whose range is short, R~ and A~ are divided and K~ and B~ multiplied by the decay over the
+// first half, which goes to `middle` and onto the state's side of products with it.
+template <int N, unsigned WHICH, bool BACK, class T>
+__device__ __forceinline__ void make_tiles(T* tiles, const T* raw, const float2 (&sum)[4], const float* sums, float* whole, float* middle, float* total) {
     const Part p = Part::of<N>();
-    float2 before = {0.f, 0.f}, all = {0.f, 0.f};
+    float2 before = {0.f, 0.f}, all = {0.f, 0.f}, mid = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float2 s = *reinterpret_cast<const float2*>(sums + i * N + p.channel);
         if (i * 4 < p.row) before = {before.x + s.x, before.y + s.y};
         all = {all.x + s.x, all.y + s.y};
+        if (!LOW<T> && i == 1) mid = all;
     }
     float2 last = before;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int row = p.row + i;
         const float2 now = {before.x + sum[i].x, before.y + sum[i].y};
-        const float2 up = {exp2_fast(now.x), exp2_fast(now.y)}, up_before = {exp2_fast(last.x), exp2_fast(last.y)};
-        const float2 down = {exp2_fast(-now.x), exp2_fast(-now.y)}, rest = {exp2_fast(all.x - now.x), exp2_fast(all.y - now.y)};
+        const float2 up = {exp2_fast(now.x - mid.x), exp2_fast(now.y - mid.y)};
+        const float2 up_before = {exp2_fast(last.x - mid.x), exp2_fast(last.y - mid.y)};
+        const float2 down = {exp2_fast(mid.x - now.x), exp2_fast(mid.y - now.y)}, rest = {exp2_fast(all.x - now.x), exp2_fast(all.y - now.y)};
         const auto has = [](int tile) { return WHICH >> tile & 1; };
         const auto input = [&](int i) { return pair<N>(raw + i * TILE<N>, row, p.channel); };
         const auto make = [&](int tile, float2 x, float2 y, int low = 0) {
@@ -322,10 +340,11 @@ __device__ __forceinline__ void make_tiles(bf16* tiles, const bf16* raw, const f
         last = now;
     }
     if (p.row == 0) *reinterpret_cast<float2*>(whole + p.channel) = {exp2_fast(all.x), exp2_fast(all.y)};
+    if (!LOW<T> && p.row == 4) *reinterpret_cast<float2*>(middle + p.channel) = {exp2_fast(mid.x), exp2_fast(mid.y)};
 }
 
 // (I - M)^-1 for strictly lower M in c, by substitution in f32: one column a lane. Scratch: 16 x 20 floats.
-__device__ __forceinline__ void invert(const float (&c)[2][4], float* scratch, bf16* to, bf16* low) {
+template <class T> __device__ __forceinline__ void invert(const float (&c)[2][4], float* scratch, T* to, T* low) {
     const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, column = lane & 15;
 #pragma unroll
     for (int i = 0; i < 8; i++) scratch[(8 * (i / 4) + 2 * q + i % 2) * 20 + g + 8 * (i % 4 / 2)] = c[i / 4][i % 4];
@@ -347,24 +366,24 @@ __device__ __forceinline__ void invert(const float (&c)[2][4], float* scratch, b
     if (lane < 16)
 #pragma unroll
         for (int i = 0; i < L; i++) {
-            const bf16 rounded = from_f32<bf16>(x[i]);
+            const T rounded = from_f32<T>(x[i]);
             to[i * SMALL + column] = rounded;
-            low[i * SMALL + column] = from_f32<bf16>(x[i] - to_f32(rounded));
+            if (LOW<T>) low[i * SMALL + column] = from_f32<T>(x[i] - to_f32(rounded));
         }
     __syncwarp();
 }
 
 // A result [16, 16] to a matrix in shared memory, and what rounding leaves of it.
-__device__ __forceinline__ void keep_small(bf16* to, const float (&c)[2][4]) { keep_result(to, SMALL, c); }
-__device__ __forceinline__ void keep_low(bf16* to, float (&c)[2][4]) {
+template <class T> __device__ __forceinline__ void keep_small(T* to, const float (&c)[2][4]) { keep_result(to, SMALL, c); }
+template <class T> __device__ __forceinline__ void keep_low(T* to, float (&c)[2][4]) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) c[i / 4][i % 4] -= to_f32(from_f32<bf16>(c[i / 4][i % 4]));
+    for (int i = 0; i < 8; i++) c[i / 4][i % 4] -= to_f32(from_f32<T>(c[i / 4][i % 4]));
     keep_small(to, c);
 }
 
-struct Inputs {
-    const bf16* p[6]; // r, w, k, v, a, b: [tokens, heads N]
-    __device__ __forceinline__ const bf16* operator[](int i) const { return p[i]; }
+template <class T> struct Inputs {
+    const T* p[6]; // r, w, k, v, a, b: [tokens, heads N]
+    __device__ __forceinline__ const T* operator[](int i) const { return p[i]; }
 };
 
 // What the forward pass keeps for the backward pass: for every chunk and head the state before it in the order of registers
@@ -375,19 +394,19 @@ struct Saved {
     bf16* u;
 };
 
-template <int N> struct ForwardShared {
-    bf16 raw[2][6][TILE<N>];
-    bf16 tiles[7][TILE<N>];
-    bf16 m[6][L * SMALL]; // inverse, M_ak, M_rb, M_rk; low parts of the first two
-    float scratch[L * 20], sums[4 * N], whole[N];
+template <class T, int N> struct ForwardShared {
+    T raw[2][6][TILE<N>];
+    T tiles[7][TILE<N>];
+    T m[6][L * SMALL]; // inverse, M_ak, M_rb, M_rk; low parts of the first two
+    float scratch[L * 20], sums[4 * N], whole[N], middle[N];
 };
 
 // SCAN: only how a piece changes its state, S -> S F + C with F and C [N, N]; to `map` [pieces, heads, 2, N, N].
-template <int N, bool SCAN>
-__device__ void forward(const Inputs& in, const Piece* pieces, const float* arena, float* arena_out, const float* entry, float* map, bf16* y,
+template <class T, int N, bool SCAN>
+__device__ void forward(const Inputs<T>& in, const Piece* pieces, const float* arena, float* arena_out, const float* entry, float* map, T* y,
                         Saved saved, int heads, int training) {
     DYNAMIC_SHARED(memory);
-    auto& m = *reinterpret_cast<ForwardShared<N>*>(memory);
+    auto& m = *reinterpret_cast<ForwardShared<T, N>*>(memory);
     const Piece piece = pieces[blockIdx.x];
     // Going forward nobody goes on from the last piece; going back nobody goes on from the first.
     if (SCAN && piece.last && (piece.number == 0 || !training)) return;
@@ -409,12 +428,12 @@ __device__ void forward(const Inputs& in, const Piece* pieces, const float* aren
         load_state<N>(s, arena + (size_t(piece.state_in) * heads + h) * N * N, warp);
     }
     constexpr unsigned FETCHED = SCAN ? 1 << W | 1 << K | 1 << V | 1 << A | 1 << B : 63;
-    constexpr unsigned MADE = SCAN ? 127 - (1 << RT) : 127;
+    constexpr unsigned MADE = 127 - (SCAN ? 1 << RT : 0) - (LOW<T> ? 0 : 1 << AL);
     fetch<N, FETCHED>(m.raw[0][0], in, origin, c, piece.len);
     copy_commit();
     for (int chunk = 0; chunk < chunks; chunk++) {
         const int first = chunk * L, rows = min(L, piece.len - first), stage = chunk & 1;
-        const bf16* raw = m.raw[stage][0];
+        const T* raw = m.raw[stage][0];
         copy_wait<0>();
         __syncthreads();
         if (chunk + 1 < chunks) fetch<N, FETCHED>(m.raw[stage ^ 1][0], in, origin + size_t(first + L) * c, c, piece.len - first - L);
@@ -422,7 +441,7 @@ __device__ void forward(const Inputs& in, const Piece* pieces, const float* aren
         float2 sum[4];
         sum_decays<N>(sum, raw + W * TILE<N>, m.sums, rows);
         __syncthreads();
-        make_tiles<N, MADE, false>(m.tiles[0], raw, sum, m.sums, m.whole, nullptr);
+        make_tiles<N, MADE, false>(m.tiles[0], raw, sum, m.sums, m.whole, m.middle, nullptr);
         __syncthreads();
         const size_t index = (size_t(piece.base) * heads + size_t(h) * chunks + chunk);
 #pragma unroll
@@ -430,7 +449,7 @@ __device__ void forward(const Inputs& in, const Piece* pieces, const float* aren
             float p[2][4];
             clear(p);
             add_product<N>(p, m.tiles[i < 2 ? AT : RT], m.tiles[i % 2 ? KT : BT]);
-            if (i == 1) add_product<N>(p, m.tiles[AL], m.tiles[KT]);
+            if (LOW<T> && i == 1) add_product<N>(p, m.tiles[AL], m.tiles[KT]);
             lower(p, i < 2);
             if (i == 0) {
                 invert(p, m.scratch, m.m[0], m.m[4]);
@@ -440,45 +459,53 @@ __device__ void forward(const Inputs& in, const Piece* pieces, const float* aren
                         saved.inverses[(index * 2 + low) * 32 + lane] = *reinterpret_cast<const uint4*>(m.m[4 * low] + (lane >> 1) * SMALL + (lane & 1) * 8);
             } else {
                 keep_small(m.m[i], p);
-                if (i == 1) keep_low(m.m[5], p);
+                if (LOW<T> && i == 1) keep_low(m.m[5], p);
             }
         }
         if (!SCAN && saved.states)
 #pragma unroll
             for (int k = 0; k < N / 16; k++) {
                 uint32_t b[4];
-                state_operand<N>(b, s, k);
+                state_operand<bf16, N>(b, s, k);
                 saved.states[((index * WARPS<N> + k) * WARPS<N> + warp) * 32 + lane] = make_uint4(b[0], b[2], b[1], b[3]);
             }
         float u[2][4], out[2][4], uf[2][4];
         clear(u);
         clear(out);
         clear(uf);
-        times_state<N>(u, m.tiles[AT], m.tiles[AL], s, out, SCAN ? nullptr : m.tiles[RT]);
-        if constexpr (SCAN) times_state<N>(uf, m.tiles[AT], m.tiles[AL], f, out, nullptr);
+        times_state<N, T>(u, m.tiles[AT], m.tiles[AL], s, m.middle, out, SCAN ? nullptr : m.tiles[RT]);
+        if constexpr (SCAN) times_state<N, T>(uf, m.tiles[AT], m.tiles[AL], f, m.middle, out, nullptr);
         __syncthreads();
         uint32_t a[4], inverse[4], inverse_low[4], v[4], t[4], low[4], x[4];
         load_tiles_transposed(v, by_rows<PITCH<N>>(raw + V * TILE<N>, 16 * warp));
         load_tiles(a, by_rows<SMALL>(m.m[1], 0));
         load_tiles(inverse, by_rows<SMALL>(m.m[0], 0));
-        load_tiles(inverse_low, by_rows<SMALL>(m.m[4], 0));
-        mma2(u, a, v);
-        load_tiles(a, by_rows<SMALL>(m.m[5], 0));
-        mma2(u, a, v);
-        as_b(t, low, u);
-        clear(u);
-        mma2_low(u, inverse, inverse_low, t, low);
-        as_b(t, u);
+        mma2<T>(u, a, v);
+        if constexpr (LOW<T>) {
+            load_tiles(inverse_low, by_rows<SMALL>(m.m[4], 0));
+            load_tiles(a, by_rows<SMALL>(m.m[5], 0));
+            mma2(u, a, v);
+        }
+        const auto solve = [&](float(&u)[2][4]) {
+            if constexpr (LOW<T>) {
+                as_b(t, low, u);
+                clear(u);
+                mma2_low(u, inverse, inverse_low, t, low);
+            } else {
+                as_b<T>(t, u);
+                clear(u);
+                mma2<T>(u, inverse, t);
+            }
+            as_b<T>(t, u);
+        };
+        solve(u);
         decay_state<N>(s, m.whole);
         as_a(x, v);
         add_to_state<N>(s, x, m.tiles[KH]);
         as_a(x, t);
         add_to_state<N>(s, x, m.tiles[BH]);
         if constexpr (SCAN) {
-            as_b(t, low, uf);
-            clear(uf);
-            mma2_low(uf, inverse, inverse_low, t, low);
-            as_b(t, uf);
+            solve(uf);
             as_a(x, t);
             decay_state<N>(f, m.whole);
             add_to_state<N>(f, x, m.tiles[BH]);
@@ -486,9 +513,9 @@ __device__ void forward(const Inputs& in, const Piece* pieces, const float* aren
             const size_t at = origin + size_t(first) * c + 16 * warp;
             if (saved.u) store_result(saved.u + at, c, u, rows);
             load_tiles(a, by_rows<SMALL>(m.m[3], 0));
-            mma2(out, a, v);
+            mma2<T>(out, a, v);
             load_tiles(a, by_rows<SMALL>(m.m[2], 0));
-            mma2(out, a, t);
+            mma2<T>(out, a, t);
             store_result(y + at, c, out, rows);
         }
     }
@@ -524,7 +551,7 @@ template <int N> struct BackShared {
     float total[(L + 1) * (N + 8)], whole[N];
 };
 // Known to cuda.rs.
-static_assert(sizeof(ForwardShared<64>) == 19 * 2 * TILE<64> + 6 * 768 + 4 * (320 + 5 * 64));
+static_assert(sizeof(ForwardShared<bf16, 64>) == 19 * 2 * TILE<64> + 6 * 768 + 4 * (320 + 6 * 64));
 static_assert(sizeof(BackShared<64>) == 24 * 2 * TILE<64> + 2 * 64 * 72 + 8 * 768 + 4 * (17 * 72 + 64));
 
 // Sum over the 8 rows of a fragment: every lane gets the sum of its column.
@@ -537,7 +564,7 @@ __device__ __forceinline__ float sum_rows(float x) {
 // SCAN: only the gradient of the state before a piece, given zero for the state after it; to `map` [pieces, heads, N, N].
 // Where `add` has the bits of R, K or V, their gradients are added to what is there.
 template <int N, bool SCAN>
-__device__ void backward(const Inputs& in, const Piece* pieces, const Saved& saved, const bf16* dy, const float* dnew, const float* exit,
+__device__ void backward(const Inputs<bf16>& in, const Piece* pieces, const Saved& saved, const bf16* dy, const float* dnew, const float* exit,
                          float* map, const Grads& out, int add, float* initial, int heads) {
     DYNAMIC_SHARED(memory);
     auto& m = *reinterpret_cast<BackShared<N>*>(memory);
@@ -588,7 +615,7 @@ __device__ void backward(const Inputs& in, const Piece* pieces, const Saved& sav
         float2 sum[4];
         sum_decays<N>(sum, raw + W * TILE<N>, m.sums, rows);
         __syncthreads();
-        make_tiles<N, MADE, true>(m.tiles[0], raw, sum, m.sums, m.whole, m.total);
+        make_tiles<N, MADE, true>(m.tiles[0], raw, sum, m.sums, m.whole, nullptr, m.total);
         __syncthreads();
 #pragma unroll
         for (int i = warp; i < 3; i += WARPS<N>) {
@@ -604,7 +631,7 @@ __device__ void backward(const Inputs& in, const Piece* pieces, const Saved& sav
         float du[2][4], dv[2][4];
         clear(du);
         clear(dv);
-        times_state<N>(du, m.tiles[BH], m.tiles[HL], d, dv, SCAN ? nullptr : m.tiles[KH]);
+        times_state<N, bf16>(du, m.tiles[BH], m.tiles[HL], d, nullptr, dv, SCAN ? nullptr : m.tiles[KH]);
         // By channels of the warp: V D, U D, dY S, and the sum over values of S D.
         float vd[2][4], ud[2][4], ys[2][4], zs[2][4], along[2][2] = {};
         if constexpr (!SCAN) {

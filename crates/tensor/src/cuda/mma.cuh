@@ -7,28 +7,31 @@
 #include "common.cuh"
 
 // Two values of a fragment's register; `x` is the one with the lower index.
-__device__ __forceinline__ uint32_t pack(float x, float y) {
+template <class T = bf16> __device__ __forceinline__ uint32_t pack(float x, float y);
+template <> __device__ __forceinline__ uint32_t pack<bf16>(float x, float y) {
     const __nv_bfloat162 p = __floats2bfloat162_rn(x, y);
     return reinterpret_cast<const uint32_t&>(p);
 }
-__device__ __forceinline__ uint32_t pack_f16(float x, float y) {
+template <> __device__ __forceinline__ uint32_t pack<f16>(float x, float y) {
     const __half2 p = __floats2half2_rn(x, y);
     return reinterpret_cast<const uint32_t&>(p);
 }
-__device__ __forceinline__ float2 unpack(uint32_t x) {
+template <class T = bf16> __device__ __forceinline__ float2 unpack(uint32_t x);
+template <> __device__ __forceinline__ float2 unpack<bf16>(uint32_t x) {
     return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
 }
+template <> __device__ __forceinline__ float2 unpack<f16>(uint32_t x) { return __half22float2(reinterpret_cast<const __half2&>(x)); }
 
 #ifndef ANSER_EMULATOR
 
-// c += a b in bf16.
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// c += a b, of bf16 or f16.
+template <class T = bf16> __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <> __device__ __forceinline__ void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// c += a b in f16.
-__device__ __forceinline__ void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+template <> __device__ __forceinline__ void mma<f16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -95,14 +98,8 @@ template <class Get> void mma_emulated(float (&c)[4], const uint32_t (&a)[4], ui
         c[i] = s;
     }
 }
-inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    mma_emulated(c, a, b0, b1, [](uint32_t x) { return __uint_as_float(x << 16); });
-}
-inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    mma_emulated(c, a, b0, b1, [](uint32_t x) {
-        const uint16_t bits = x;
-        return __half2float(reinterpret_cast<const __half&>(bits));
-    });
+template <class T = bf16> void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_emulated(c, a, b0, b1, [](uint32_t x) { return unpack<T>(x).x; });
 }
 inline void load_tiles_emulated(uint32_t (&r)[4], const void* row, bool transposed) {
     if (uintptr_t(row) % 16) __builtin_trap();

@@ -5,8 +5,10 @@
 //! operations need no error paths; [`Cuda::check`] reports it before any result is believed.
 
 mod blas;
+mod graph;
 mod profile;
 
+pub use graph::{Graph, Launch, Pinned};
 pub use profile::Span;
 
 use crate::{DType, Error};
@@ -18,6 +20,9 @@ use std::sync::{Mutex, MutexGuard, OnceLock};
 
 /// CUDA version the kernels are built with; its driver or a later one is needed.
 const NEEDED_DRIVER: i32 = 13000;
+
+/// Bytes of page-locked memory through which small uploads go: some twenty steps of training.
+const STAGED: usize = 16 << 20;
 
 /// Bytes of dynamic shared memory that a kernel gets without asking.
 const DEFAULT_SHARED: usize = 48 << 10;
@@ -49,6 +54,22 @@ pub enum Arg {
     Size(u64),
     /// A struct of up to six addresses, of which the kernel reads as many as it has.
     Ptrs([DevicePtr; 6]),
+    /// A struct of up to eight `int`, of which the kernel reads as many as it has.
+    Words([i32; 8]),
+}
+
+impl Arg {
+    /// Where the value is, as the driver wants it.
+    fn pointer(&self) -> *mut c_void {
+        match self {
+            Arg::Ptr(p) => (&raw const p.0).cast_mut().cast(),
+            Arg::I32(v) => (&raw const *v).cast_mut().cast(),
+            Arg::F32(v) => (&raw const *v).cast_mut().cast(),
+            Arg::Size(v) => (&raw const *v).cast_mut().cast(),
+            Arg::Ptrs(p) => p.as_ptr().cast_mut().cast(),
+            Arg::Words(p) => p.as_ptr().cast_mut().cast(),
+        }
+    }
 }
 
 impl From<DevicePtr> for Arg {
@@ -113,6 +134,16 @@ pub struct Cuda {
     functions: Mutex<Functions>,
     failure: OnceLock<String>,
     profiler: profile::Profiler,
+    staging: Mutex<Staging>,
+}
+
+/// Where uploads wait for their turn, so that nobody waits for them: page-locked memory, filled from the front. It lives as long as the
+/// process.
+#[derive(Default)]
+struct Staging {
+    /// Its address; 0 before the first upload.
+    at: usize,
+    used: usize,
 }
 
 // SAFETY: the driver's handles may be used from any thread; every entry makes the context current first.
@@ -220,6 +251,7 @@ impl Cuda {
             functions: Mutex::default(),
             failure: OnceLock::new(),
             profiler: profile::Profiler::default(),
+            staging: Mutex::default(),
         }
     }
 
@@ -317,9 +349,32 @@ impl Cuda {
         if !self.enter() || from.is_empty() {
             return;
         }
-        // SAFETY: `to` has room for `from` (the caller's buffer); the copy from pageable memory has left `from` on return.
-        let code = unsafe { cu::cuMemcpyHtoDAsync_v2(to.0, from.as_ptr().cast(), from.len(), self.stream) };
+        let mut staging = lock(&self.staging);
+        let place = if from.len() <= STAGED / 4 { self.stage(&mut staging, from) } else { None };
+        // SAFETY: `to` has room for `from` (the caller's buffer). The copy from pageable memory has left `from` on return; the one from
+        // staged memory is done before that place is used again.
+        let code =
+            unsafe { cu::cuMemcpyHtoDAsync_v2(to.0, place.unwrap_or(from.as_ptr()).cast(), from.len(), self.stream) };
         self.note(code, || "copying to the device".into());
+    }
+
+    /// A copy of `from` in page-locked memory; `None` where the system gives none.
+    fn stage(&self, staging: &mut Staging, from: &[u8]) -> Option<*const u8> {
+        if staging.at == 0 {
+            let mut p = std::ptr::null_mut();
+            // SAFETY: writes an address.
+            let code = unsafe { cu::cuMemAllocHost_v2(&mut p, STAGED) };
+            staging.at = if code == cu::CUresult::CUDA_SUCCESS { p as usize } else { return None };
+        }
+        if staging.used + from.len() > STAGED {
+            self.synchronize();
+            staging.used = 0;
+        }
+        let place = (staging.at + staging.used) as *mut u8;
+        staging.used = (staging.used + from.len()).next_multiple_of(64);
+        // SAFETY: inside the page-locked memory, at a place that no copy reads any more.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), place, from.len()) };
+        Some(place)
     }
 
     /// Copies bytes from the device, after all work before.
@@ -406,59 +461,7 @@ impl Cuda {
     pub fn launch_with(
         &self, module: &'static Module, name: &str, grid: [usize; 3], block: [usize; 3], shared: usize, args: &[Arg],
     ) {
-        if !self.enter() || grid.contains(&0) {
-            return;
-        }
-        let Some(function) = self.function(module, name) else { return };
-        if shared > DEFAULT_SHARED {
-            let attribute = cu::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: a loaded function.
-            let code = unsafe { cu::cuFuncSetAttribute(function, attribute, shared as i32) };
-            if !self.note(code, || format!("{shared} bytes of shared memory for {name}")) {
-                return;
-            }
-        }
-        let pointer = |a: &Arg| -> *mut c_void {
-            match a {
-                Arg::Ptr(p) => (&raw const p.0).cast_mut().cast(),
-                Arg::I32(v) => (&raw const *v).cast_mut().cast(),
-                Arg::F32(v) => (&raw const *v).cast_mut().cast(),
-                Arg::Size(v) => (&raw const *v).cast_mut().cast(),
-                Arg::Ptrs(p) => p.as_ptr().cast_mut().cast(),
-            }
-        };
-        let mut params: Vec<*mut c_void> = args.iter().map(pointer).collect();
-        let [gx, gy, gz] = grid.map(|n| n as u32);
-        let [bx, by, bz] = block.map(|n| n as u32);
-        let addresses = || {
-            args.iter().flat_map(|a| match a {
-                Arg::Ptr(p) => std::slice::from_ref(p),
-                Arg::Ptrs(p) => &p[..],
-                _ => &[],
-            })
-        };
-        self.timed(
-            || (name.into(), self.sizes_of(addresses().copied()), 0.0),
-            || {
-                // SAFETY: `params` point to the arguments, which live until the call returns; the rest is the caller's promise.
-                let code = unsafe {
-                    cu::cuLaunchKernel(
-                        function,
-                        gx,
-                        gy,
-                        gz,
-                        bx,
-                        by,
-                        bz,
-                        shared as u32,
-                        self.stream,
-                        params.as_mut_ptr(),
-                        std::ptr::null_mut(),
-                    )
-                };
-                self.note(code, || format!("launching {name}"));
-            },
-        );
+        self.launch_as(module, name, Launch { grid, block, shared, overlap: false }, args);
     }
 
     /// Grid of a kernel that walks over `n` elements, 8 at a time, in blocks of 256 threads.

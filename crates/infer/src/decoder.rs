@@ -1,0 +1,232 @@
+use crate::Error;
+use anser_model::{DecodeStep, LayerState, Model, Part, State};
+use anser_ops::{Tape, Var, batch};
+use anser_tensor::Context;
+use anser_tensor::cuda::{Cuda, Graph, Pinned};
+use std::sync::Arc;
+
+/// Tokens of one piece of a prompt.
+const PIECE: usize = 4096;
+
+/// Many sequences decoded together on a GPU: every slot holds one, whose state is advanced in place.
+///
+/// A step launches work that was recorded once for its number of sequences; addresses are fixed for the life of the decoder.
+pub struct Decoder<'m> {
+    // Recorded work first: it must go before the buffers that it uses.
+    graphs: Vec<Option<Graph>>,
+    /// Whether a step of that many sequences has run, which loads its kernels.
+    warm: Vec<bool>,
+    step: DecodeStep<'m>,
+    state: State,
+    input: Pinned,
+    output: Pinned,
+    steps: usize,
+    cuda: Arc<Cuda>,
+    ctx: Context,
+    model: &'m Model,
+}
+
+impl<'m> Decoder<'m> {
+    /// Slots at most.
+    pub const MOST_SLOTS: usize = 1024;
+
+    /// A decoder with `slots` empty sequences, or `None` if [`DecodeStep::new`] gives none.
+    ///
+    /// # Errors
+    /// When there are no slots or more than [`Decoder::MOST_SLOTS`], or memory runs out.
+    pub fn new(ctx: &Context, model: &'m Model, slots: usize) -> Result<Option<Decoder<'m>>, Error> {
+        if slots == 0 || slots > Self::MOST_SLOTS {
+            return Err(Error::State(format!("{slots} slots: there must be 1 to {}", Self::MOST_SLOTS)));
+        }
+        let (Some(cuda), Some(step)) = (ctx.cuda_shared().cloned(), DecodeStep::new(ctx, model)) else {
+            return Ok(None);
+        };
+        let state = State::zeros(ctx, model.config(), slots);
+        let input = Pinned::new(&cuda, 2 * DecodeStep::MOST)?;
+        let output = Pinned::new(&cuda, DecodeStep::MOST * model.config().vocab_size)?;
+        ctx.check()?;
+        let (graphs, warm) = ((0..DecodeStep::MOST).map(|_| None).collect(), vec![false; DecodeStep::MOST]);
+        Ok(Some(Decoder { graphs, warm, step, state, input, output, steps: 0, cuda, ctx: ctx.clone(), model }))
+    }
+
+    /// Number of slots.
+    pub fn slots(&self) -> usize {
+        self.state.slots()
+    }
+
+    /// Reads one token for each of some sequences, given as (slot, token): their logits [n, V], in that order.
+    ///
+    /// # Errors
+    /// When a token or slot doesn't exist or a slot is named twice; nothing has happened then.
+    pub fn step(&mut self, sequences: &[(usize, u32)]) -> Result<Vec<f32>, Error> {
+        let vocab = self.model.config().vocab_size;
+        let mut seen = vec![false; self.slots()];
+        for (position, &(slot, token)) in sequences.iter().enumerate() {
+            if token as usize >= vocab {
+                return Err(anser_model::Error::Token { token, position, vocab }.into());
+            }
+            match seen.get_mut(slot) {
+                Some(seen) if !*seen => *seen = true,
+                Some(_) => return Err(Error::State(format!("slot {slot} is named twice in one step"))),
+                None => return Err(Error::State(format!("there is no slot {slot}: there are {}", self.slots()))),
+            }
+        }
+        let mut logits = Vec::with_capacity(sequences.len() * vocab);
+        for part in sequences.chunks(DecodeStep::MOST) {
+            self.begin(part);
+            self.run(part.len());
+            self.output.receive(self.step.logits(), part.len() * vocab);
+            self.cuda.synchronize();
+            self.ctx.check()?;
+            logits.extend_from_slice(&self.output.floats()[..part.len() * vocab]);
+        }
+        Ok(logits)
+    }
+
+    /// Goes on with the most probable token `steps` times without waiting for the host, from the (slot, token) given (at most
+    /// [`DecodeStep::MOST`]): the last tokens.
+    ///
+    /// # Errors
+    /// As [`Decoder::step`].
+    pub fn greedy(&mut self, sequences: &[(usize, u32)], steps: usize) -> Result<Vec<u32>, Error> {
+        if sequences.len() > DecodeStep::MOST {
+            let (n, most) = (sequences.len(), DecodeStep::MOST);
+            return Err(Error::State(format!("{n} sequences: at most {most} go on together without the host")));
+        }
+        if steps == 0 {
+            return Ok(sequences.iter().map(|s| s.1).collect());
+        }
+        // The first step checks and warms up.
+        self.step(sequences)?;
+        for _ in 1..steps {
+            self.run(sequences.len());
+        }
+        self.output.receive(self.step.tokens(), sequences.len());
+        self.cuda.synchronize();
+        self.ctx.check()?;
+        Ok(self.output.integers()[..sequences.len()].iter().map(|&t| t as u32).collect())
+    }
+
+    /// Sends tokens and slots.
+    fn begin(&mut self, sequences: &[(usize, u32)]) {
+        let n = sequences.len();
+        let words = self.input.integers_mut();
+        for (i, &(slot, token)) in sequences.iter().enumerate() {
+            (words[i], words[n + i]) = (token as i32, slot as i32);
+        }
+        self.input.send(self.step.tokens(), 0, n);
+        self.input.send(self.step.slots(), n, n);
+    }
+
+    /// One step of `n` sequences: recorded the second time.
+    fn run(&mut self, n: usize) {
+        self.steps += 1;
+        if !self.warm[n - 1] {
+            self.warm[n - 1] = true;
+            return self.step.run(&self.state, n);
+        }
+        if self.graphs[n - 1].is_none() {
+            self.graphs[n - 1] = self.cuda.capture(|| self.step.run(&self.state, n));
+        }
+        if let Some(graph) = &self.graphs[n - 1] {
+            graph.replay();
+        }
+    }
+
+    /// Reads the tokens of a prompt into a slot, going on from its state: the logits after the last.
+    ///
+    /// # Errors
+    /// When a token or the slot doesn't exist, or there are no tokens.
+    pub fn prefill(&mut self, slot: usize, tokens: &[u32]) -> Result<Vec<f32>, Error> {
+        let mut state = self.state(slot)?;
+        let mut logits = Vec::new();
+        for piece in tokens.chunks(PIECE) {
+            let mut tape = Tape::inference(&self.ctx, self.model.params());
+            let segments = batch(1, piece.len(), true).into();
+            let (hidden, next) = self.model.forward(&mut tape, piece, &segments, &state, false)?;
+            let c = hidden.cols();
+            let last = Var::constant(1, c, hidden.buf().part((piece.len() - 1) * c, c));
+            logits = self.model.logits(&mut tape, &last).to_vec();
+            self.ctx.check()?;
+            state = next;
+        }
+        self.set_state(slot, &state)?;
+        if logits.is_empty() { Err(Error::Empty) } else { Ok(logits) }
+    }
+
+    /// A copy of a slot's state, as a state of one slot.
+    ///
+    /// # Errors
+    /// When there is no such slot.
+    pub fn state(&self, slot: usize) -> Result<State, Error> {
+        self.check(slot)?;
+        let part = |v: &Var| Var::constant(1, v.cols(), v.buf().part(slot * v.cols(), v.cols()));
+        let layer = |l: &LayerState| LayerState { att_x: part(&l.att_x), wkv: part(&l.wkv), ffn_x: part(&l.ffn_x) };
+        Ok(State { layers: self.state.layers.iter().map(layer).collect() })
+    }
+
+    /// Puts a state of one slot into a slot.
+    ///
+    /// # Errors
+    /// When there is no such slot.
+    pub fn set_state(&mut self, slot: usize, state: &State) -> Result<(), Error> {
+        self.check(slot)?;
+        for (to, from) in self.state.vars().zip(state.vars()) {
+            let (n, dtype) = (to.cols(), to.buf().dtype());
+            assert!(from.cols() == n && from.buf().dtype() == dtype);
+            self.cuda.copy(from.buf().ptr(), to.buf().ptr().offset(slot * n, dtype), n * dtype.size());
+        }
+        Ok(())
+    }
+
+    /// Empties a slot.
+    ///
+    /// # Errors
+    /// When there is no such slot.
+    pub fn clear(&mut self, slot: usize) -> Result<(), Error> {
+        self.check(slot)?;
+        for v in self.state.vars() {
+            let (n, dtype) = (v.cols(), v.buf().dtype());
+            self.cuda.clear(v.buf().ptr().offset(slot * n, dtype), n * dtype.size());
+        }
+        Ok(())
+    }
+
+    fn check(&self, slot: usize) -> Result<(), Error> {
+        if slot < self.slots() {
+            Ok(())
+        } else {
+            Err(Error::State(format!("there is no slot {slot}: there are {}", self.slots())))
+        }
+    }
+
+    /// Share of relu(.)^2 that was zero for all sequences of a step, so far.
+    pub fn zero_share(&self) -> f64 {
+        self.step.zero_share(self.steps)
+    }
+
+    /// Bytes that a step of `n` sequences moves at least, given the share of rows that are skipped.
+    pub fn bytes(&self, n: usize, zero_share: f64) -> f64 {
+        self.step.bytes(n, zero_share, None)
+    }
+
+    /// Seconds that the kernels of each kind take in a step of `n` sequences when nothing else runs, and the bytes they move at least. The states of the slots
+    /// are worthless afterwards.
+    pub fn profile(&mut self, n: usize, zero_share: f64) -> Vec<(Part, f64, f64)> {
+        const RUNS: u32 = 20;
+        let (step, state, cuda) = (&self.step, &self.state, &self.cuda);
+        let time = |part: Part| {
+            let graph = cuda.capture(|| step.run_only(state, n, Some(part)));
+            let mut seconds = f64::INFINITY;
+            for _ in 0..3 {
+                cuda.synchronize();
+                let start = std::time::Instant::now();
+                (0..RUNS).for_each(|_| graph.iter().for_each(Graph::replay));
+                cuda.synchronize();
+                seconds = seconds.min(start.elapsed().as_secs_f64() / f64::from(RUNS));
+            }
+            (part, seconds, step.bytes(n, zero_share, Some(part)))
+        };
+        Part::ALL.into_iter().map(time).collect()
+    }
+}

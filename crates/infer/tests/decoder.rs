@@ -1,0 +1,159 @@
+//! The fused decoding step on a GPU against the model's own forward pass, operation by operation: logits and states.
+//!
+//! Needs a GPU (or the emulator): `cargo test -p anser-infer --test decoder -- --ignored`.
+
+use anser_infer::{Decoder, Session};
+use anser_model::{Config, Init, Model, State};
+use anser_ops::{Tape, batch};
+use anser_tensor::{Context, DType, Device};
+
+fn error(got: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let d: f64 = got.iter().zip(want).map(|(g, w)| (*g as f64 - *w as f64).powi(2)).sum();
+    let n: f64 = want.iter().map(|w| (*w as f64).powi(2)).sum();
+    (d / n.max(1e-30)).sqrt()
+}
+
+/// A model in which everything has a part: no zeros where initialisation has them.
+fn model(config: &Config) -> Model {
+    let mut model = Model::init(&Context::cpu(2), config, Init::Current, 3).unwrap();
+    let mut s = 1u32;
+    for v in model.params_mut().values_mut() {
+        s = s.wrapping_mul(1664525).wrapping_add(1013904223);
+        *v += 0.05 * ((s >> 8) as f32 / (1 << 23) as f32 - 1.0);
+    }
+    model
+}
+
+fn config(head_size: usize, n_embd: usize, n_layer: usize) -> Config {
+    Config { head_size, ..Config::new(n_layer, n_embd, 200) }
+}
+
+/// Logits after every token of a sequence and the final state, by the forward pass.
+fn reference(ctx: &Context, model: &Model, tokens: &[u32]) -> (Vec<f32>, State) {
+    let mut tape = Tape::inference(ctx, model.params());
+    let state = State::zeros(ctx, model.config(), 1);
+    let (hidden, state) =
+        model.forward(&mut tape, tokens, &batch(1, tokens.len(), true).into(), &state, false).unwrap();
+    (model.logits(&mut tape, &hidden).to_vec(), state)
+}
+
+fn sequence(i: usize, len: usize) -> Vec<u32> {
+    (0..len).map(|t| ((t * 37 + i * 11 + 5) % 200) as u32).collect()
+}
+
+const TYPES: [(DType, f64); 3] = [(DType::F32, 2e-5), (DType::F16, 5e-3), (DType::BF16, 4e-2)];
+
+#[test]
+#[ignore = "needs a GPU"]
+fn steps_equal_the_forward_pass() {
+    for (head_size, n_embd, layers) in [(64, 128, 3), (16, 48, 2), (32, 320, 1), (128, 1280, 1)] {
+        let model = model(&config(head_size, n_embd, layers));
+        for (dtype, tolerance) in TYPES {
+            let ctx = Context::with_activations(Device::Cuda(0), dtype, 2).unwrap();
+            let device = model.packed(&ctx, dtype);
+            for n in if n_embd > 1000 { vec![1, 4] } else { vec![1, 2, 3, 4, 5] } {
+                let vocab = model.config().vocab_size;
+                let sequences: Vec<Vec<u32>> = (0..n).map(|i| sequence(i, 6)).collect();
+                let mut decoder = Decoder::new(&ctx, &device, n + 1).unwrap().unwrap();
+                // Slot 0 stays empty, the others are used backwards; the second half of the first sequence is read as a prompt.
+                let slot = |i: usize| n - i;
+                let mut got = vec![Vec::new(); n];
+                for t in 0..6 {
+                    let inputs: Vec<(usize, u32)> = (0..n).map(|i| (slot(i), sequences[i][t])).collect();
+                    let logits = decoder.step(&inputs).unwrap();
+                    logits.chunks(vocab).zip(&mut got).for_each(|(l, g)| g.extend_from_slice(l));
+                }
+                let (mut worst, mut apart): (f64, f64) = (0.0, 0.0);
+                for i in 0..n {
+                    let (logits, state) = reference(&Context::cpu(2), &model, &sequences[i]);
+                    let mut see = |what: &str, got: &[f32], want: &[f32]| {
+                        let e = error(got, want);
+                        assert!(e < tolerance, "{what} of sequence {i} of {n}, N {head_size}, {dtype}: off by {e:.1e}");
+                        worst = worst.max(e);
+                    };
+                    see("logits", &got[i], &logits);
+                    let mine = decoder.state(slot(i)).unwrap();
+                    for (a, b) in mine.vars().zip(state.vars()) {
+                        see("state", &a.to_vec(), &b.to_vec());
+                    }
+                    let (logits, state) = reference(&ctx, &device, &sequences[i]);
+                    apart = apart.max(error(&got[i], &logits));
+                    for (a, b) in mine.vars().zip(state.vars()) {
+                        apart = apart.max(error(&a.to_vec(), &b.to_vec()));
+                    }
+                }
+                let empty = decoder.state(0).unwrap();
+                assert!(empty.vars().all(|v| v.to_vec().iter().all(|&x| x == 0.0)));
+                println!(
+                    "C {n_embd} N {head_size} {dtype} B {n}: worst relative error {worst:.1e}, from operation by operation {apart:.1e}"
+                );
+                assert!(apart < tolerance);
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn prompts_then_steps_and_the_same_bits_whatever_the_neighbours() {
+    let model = model(&config(64, 128, 2));
+    let ctx = Context::with_activations(Device::Cuda(0), DType::F16, 2).unwrap();
+    let device = model.packed(&ctx, DType::F16);
+    let tokens = sequence(0, 9);
+    let (want, _) = reference(&Context::cpu(2), &model, &tokens);
+    let mut decoder = Decoder::new(&ctx, &device, 4).unwrap().unwrap();
+    decoder.prefill(2, &tokens[..5]).unwrap();
+    let fork = decoder.state(2).unwrap();
+    let mut alone = Vec::new();
+    for &t in &tokens[5..] {
+        alone = decoder.step(&[(2, t)]).unwrap();
+    }
+    assert!(error(&alone, &want[8 * 200..]) < 5e-3);
+    // Again: among others of its batch, and through recorded work.
+    for neighbours in [0, 1, 2] {
+        decoder.set_state(2, &fork).unwrap();
+        for &t in &tokens[5..] {
+            let others = [(0, 7), (1, 9)];
+            let mut inputs = others[..neighbours].to_vec();
+            inputs.push((2, t));
+            let logits = decoder.step(&inputs).unwrap();
+            if t == tokens[8] {
+                let same = logits[neighbours * 200..].iter().zip(&alone).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(same, "{neighbours} neighbours change the result");
+            }
+        }
+    }
+    // A session goes through the same steps.
+    let mut session = Session::new(&ctx, &device);
+    session.feed(&tokens[..5]).unwrap();
+    let before = session.fork();
+    for &t in &tokens[5..] {
+        session.feed(&[t]).unwrap();
+    }
+    let mut fork = session.fork();
+    assert!(session.logits().unwrap() == alone);
+    let mut again = before.fork();
+    again.feed(&tokens[5..]).unwrap();
+    assert!(error(again.logits().unwrap(), &alone) < 5e-3);
+    fork.feed(&[3]).unwrap();
+    session.feed(&[3]).unwrap();
+    assert!(session.logits().unwrap() == fork.logits().unwrap());
+    // The most probable tokens, chosen on the device.
+    decoder.clear(3).unwrap();
+    let mut token = 1;
+    for _ in 0..5 {
+        let logits = decoder.step(&[(3, token)]).unwrap();
+        let best = logits.iter().fold(f32::MIN, |m, &v| m.max(v));
+        token = logits.iter().position(|&v| v == best).unwrap() as u32;
+    }
+    decoder.clear(3).unwrap();
+    assert_eq!(decoder.greedy(&[(3, 1)], 5).unwrap(), [token]);
+    let zero = decoder.zero_share();
+    assert!(zero > 0.2 && zero < 0.8, "{zero}");
+    assert!(
+        decoder.step(&[(4, 1)]).is_err()
+            && decoder.step(&[(0, 200)]).is_err()
+            && decoder.step(&[(0, 1), (0, 2)]).is_err()
+    );
+}

@@ -1,0 +1,139 @@
+// One head of one sequence from its projections to what the output matrix reads: second halves of the low-rank maps, keys, value
+// residual, one step of WKV-7 with the state [N, N] in place, GroupNorm, bonus and gate. 4 N threads.
+#pragma once
+#include "overlap.cuh"
+
+struct Maps {
+    const void* up[4]; // w, a, v, g: [rank, C]; v null in the first layer
+};
+struct Ranks {
+    int rank[4], at[4]; // of each map; where its first half is in the projections of a sequence
+};
+struct Vectors {
+    const float* p[6]; // w0, a0, v0, k_k, k_a, r_k
+};
+struct Norm {
+    const float* p[2]; // weight and bias of ln_x
+};
+
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// proj [batch, total]: r, k, v at 0, C, 2 C, then the first halves. first [batch, C]: v of layer 0, written by layer 0. state [slots, heads, N, N].
+template <class T, int N>
+__device__ void heads(const float* proj, int total, Maps maps, Ranks ranks, Vectors vec, Norm norm, float* first, float* state,
+                      const int* slots, T* out, int c) {
+    DYNAMIC_SHARED(dynamic);
+    constexpr int THREADS = 4 * N, LANES = N / 8, PARTS = 32, WARPS_ = THREADS / 32;
+    __shared__ float hidden[2048];
+    __shared__ float sums[WARPS_][4][N];
+    __shared__ __align__(16) float x[6][N]; // r, d, k, v, a, b
+    __shared__ float y[N], gates[N];
+    let_next_start();
+    const int h = blockIdx.x, b = blockIdx.y, t = threadIdx.x, lane = t & 31, warp = t >> 5, c0 = h * N;
+    // Before the wait: the second halves and the state, which no kernel shortly before writes.
+    T* ring = reinterpret_cast<T*>(dynamic) + t * 8;
+    int copies = 0;
+    for (int m = 0; m < 4; m++) {
+        const T* up = static_cast<const T*>(maps.up[m]);
+        if (up)
+            for (int i = t / LANES; i < ranks.rank[m]; i += PARTS) copy8(ring + copies++ * THREADS * 8, up + size_t(i) * c + c0 + t % LANES * 8);
+    }
+    copy_commit();
+    const int i = t >> 2, q = t & 3;
+    float* s_at = state + (size_t(slots[b]) * (c / N) + h) * N * N + i * N + q * 4;
+    float4 s[N / 16];
+#pragma unroll
+    for (int e = 0; e < N / 16; e++) s[e] = __ldcg(reinterpret_cast<const float4*>(s_at + e * 16));
+    wait_for_previous();
+    proj += size_t(b) * total;
+    int count = 0, from[4];
+    for (int m = 0; m < 4; m++) {
+        from[m] = count;
+        for (int j = t; j < ranks.rank[m]; j += THREADS) {
+            const float v = __ldcg(proj + ranks.at[m] + j);
+            hidden[count + j] = m == 0 ? tanhf(v) : m == 3 ? sigmoid(v) : v;
+        }
+        count += ranks.rank[m];
+    }
+    float r = 0.f, k = 0.f, v = 0.f;
+    const int ch = c0 + t; // channel of the first N threads
+    if (t < N) {
+        r = __ldcg(proj + ch);
+        k = __ldcg(proj + c + ch);
+        v = __ldcg(proj + 2 * c + ch);
+    }
+    copy_wait<0>();
+    __syncthreads();
+    copies = 0;
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+        Vec sum = zeros();
+        if (maps.up[m])
+            for (int i = t / LANES; i < ranks.rank[m]; i += PARTS) {
+                const Vec w = load(ring + copies++ * THREADS * 8);
+                const float f = hidden[from[m] + i];
+                for (int j = 0; j < 8; j++) sum[j] = fmaf(f, w[j], sum[j]);
+            }
+        for (int j = 0; j < 8; j++) {
+            for (int o = LANES; o < 32; o *= 2) sum[j] += __shfl_xor_sync(~0u, sum[j], o);
+            if (lane < LANES) sums[warp][m][lane * 8 + j] = sum[j];
+        }
+    }
+    __syncthreads();
+    // Keys: every thread takes part in the sums, those past N with zeros.
+    float z = 0.f, rate = 0.f, ks = 0.f;
+    if (t < N) {
+        float m[4] = {0.f, 0.f, 0.f, 0.f};
+        for (int i = 0; i < WARPS_; i++)
+            for (int j = 0; j < 4; j++) m[j] += sums[i][j][t];
+        x[1][t] = expf(-0.60653066f * sigmoid(m[0] + vec.p[0][ch]));
+        rate = sigmoid(m[1] + vec.p[1][ch]);
+        if (maps.up[2])
+            v += (__ldcg(first + size_t(b) * c + ch) - v) * sigmoid(m[2] + vec.p[2][ch]);
+        else
+            first[size_t(b) * c + ch] = v;
+        gates[t] = m[3];
+        z = k * vec.p[3][ch];
+        ks = k * (1.f + (rate - 1.f) * vec.p[4][ch]);
+        x[0][t] = r;
+        x[2][t] = ks;
+        x[3][t] = v;
+    }
+    const float inv = 1.f / fmaxf(sqrtf(block_sum(z * z)), 1e-12f);
+    if (t < N) {
+        x[4][t] = -z * inv;
+        x[5][t] = z * inv * rate;
+    }
+    const float bonus = block_sum(t < N ? r * ks * vec.p[5][ch] : 0.f);
+    __syncthreads();
+    float u = 0.f, o = 0.f;
+    const auto four = [&](int n, int e) { return *reinterpret_cast<const float4*>(&x[n][e * 16 + q * 4]); };
+#pragma unroll
+    for (int e = 0; e < N / 16; e++) {
+        const float4 a = four(4, e);
+        u += s[e].x * a.x + s[e].y * a.y + s[e].z * a.z + s[e].w * a.w;
+    }
+    u = quad_sum(u);
+    const float vi = x[3][i];
+#pragma unroll
+    for (int e = 0; e < N / 16; e++) {
+        const float4 d = four(1, e), bb = four(5, e), kk = four(2, e), rr = four(0, e);
+        s[e].x = s[e].x * d.x + u * bb.x + vi * kk.x;
+        s[e].y = s[e].y * d.y + u * bb.y + vi * kk.y;
+        s[e].z = s[e].z * d.z + u * bb.z + vi * kk.z;
+        s[e].w = s[e].w * d.w + u * bb.w + vi * kk.w;
+        o += s[e].x * rr.x + s[e].y * rr.y + s[e].z * rr.z + s[e].w * rr.w;
+        *reinterpret_cast<float4*>(s_at + e * 16) = s[e];
+    }
+    o = quad_sum(o);
+    if (q == 0) y[i] = o;
+    __syncthreads();
+    const float yt = t < N ? y[t] : 0.f;
+    const float mean = block_sum(yt) / N;
+    const float var = block_sum(t < N ? (yt - mean) * (yt - mean) : 0.f) / N;
+    if (t < N)
+        out[size_t(b) * c + ch] = from_f32<T>(((yt - mean) * rsqrtf(var + 64e-5f) * norm.p[0][ch] + norm.p[1][ch] + bonus * v) * gates[t]);
+}

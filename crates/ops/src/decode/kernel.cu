@@ -1,0 +1,75 @@
+// One decoding step of RWKV-7 for a few sequences; mod.rs says how the kernels follow each other.
+// f32 is for comparison, not for speed:
+// may spill: decode_\w+_f32
+// may spill: decode_heads_64_\w+.\(sm_80\)
+#include "heads.cuh"
+#include "mix.cuh"
+#include "rows.cuh"
+#include "skip.cuh"
+
+#define MIX(T, name)                                                                                                                \
+    extern "C" __global__ void decode_embed_##name(const T* table, const int* tokens, float* x, const float* w, const float* b, int c) { \
+        embed(table, tokens, x, w, b, c);                                                                                           \
+    }                                                                                                                               \
+    extern "C" __global__ void decode_mix6_##name(const float* x, T* y, T* last, const int* slots, const float* w, const float* b,  \
+                                                  Mixes mu, int c) {                                                                \
+        mix<T, 6>(x, y, last, slots, w, b, mu, c);                                                                                  \
+    }                                                                                                                               \
+    extern "C" __global__ void decode_mix1_##name(const float* x, T* y, T* last, const int* slots, const float* w, const float* b,  \
+                                                  Mixes mu, int c) {                                                                \
+        mix<T, 1>(x, y, last, slots, w, b, mu, c);                                                                                  \
+    }                                                                                                                               \
+    extern "C" __global__ void decode_mix0_##name(const float* x, T* y, T* last, const int* slots, const float* w, const float* b,  \
+                                                  Mixes mu, int c) {                                                                \
+        mix<T, 0>(x, y, last, slots, w, b, mu, c);                                                                                  \
+    }
+FOR_EACH_TYPE(MIX)
+
+#define ROWS_OF(T, name, B, finish, FINISH)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(256) decode_##finish##_##B##_##name(const T* w, const T* x, float* y, const int4* work, int total, int k, \
+                                                                                     int split) {                                   \
+        rows<T, B, FINISH, 16>(w, x, y, work, total, k, split);                                                                      \
+    }
+#define ROWS_FOR(T, name, B)                                                                                                        \
+    ROWS_OF(T, name, B, rows, STORE)                                                                                                \
+    ROWS_OF(T, name, B, key, RELU_SQUARED)                                                                                          \
+    ROWS_OF(T, name, B, output, ADD)                                                                                                \
+    extern "C" __global__ void __launch_bounds__(512) decode_skip_##B##_##name(const T* w, const float* k, float* x, float* parts, unsigned* ended, \
+                                                                               unsigned* count, int hidden, int c, int share) {     \
+        skip<T, B, 8>(w, k, x, parts, ended, count, hidden, c, share);                                                              \
+    }
+#define PRODUCTS(T, name) ROWS_FOR(T, name, 1) ROWS_FOR(T, name, 2) ROWS_FOR(T, name, 3) ROWS_FOR(T, name, 4)
+FOR_EACH_TYPE(PRODUCTS)
+
+#define HEADS_OF(T, name, N)                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(4 * N) decode_heads_##N##_##name(const float* proj, int total, Maps maps, Ranks ranks, Vectors vec, \
+                                                                                  Norm norm, float* first, float* state, const int* slots, T* out, int c) { \
+        heads<T, N>(proj, total, maps, ranks, vec, norm, first, state, slots, out, c);                                              \
+    }
+#define HEADS(T, name) HEADS_OF(T, name, 16) HEADS_OF(T, name, 32) HEADS_OF(T, name, 64) HEADS_OF(T, name, 128)
+FOR_EACH_TYPE(HEADS)
+
+// token[b] = the first index of the largest logit of row b.
+extern "C" __global__ void decode_argmax(const float* logits, int* token, int vocab) {
+    __shared__ float value[32];
+    __shared__ int index[32];
+    let_next_start();
+    wait_for_previous();
+    logits += size_t(blockIdx.x) * vocab;
+    float best = -INFINITY;
+    int at = vocab;
+    const auto take = [&](float v, int i) {
+        if (v > best || (v == best && i < at)) best = v, at = i;
+    };
+    for (int i = threadIdx.x; i < vocab; i += blockDim.x) take(__ldcg(logits + i), i);
+    for (int o = 16; o; o >>= 1) {
+        const float v = __shfl_xor_sync(~0u, best, o);
+        const int i = __shfl_xor_sync(~0u, at, o);
+        take(v, i);
+    }
+    if ((threadIdx.x & 31) == 0) value[threadIdx.x >> 5] = best, index[threadIdx.x >> 5] = at;
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int i = 0; i < int(blockDim.x >> 5); i++) take(value[i], index[i]);
+    token[blockIdx.x] = at < vocab ? at : 0;
+}

@@ -1,0 +1,37 @@
+// Overlapping with the kernel before and after (programmatic dependent launch), and rings of copies that a thread keeps to itself.
+#pragma once
+#include "mma.cuh"
+
+// Lets the next kernel start on multiprocessors that have room: it reads what never changes (weights) and then waits.
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits until all kernels before have ended and shows what they wrote. Every kernel waits, so that the end of one is the end of all before.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Eight elements of T from device memory to this thread's own place in shared memory.
+template <class T> __device__ __forceinline__ void copy8(T* to, const T* from) {
+    copy_async(to, from);
+    if (sizeof(T) == 4) copy_async(reinterpret_cast<char*>(to) + 16, reinterpret_cast<const char*>(from) + 16);
+}
+
+// Eight elements that an earlier kernel wrote, past the first-level cache.
+__device__ __forceinline__ Vec load_fresh(const float* p) {
+    const float4 a = __ldcg(reinterpret_cast<const float4*>(p)), b = __ldcg(reinterpret_cast<const float4*>(p) + 1);
+    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+}
+template <class T> __device__ __forceinline__ Vec load_fresh(const T* p) {
+    const uint4 raw = __ldcg(reinterpret_cast<const uint4*>(p));
+    T e[8];
+    *reinterpret_cast<uint4*>(e) = raw;
+    Vec r;
+#pragma unroll
+    for (int i = 0; i < 8; i++) r[i] = to_f32(e[i]);
+    return r;
+}
