@@ -206,3 +206,41 @@ fn chat_turns_and_digits() {
     let again: serde_json::Value = serde_json::from_str(&again).unwrap();
     assert!(code == 0 && again["lengths"] == result["lengths"]);
 }
+
+#[test]
+fn experiments_from_files() {
+    let f = Folder::new("experiments");
+    let rest = "[models]\nkinds = ['rwkv7', 'transformer']\nlayers = [1]\nwidths = [32]\nhead_size = 16\n[train]\nrows = 4\n\
+        micro_rows = 4\nsteps = 4\nlr = [1e-3]\nwarmup = 1\nweight_decay = 0.1\nbeta2 = 0.99\ngrad_clip = 1.0\nseeds = [1]\n\
+        eval_every = 2\nstop_at = 2.0\ntest_rows = 4\n";
+    f.file("s.toml", format!("[task]\ngroups = ['S3']\ntrained = 3\ntested = [2, 6]\n{rest}").as_bytes());
+    f.file("r.toml", format!("[task]\nvocab = 32\nrows = [[16, 4]]\n{rest}").as_bytes());
+    for (task, config, picture) in [("states", "s.toml", "states-S3.svg"), ("recall", "r.toml", "recall.svg")] {
+        let (code, out, err) = anser(&f.0, &["eval", task, config, "--json"]);
+        assert_eq!(code, 0, "{err}");
+        let result: serde_json::Value = serde_json::from_str(&out).unwrap();
+        assert_eq!(result["runs"].as_array().unwrap().len(), 2);
+        assert!(f.0.join(picture).exists() && f.0.join(format!("{task}.json")).exists());
+        // Everything is done: the table comes at once.
+        let (code, out, err) = anser(&f.0, &["eval", task, config]);
+        assert!(code == 0 && out.contains("Transformer") && !err.contains("step"), "{out}{err}");
+    }
+    let (code, _, err) = anser(&f.0, &["eval", "states", "r.toml"]);
+    assert!(code == 1 && err.starts_with("error: r.toml") && err.lines().count() == 1, "{err}");
+    let (code, _, err) = anser(&f.0, &["eval", "recall", "r.toml", "--out", "none/recall.json"]);
+    assert!(code == 1 && err.contains("none/recall.json") && err.lines().count() == 1, "{err}");
+}
+
+#[test]
+fn a_doubled_rate_goes_where_the_model_goes() {
+    let f = prepared("doubled");
+    let train = |more: &[&str]| anser(&f.0, &[&["train", "c.toml", "--set", "train.steps=3"], more].concat());
+    assert_eq!(train(&["--set", "model.double_rate=true"]).0, 0);
+    let (code, _, err) = train(&[]);
+    assert!(code == 1 && err.contains("other double_rate"), "{err}");
+    let (code, _, err) = anser(&f.0, &["convert", "run/model.safetensors", "m.pth"]);
+    assert!(code == 1 && err.contains("write .safetensors") && err.lines().count() == 1, "{err}");
+    assert_eq!(anser(&f.0, &["convert", "run/model.safetensors", "m.safetensors", "--dtype", "bf16"]).0, 0);
+    let (code, out, _) = anser(&f.0, &["inspect", "m.safetensors"]);
+    assert!(code == 0 && out.contains("doubled in-context rate"), "{out}");
+}

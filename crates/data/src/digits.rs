@@ -1,8 +1,7 @@
 //! Digit reversal: "12345,54321#". A small model has to carry the digits in its state and read them back in reverse.
 
 use crate::Batch;
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use crate::random::Random;
 
 /// The ten digits, the comma and the end mark.
 pub const VOCAB: usize = 12;
@@ -17,19 +16,18 @@ const END: u32 = 11;
 /// When a number of `max` digits does not fit a row (2 max + 1 inputs).
 pub fn batch(seed: u64, stream: u64, rows: usize, ctx: usize, max: usize) -> Batch {
     assert!(max >= 1 && 2 * max < ctx);
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(stream);
-    let mut below = |n: usize| ((rng.next_u64() as u128 * n as u128) >> 64) as usize;
+    let mut random = Random::new(seed, stream);
     let mut b = Batch::default();
     for row in 0..rows {
         let end = (row + 1) * ctx;
         while end - b.tokens.len() > 2 * max {
-            add(&mut b, 1 + below(max), &mut below);
+            let digits = 1 + random.below(max);
+            add(&mut b, digits, &mut random);
         }
         // What is left takes a shorter number.
         let room = (end - b.tokens.len()).saturating_sub(1) / 2;
         if room > 0 {
-            add(&mut b, room, &mut below);
+            add(&mut b, room, &mut random);
         }
         b.targets.resize(end, -1);
         b.tokens.resize(end, END);
@@ -39,17 +37,15 @@ pub fn batch(seed: u64, stream: u64, rows: usize, ctx: usize, max: usize) -> Bat
 
 /// Numbers of exactly `digits` digits, one a row.
 pub fn exact(seed: u64, digits: usize, rows: usize) -> Batch {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(digits as u64);
-    let mut below = |n: usize| ((rng.next_u64() as u128 * n as u128) >> 64) as usize;
+    let mut random = Random::new(seed, digits as u64);
     let mut b = Batch::default();
-    (0..rows).for_each(|_| add(&mut b, digits, &mut below));
+    (0..rows).for_each(|_| add(&mut b, digits, &mut random));
     b
 }
 
-fn add(b: &mut Batch, digits: usize, below: &mut impl FnMut(usize) -> usize) {
+fn add(b: &mut Batch, digits: usize, random: &mut Random) {
     b.starts.push(b.tokens.len());
-    let number: Vec<u32> = (0..digits).map(|_| below(10) as u32).collect();
+    let number: Vec<u32> = (0..digits).map(|_| random.below(10) as u32).collect();
     b.tokens.extend(&number);
     b.tokens.push(COMMA);
     b.tokens.extend(number.iter().rev());

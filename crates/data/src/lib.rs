@@ -1,5 +1,5 @@
-//! From text to batches: binidx files and how they are built, the bundled corpus, sample orders, held-out data, the
-//! digit-reversal task.
+//! From text to batches: binidx files and how they are built, the bundled corpus, sample orders, held-out data, and synthetic
+//! tasks: digit reversal, products in groups, associative recall.
 
 mod binidx;
 mod build;
@@ -7,7 +7,10 @@ pub mod bundled;
 mod dataset;
 pub mod digits;
 mod documents;
+pub mod groups;
 mod order;
+mod random;
+pub mod recall;
 
 pub use binidx::{Binidx, BinidxWriter};
 pub use build::{Built, build};

@@ -1,11 +1,10 @@
 //! Digit reversal: whether a small model learns to carry 1 to 30 digits in its state and to read them back in reverse.
 
+use crate::experiment::hits;
 use anser_data::digits::{VOCAB, batch, exact};
-use anser_model::{Config, Init, LoraDims, Model, State};
-use anser_ops::{Segment, Tape};
+use anser_model::{Config, Init, LoraDims, Model};
 use anser_tensor::Context;
 use anser_train::{Bptt, Hyper, Recompute, Schedule, Settings, StepInfo, Trainer};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Tokens of a training row: a number of 30 digits, a comma, its reverse and the end mark fit.
@@ -68,20 +67,7 @@ pub fn accuracy(
     let mut out = Vec::new();
     for digits in 1..=max {
         let b = exact(!seed, digits, count);
-        let len = 2 * digits + 1;
-        let segment = |&start: &usize| Segment { start, len, state_in: None, state_out: None };
-        let segments: Arc<[Segment]> = b.starts.iter().map(segment).collect();
-        let mut tape = Tape::inference(ctx, model.params());
-        let state = State::zeros(ctx, model.config(), 0);
-        let (hidden, _) = model.forward(&mut tape, &b.tokens, &segments, &state, false)?;
-        let logits = model.logits(&mut tape, &hidden);
-        let right = |(row, &target): (&[f32], &i32)| {
-            let best = (0..row.len()).fold(0, |b, i| if row[i] > row[b] { i } else { b });
-            best as i32 == target
-        };
-        let hits: Vec<bool> =
-            logits.to_vec().chunks_exact(model.config().vocab_size).zip(&b.targets).map(right).collect();
-        let answers: Vec<&[bool]> = hits.chunks_exact(len).map(|h| &h[digits..]).collect();
+        let answers = hits(ctx, model, &b)?;
         let share = |n: usize, of: usize| n as f64 / of as f64;
         out.push(Accuracy {
             digits,

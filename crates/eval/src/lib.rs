@@ -3,7 +3,10 @@
 pub mod bench;
 pub mod debug;
 pub mod digits;
+pub mod experiment;
 pub mod profile;
+pub mod recall;
+pub mod states;
 pub mod text;
 
 /// What can go wrong in an experiment.

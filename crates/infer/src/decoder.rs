@@ -3,6 +3,7 @@ use anser_model::{DecodeStep, LayerState, Model, Part, State};
 use anser_ops::{Tape, Var, batch};
 use anser_tensor::Context;
 use anser_tensor::cuda::{Cuda, Graph, Pinned};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 /// Tokens of one piece of a prompt.
@@ -13,14 +14,15 @@ const PIECE: usize = 4096;
 /// A step launches work that was recorded once for its number of sequences; addresses are fixed for the life of the decoder.
 pub struct Decoder<'m> {
     // Recorded work first: it must go before the buffers that it uses.
-    graphs: Vec<Option<Graph>>,
-    /// Whether a step of that many sequences has run, which loads its kernels.
-    warm: Vec<bool>,
+    graphs: HashMap<usize, Graph>,
+    /// The numbers of sequences of which a step has run, which loads its kernels.
+    warm: HashSet<usize>,
     step: DecodeStep<'m>,
     state: State,
     input: Pinned,
     output: Pinned,
-    steps: usize,
+    /// Steps of so few sequences that rows under zeros are skipped.
+    few_steps: usize,
     cuda: Arc<Cuda>,
     ctx: Context,
     model: &'m Model,
@@ -28,7 +30,7 @@ pub struct Decoder<'m> {
 
 impl<'m> Decoder<'m> {
     /// Slots at most.
-    pub const MOST_SLOTS: usize = 1024;
+    pub const MOST_SLOTS: usize = DecodeStep::MOST;
 
     /// A decoder with `slots` empty sequences, or `None` if [`DecodeStep::new`] gives none.
     ///
@@ -38,15 +40,15 @@ impl<'m> Decoder<'m> {
         if slots == 0 || slots > Self::MOST_SLOTS {
             return Err(Error::State(format!("{slots} slots: there must be 1 to {}", Self::MOST_SLOTS)));
         }
-        let (Some(cuda), Some(step)) = (ctx.cuda_shared().cloned(), DecodeStep::new(ctx, model)) else {
+        let (Some(cuda), Some(step)) = (ctx.cuda_shared().cloned(), DecodeStep::new(ctx, model, slots)) else {
             return Ok(None);
         };
         let state = State::zeros(ctx, model.config(), slots);
-        let input = Pinned::new(&cuda, 2 * DecodeStep::MOST)?;
-        let output = Pinned::new(&cuda, DecodeStep::MOST * model.config().vocab_size)?;
+        let input = Pinned::new(&cuda, 2 * step.most())?;
+        let output = Pinned::new(&cuda, step.most() * model.config().vocab_size)?;
         ctx.check()?;
-        let (graphs, warm) = ((0..DecodeStep::MOST).map(|_| None).collect(), vec![false; DecodeStep::MOST]);
-        Ok(Some(Decoder { graphs, warm, step, state, input, output, steps: 0, cuda, ctx: ctx.clone(), model }))
+        let (graphs, warm) = (HashMap::new(), HashSet::new());
+        Ok(Some(Decoder { graphs, warm, step, state, input, output, few_steps: 0, cuda, ctx: ctx.clone(), model }))
     }
 
     /// Number of slots.
@@ -59,6 +61,42 @@ impl<'m> Decoder<'m> {
     /// # Errors
     /// When a token or slot doesn't exist or a slot is named twice; nothing has happened then.
     pub fn step(&mut self, sequences: &[(usize, u32)]) -> Result<Vec<f32>, Error> {
+        self.check_inputs(sequences)?;
+        let vocab = self.model.config().vocab_size;
+        let mut logits = Vec::with_capacity(sequences.len() * vocab);
+        for part in sequences.chunks(self.step.most()) {
+            self.begin(part);
+            self.run(part.len());
+            self.output.receive(self.step.logits(), part.len() * vocab);
+            self.cuda.synchronize();
+            self.ctx.check()?;
+            logits.extend_from_slice(&self.output.floats()[..part.len() * vocab]);
+        }
+        Ok(logits)
+    }
+
+    /// Goes on with the most probable token `steps` times without waiting for the host, from the (slot, token) given: the last tokens.
+    ///
+    /// # Errors
+    /// As [`Decoder::step`].
+    pub fn greedy(&mut self, sequences: &[(usize, u32)], steps: usize) -> Result<Vec<u32>, Error> {
+        self.check_inputs(sequences)?;
+        if steps == 0 {
+            return Ok(sequences.iter().map(|s| s.1).collect());
+        }
+        let mut last = Vec::with_capacity(sequences.len());
+        for part in sequences.chunks(self.step.most()) {
+            self.begin(part);
+            (0..steps).for_each(|_| self.run(part.len()));
+            self.output.receive(self.step.tokens(), part.len());
+            self.cuda.synchronize();
+            self.ctx.check()?;
+            last.extend(self.output.integers()[..part.len()].iter().map(|&t| t as u32));
+        }
+        Ok(last)
+    }
+
+    fn check_inputs(&self, sequences: &[(usize, u32)]) -> Result<(), Error> {
         let vocab = self.model.config().vocab_size;
         let mut seen = vec![false; self.slots()];
         for (position, &(slot, token)) in sequences.iter().enumerate() {
@@ -71,40 +109,7 @@ impl<'m> Decoder<'m> {
                 None => return Err(Error::State(format!("there is no slot {slot}: there are {}", self.slots()))),
             }
         }
-        let mut logits = Vec::with_capacity(sequences.len() * vocab);
-        for part in sequences.chunks(DecodeStep::MOST) {
-            self.begin(part);
-            self.run(part.len());
-            self.output.receive(self.step.logits(), part.len() * vocab);
-            self.cuda.synchronize();
-            self.ctx.check()?;
-            logits.extend_from_slice(&self.output.floats()[..part.len() * vocab]);
-        }
-        Ok(logits)
-    }
-
-    /// Goes on with the most probable token `steps` times without waiting for the host, from the (slot, token) given (at most
-    /// [`DecodeStep::MOST`]): the last tokens.
-    ///
-    /// # Errors
-    /// As [`Decoder::step`].
-    pub fn greedy(&mut self, sequences: &[(usize, u32)], steps: usize) -> Result<Vec<u32>, Error> {
-        if sequences.len() > DecodeStep::MOST {
-            let (n, most) = (sequences.len(), DecodeStep::MOST);
-            return Err(Error::State(format!("{n} sequences: at most {most} go on together without the host")));
-        }
-        if steps == 0 {
-            return Ok(sequences.iter().map(|s| s.1).collect());
-        }
-        // The first step checks and warms up.
-        self.step(sequences)?;
-        for _ in 1..steps {
-            self.run(sequences.len());
-        }
-        self.output.receive(self.step.tokens(), sequences.len());
-        self.cuda.synchronize();
-        self.ctx.check()?;
-        Ok(self.output.integers()[..sequences.len()].iter().map(|&t| t as u32).collect())
+        Ok(())
     }
 
     /// Sends tokens and slots.
@@ -120,15 +125,15 @@ impl<'m> Decoder<'m> {
 
     /// One step of `n` sequences: recorded the second time.
     fn run(&mut self, n: usize) {
-        self.steps += 1;
-        if !self.warm[n - 1] {
-            self.warm[n - 1] = true;
+        self.few_steps += usize::from(n <= 4);
+        if self.warm.insert(n) {
             return self.step.run(&self.state, n);
         }
-        if self.graphs[n - 1].is_none() {
-            self.graphs[n - 1] = self.cuda.capture(|| self.step.run(&self.state, n));
+        if !self.graphs.contains_key(&n) {
+            let Some(graph) = self.cuda.capture(|| self.step.run(&self.state, n)) else { return };
+            self.graphs.insert(n, graph);
         }
-        if let Some(graph) = &self.graphs[n - 1] {
+        if let Some(graph) = self.graphs.get(&n) {
             graph.replay();
         }
     }
@@ -200,9 +205,9 @@ impl<'m> Decoder<'m> {
         }
     }
 
-    /// Share of relu(.)^2 that was zero for all sequences of a step, so far.
+    /// Share of relu(.)^2 that was zero for all sequences of a step, so far; steps of more than 4 don't count, they skip nothing.
     pub fn zero_share(&self) -> f64 {
-        self.step.zero_share(self.steps)
+        self.step.zero_share(self.few_steps)
     }
 
     /// Bytes that a step of `n` sequences moves at least, given the share of rows that are skipped.

@@ -94,6 +94,66 @@ fn steps_equal_the_forward_pass() {
     }
 }
 
+/// One batch through each way that products go, against operation by operation, and the first sequence among fewer neighbours of the same way.
+#[test]
+#[ignore = "needs a GPU"]
+fn any_number_of_sequences() {
+    let configs = [
+        (config(64, 128, 2), DType::F16, 5e-3, vec![5, 8, 33, 64, 65, 200]),
+        (config(16, 48, 2), DType::BF16, 4e-2, vec![9, 32, 40, 70]),
+        (config(32, 320, 1), DType::F16, 5e-3, vec![6, 20]),
+        (config(128, 1280, 1), DType::F16, 5e-3, vec![7, 36]),
+        (config(64, 128, 1), DType::F32, 2e-5, vec![6]),
+    ];
+    for (config, dtype, tolerance, batches) in configs {
+        let (model, vocab) = (model(&config), config.vocab_size);
+        let ctx = Context::with_activations(Device::Cuda(0), dtype, 2).unwrap();
+        let device = model.packed(&ctx, dtype);
+        let most = *batches.iter().max().unwrap();
+        let tokens: Vec<Vec<u32>> = (0..most).map(|i| sequence(i, 3)).collect();
+        let mut tape = Tape::inference(&ctx, device.params());
+        let state = State::zeros(&ctx, &config, most);
+        let all: Vec<u32> = tokens.concat();
+        let (hidden, state) = device.forward(&mut tape, &all, &batch(most, 3, true).into(), &state, false).unwrap();
+        let want = device.logits(&mut tape, &hidden).to_vec();
+        let states: Vec<Vec<f32>> = state.vars().map(|v| v.to_vec()).collect();
+        let mut decoder = Decoder::new(&ctx, &device, most).unwrap().unwrap();
+        let mut before: Option<(usize, Vec<f32>)> = None;
+        for n in batches {
+            (0..most).for_each(|slot| decoder.clear(slot).unwrap());
+            let mut logits = Vec::new();
+            let slot = |i: usize| (i * 7 + 3) % n;
+            let order: Vec<usize> = if n % 7 == 0 { (0..n).collect() } else { (0..n).map(slot).collect() };
+            for t in 0..3 {
+                let inputs: Vec<(usize, u32)> = (0..n).map(|i| (order[i], tokens[i][t])).collect();
+                logits = decoder.step(&inputs).unwrap();
+            }
+            let mut worst: f64 = 0.0;
+            for i in 0..n {
+                worst = worst.max(error(&logits[i * vocab..][..vocab], &want[(i * 3 + 2) * vocab..][..vocab]));
+                for (v, want) in decoder.state(order[i]).unwrap().vars().zip(&states) {
+                    worst = worst.max(error(&v.to_vec(), &want[i * v.cols()..][..v.cols()]));
+                }
+            }
+            println!("C {} {dtype} B {n}: from operation by operation {worst:.1e}", config.n_embd);
+            assert!(worst < tolerance, "{worst:.1e}");
+            let way = |n: usize| [4, 32, 64, 1024].iter().position(|&m| n <= m);
+            if let Some((other, bits)) = before.filter(|b| dtype != DType::F32 && way(b.0) == way(n) && n <= 64) {
+                assert!(logits[..vocab] == bits[..], "{other} and {n} sequences differ");
+            }
+            before = Some((n, logits[..vocab].to_vec()));
+        }
+        // Going on without the host is the same, in every number of sequences.
+        let inputs: Vec<(usize, u32)> = (0..most).map(|i| (i, tokens[i][0])).collect();
+        (0..most).for_each(|slot| decoder.clear(slot).unwrap());
+        let last = decoder.greedy(&inputs, 2).unwrap();
+        (0..most).for_each(|slot| decoder.clear(slot).unwrap());
+        let once = decoder.greedy(&inputs, 1).unwrap();
+        let next: Vec<(usize, u32)> = once.into_iter().enumerate().collect();
+        assert_eq!(decoder.greedy(&next, 1).unwrap(), last);
+    }
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn prompts_then_steps_and_the_same_bits_whatever_the_neighbours() {
@@ -156,4 +216,26 @@ fn prompts_then_steps_and_the_same_bits_whatever_the_neighbours() {
             && decoder.step(&[(0, 200)]).is_err()
             && decoder.step(&[(0, 1), (0, 2)]).is_err()
     );
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn what_the_kernels_do_not_know_goes_operation_by_operation() {
+    let plain = config(64, 128, 2);
+    let doubled = model(&Config { double_rate: true, ..plain.clone() });
+    let ctx = Context::with_activations(Device::Cuda(0), DType::F32, 2).unwrap();
+    let device = doubled.packed(&ctx, DType::F32);
+    assert!(Decoder::new(&ctx, &device, 1).unwrap().is_none());
+    let control = model(&plain.control()).packed(&ctx, DType::F32);
+    assert!(Decoder::new(&ctx, &control, 1).unwrap().is_none());
+    let tokens = sequence(0, 9);
+    let mut session = Session::new(&ctx, &device);
+    for t in &tokens {
+        session.feed(&[*t]).unwrap();
+    }
+    let (want, _) = reference(&Context::cpu(2), &doubled, &tokens);
+    assert!(error(session.logits().unwrap(), &want[8 * 200..]) < 2e-5);
+    let (other, _) = reference(&Context::cpu(2), &model(&plain), &tokens);
+    assert!(error(&other[8 * 200..], &want[8 * 200..]) > 1e-3, "the rate makes no difference");
+    assert!(Session::new(&ctx, &control).feed(&tokens).unwrap_err().to_string().contains("no state"));
 }

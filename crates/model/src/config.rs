@@ -25,7 +25,25 @@ impl LoraDims {
     }
 }
 
-/// The dimensions of a RWKV-7 model.
+/// What the blocks of a model are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Architecture {
+    /// RWKV-7 blocks.
+    #[default]
+    Rwkv7,
+    /// Blocks of causal attention with rotary positions and an MLP: the control that experiments compare RWKV-7 with. It has no
+    /// recurrent state, so that it reads whole sequences only.
+    Transformer,
+}
+
+impl Architecture {
+    fn is_default(&self) -> bool {
+        *self == Architecture::default()
+    }
+}
+
+/// The dimensions of a model.
 ///
 /// ```
 /// use anser_model::Config;
@@ -47,6 +65,13 @@ pub struct Config {
     pub n_hidden: usize,
     /// Ranks of the low-rank maps.
     pub lora: LoraDims,
+    /// Whether the in-context learning rate reaches 2 instead of 1 (the paper's appendix D.1), so that a transition can have the
+    /// eigenvalue -1 and one token can swap two entries of the state. No released model has it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub double_rate: bool,
+    /// What the blocks are. A Transformer has no low-rank maps: `lora` and `double_rate` mean nothing there.
+    #[serde(default, skip_serializing_if = "Architecture::is_default")]
+    pub architecture: Architecture,
 }
 
 /// A named size: (name, layers, width, ranks of released checkpoints: decay, rate, value, gate).
@@ -68,7 +93,23 @@ impl Config {
     /// A model with the official proportions: head size 64, hidden width 4 D, ranks of the current trainer.
     pub fn new(n_layer: usize, n_embd: usize, vocab_size: usize) -> Config {
         let lora = LoraDims::for_width(n_embd);
-        Config { n_layer, n_embd, head_size: 64, vocab_size, n_hidden: 4 * n_embd, lora }
+        let (head_size, n_hidden, architecture) = (64, 4 * n_embd, Architecture::Rwkv7);
+        Config { n_layer, n_embd, head_size, vocab_size, n_hidden, lora, double_rate: false, architecture }
+    }
+
+    /// The Transformer to compare this model with: the same layers, width, heads and vocabulary, and an MLP just wide enough (in
+    /// eights) that it has at least as many parameters.
+    ///
+    /// ```
+    /// use anser_model::Config;
+    /// let (a, b) = (Config::new(2, 128, 64), Config::new(2, 128, 64).control());
+    /// assert!(b.parameters() >= a.parameters() && b.parameters() < a.parameters() + 2 * 2 * 128 * 8);
+    /// ```
+    pub fn control(&self) -> Config {
+        let bare = Config { architecture: Architecture::Transformer, double_rate: false, n_hidden: 0, ..self.clone() };
+        let per_unit = 2 * self.n_embd * self.n_layer;
+        let n_hidden = (self.parameters() - bare.parameters()).div_ceil(per_unit).next_multiple_of(8);
+        Config { n_hidden, ..bare }
     }
 
     /// A named size ([`PRESETS`]) with the World vocabulary of 65536.
@@ -148,6 +189,14 @@ impl Config {
                 b(&format!("{n}.weight"), &[c]);
                 b(&format!("{n}.bias"), &[c]);
             }
+            if self.architecture == Architecture::Transformer {
+                for m in ["query", "key", "value", "output"] {
+                    b(&format!("att.{m}.weight"), &[c, c]);
+                }
+                b("ffn.key.weight", &[h, c]);
+                b("ffn.value.weight", &[c, h]);
+                continue;
+            }
             for m in ["r", "w", "k", "v", "a", "g"] {
                 b(&format!("att.x_{m}"), &[1, 1, c]);
             }
@@ -192,9 +241,14 @@ impl Config {
         self.parameters() + self.n_embd * (1 + 2 * self.lora.value)
     }
 
+    /// Blocks that have a recurrent state.
+    pub fn recurrent_layers(&self) -> usize {
+        if self.architecture == Architecture::Rwkv7 { self.n_layer } else { 0 }
+    }
+
     /// Numbers in the recurrent state of one sequence.
     pub fn state_len(&self) -> usize {
-        self.n_layer * self.n_embd * (2 + self.head_size)
+        self.recurrent_layers() * self.n_embd * (2 + self.head_size)
     }
 
     /// Floating-point operations to train on one token: 6 x (parameters - embedding), the project's convention for MFU.

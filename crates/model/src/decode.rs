@@ -1,10 +1,12 @@
 //! A decoding step on a GPU in a few kernels a layer, for a model whose matrices are there (see [`anser_ops::decode`]). It is the same model as
 //! [`Model::forward`], which a test holds it equal to; what differs is that states are advanced in place.
 
+use crate::rwkv7::{Block, Rwkv7Block};
 use crate::{Model, State};
-use anser_ops::decode::{BATCH, Finish, Heads, Norm, Plan, Skip, Step, fits};
+use anser_ops::decode::{BATCH, Finish, Heads, MOST, Norm, Plan, Projected, Skip, Step, TILE_BATCH, Tiles, Ups, fits};
 use anser_ops::{LowRank, Param, Weight};
 use anser_tensor::cuda::DevicePtr;
+use anser_tensor::gemm::Trans;
 use anser_tensor::{Buf, Context, DType};
 
 /// A kind of kernel of a step, to measure one alone.
@@ -32,41 +34,78 @@ impl Part {
         [Part::Mix, Part::Projections, Part::Heads, Part::Output, Part::Key, Part::Value, Part::Head];
 }
 
-/// Memory and work plans for steps of up to [`DecodeStep::MOST`] sequences.
+/// Work plans of products on tensor cores, for up to so many sequences.
+struct TilePlans {
+    batch: usize,
+    /// Projections of the first layer, and of the others.
+    projections: [Tiles; 2],
+    /// Of these the first halves of the low-rank maps alone.
+    downs: [Tiles; 2],
+    output: Tiles,
+    key: Tiles,
+    value: Tiles,
+    head: Tiles,
+}
+
+impl TilePlans {
+    fn all(&self) -> impl Iterator<Item = &Tiles> {
+        let singles = [&self.output, &self.key, &self.value, &self.head];
+        self.projections.iter().chain(&self.downs).chain(singles)
+    }
+}
+
+/// Memory and work plans for steps of up to [`DecodeStep::most`] sequences.
+///
+/// Products go one of four ways, by the number of sequences: 1 to 4, 5 to 32, 33 to 64, more. The bits of a sequence's result depend on its neighbours
+/// only in which of these ways it goes.
 pub struct DecodeStep<'m> {
     ctx: Context,
     model: &'m Model,
+    blocks: Vec<&'m Rwkv7Block>,
+    most: usize,
     /// Projections: of the first layer, and of the others, which have a value gate.
     projections: [Plan; 2],
     output: Plan,
     key: Plan,
     value: Skip,
     head: Plan,
+    tiles: Vec<TilePlans>,
+    ups: [Ups; 2],
     tokens: Buf,
     slots: Buf,
     x: Buf,
     /// Interpolated inputs [6, batch, C]; the first of them also holds what goes to the output matrix and to the head.
     mixed: Buf,
     projected: Buf,
+    mapped: Buf,
     first: Buf,
     hidden: Buf,
     logits: Buf,
+    parts: Buf,
 }
 
 impl<'m> DecodeStep<'m> {
-    /// Sequences of a step at most.
-    pub const MOST: usize = BATCH;
+    /// Sequences of a step at most, in any type; in f32 it is 4.
+    pub const MOST: usize = MOST;
 
-    /// `None` if the model's matrices are not on a GPU, or are too wide for the kernels.
-    pub fn new(ctx: &Context, model: &'m Model) -> Option<DecodeStep<'m>> {
+    /// For steps of up to `batch` sequences, or as many of them as there are steps for. `None` if the model's matrices are not on a GPU or are
+    /// too wide for the kernels, or if it has what they don't know: the doubled in-context rate, other blocks than those of RWKV-7.
+    pub fn new(ctx: &Context, model: &'m Model, batch: usize) -> Option<DecodeStep<'m>> {
         let on_device = |w: &Weight| matches!(w, Weight::Device(_));
-        if !on_device(&model.head) || ctx.cuda().is_none() {
+        if !on_device(&model.head) || ctx.cuda().is_none() || model.config().double_rate {
             return None;
         }
-        let (config, batch) = (model.config(), BATCH);
-        let (c, vocab) = (config.n_embd, config.vocab_size);
+        let recurrent = |block: &'m Block| match block {
+            Block::Rwkv7(block) => Some(&**block),
+            Block::Attention(_) => None,
+        };
+        let blocks: Vec<&Rwkv7Block> = model.blocks.iter().map(recurrent).collect::<Option<_>>()?;
+        let wide = ctx.dtype() != DType::F32;
+        let most = if wide { batch.min(MOST) } else { batch.min(BATCH) };
+        let (config, few) = (model.config(), batch.min(BATCH));
+        let (c, hidden, vocab) = (config.n_embd, config.n_hidden, config.vocab_size);
         let ranks = |layer: usize| {
-            let att = &model.blocks.get(layer).or(model.blocks.first())?.att;
+            let att = &blocks.get(layer).or(blocks.first())?.att;
             let rank = |l: &LowRank| l.down.outputs();
             let v = att.value_gate.as_ref().map_or(0, rank);
             Some([rank(&att.decay), rank(&att.rate), v, rank(&att.gate)])
@@ -76,25 +115,58 @@ impl<'m> DecodeStep<'m> {
         }
         // The order of `load::STACK`; inputs in the order r, w, k, v, a, g.
         let runs = |[w, a, v, g]: [usize; 4]| [(c, 0), (c, 2), (c + v, 3), (w, 1), (a, 4), (g, 5)];
+        let downs = |[w, a, v, g]: [usize; 4]| [(v, 3), (w, 1), (a, 4), (g, 5)];
         let projections = [Plan::new(ctx, c, &runs(ranks(0)?))?, Plan::new(ctx, c, &runs(ranks(1)?))?];
-        let most = projections.iter().map(Plan::rows).max()?;
+        let widest = projections.iter().map(Plan::rows).max()?;
+        let plans = |batch: usize| {
+            let plan = |k, runs: &[_], shared| Tiles::new(ctx, batch, k, runs, false, shared);
+            Some(TilePlans {
+                batch,
+                projections: [plan(c, &runs(ranks(0)?), false)?, plan(c, &runs(ranks(1)?), false)?],
+                downs: [plan(c, &downs(ranks(0)?), false)?, plan(c, &downs(ranks(1)?), false)?],
+                output: plan(c, &[(c, 0)], true)?,
+                key: plan(c, &[(hidden, 0)], false)?,
+                value: Tiles::new(ctx, batch, hidden, &[(c, 0)], true, true)?,
+                head: plan(c, &[(vocab, 0)], false)?,
+            })
+        };
+        let sizes = [32, TILE_BATCH].into_iter().filter(|&n| most > if n == 32 { BATCH } else { 32 });
+        let tiles = sizes.map(plans).collect::<Option<Vec<TilePlans>>>()?;
+        // Beyond TILE_BATCH only the first halves of low-rank maps go through tiles.
+        let parts_of = |p: &TilePlans| {
+            let of = |t: &Tiles| t.parts() * p.batch.min(most);
+            p.all().map(of).chain(p.downs.iter().map(|t| t.parts() * most)).max().unwrap_or(0)
+        };
+        let parts = tiles.iter().map(parts_of).max().unwrap_or(0);
         Some(DecodeStep {
             projections,
             output: Plan::new(ctx, c, &[(c, 0)])?,
-            key: Plan::new(ctx, c, &[(config.n_hidden, 0)])?,
-            value: Skip::new(ctx, batch, config.n_hidden, c)?,
+            key: Plan::new(ctx, c, &[(hidden, 0)])?,
+            value: Skip::new(ctx, few, hidden, c)?,
             head: Plan::new(ctx, c, &[(vocab, 0)])?,
-            tokens: ctx.zeros_f32(batch),
-            slots: ctx.zeros_f32(batch),
-            x: ctx.zeros_f32(batch * c),
-            mixed: ctx.zeros(6 * batch * c),
-            projected: ctx.zeros_f32(batch * most),
-            first: ctx.zeros_f32(batch * c),
-            hidden: ctx.zeros_f32(batch * config.n_hidden),
-            logits: ctx.zeros_f32(batch * vocab),
+            tiles,
+            ups: [Ups::new(ctx, ranks(0)?, c)?, Ups::new(ctx, ranks(1)?, c)?],
+            tokens: ctx.zeros_f32(most),
+            slots: ctx.zeros_f32(most),
+            x: ctx.zeros_f32(most * c),
+            mixed: ctx.zeros(6 * most * c),
+            projected: ctx.zeros_f32(most * widest),
+            mapped: ctx.zeros_f32(4 * most * c),
+            first: ctx.zeros_f32(most * c),
+            // f32 for few sequences, the type of activations for many.
+            hidden: ctx.zeros_f32(hidden * few.max(most.div_ceil(2))),
+            logits: ctx.zeros_f32(most * vocab),
+            parts: ctx.alloc_f32(parts),
             ctx: ctx.clone(),
             model,
+            blocks,
+            most,
         })
+    }
+
+    /// Sequences of a step at most.
+    pub fn most(&self) -> usize {
+        self.most
     }
 
     /// Where the tokens of a step are put, as `int`; after it they are the most probable next ones.
@@ -112,78 +184,142 @@ impl<'m> DecodeStep<'m> {
         self.logits.ptr()
     }
 
-    /// Share of the entries of relu(.)^2 that were zero for all sequences of a step, over `steps` steps since the beginning.
+    /// Share of the entries of relu(.)^2 that were zero for all sequences of a step, over `steps` steps of up to 4 sequences since the beginning.
     pub fn zero_share(&self, steps: usize) -> f64 {
         let rows = steps * self.model.blocks.len() * self.model.config().n_hidden;
-        1.0 - f64::from(self.value.rows_read()) / rows.max(1) as f64
+        if rows == 0 { 0.0 } else { 1.0 - f64::from(self.value.rows_read()) / rows as f64 }
     }
 
     /// Enqueues a step of `batch` sequences: their tokens and slots are read, their rows of `state` advanced in place.
     ///
     /// # Panics
-    /// If there are more than [`DecodeStep::MOST`].
+    /// If there are more than [`DecodeStep::most`].
     pub fn run(&self, state: &State, batch: usize) {
         self.run_only(state, batch, None);
     }
 
     /// The same, or only the kernels of one kind: their results mean nothing, their time does.
     pub fn run_only(&self, state: &State, batch: usize, only: Option<Part>) {
-        assert!(batch <= BATCH);
+        assert!(batch <= self.most);
         let on = |part| only.is_none_or(|o| o == part);
         let Some(gpu) = self.ctx.cuda() else { return };
-        let (m, config) = (self.model, self.model.config());
+        let (m, config, dtype) = (self.model, self.model.config(), self.ctx.dtype());
         let p = |param: Param| m.params.master(param);
         let norm = |n: &crate::rwkv7::Norm| -> Norm { [p(n.weight), p(n.bias)] };
         let w = |weight: &Weight| weight.device(&m.params);
-        let c = config.n_embd;
+        let (c, wide) = (config.n_embd, config.n_hidden);
         let step = Step { ctx: &self.ctx, gpu, batch, c, n: config.head_size };
         let (x, mixed, projected, slots) = (self.x.ptr(), self.mixed.ptr(), self.projected.ptr(), self.slots.ptr());
+        let (mapped, hidden, logits, parts) =
+            (self.mapped.ptr(), self.hidden.ptr(), self.logits.ptr(), self.parts.ptr());
+        let few = batch <= BATCH;
+        let tiles = self.tiles.iter().find(|t| !few && batch <= t.batch);
+        // By the matrix library: y [batch, n] (+)= x W^T, or x W for W [k, n].
+        let library = |w, trans, n, k, x, add, y, to| gpu.gemm(Trans::N, trans, batch, n, k, x, w, dtype, add, y, to);
         if on(Part::Mix) {
             step.embed(w(&m.emb), self.tokens.ptr(), x, norm(&m.ln0));
         }
-        for (i, (block, s)) in m.blocks.iter().zip(&state.layers).enumerate() {
-            let (att, plan) = (&block.att, &self.projections[i.min(1)]);
+        for (i, (block, s)) in self.blocks.iter().zip(&state.layers).enumerate() {
+            let (att, kind) = (&block.att, i.min(1));
             if on(Part::Mix) {
                 step.mix(x, mixed, s.att_x.buf().ptr(), slots, norm(&block.ln1), att.mix.map(p));
             }
-            if on(Part::Projections) {
-                step.product(Finish::Store, plan, w(&att.receptance), mixed, projected);
-            }
             let maps = [Some(&att.decay), Some(&att.rate), att.value_gate.as_ref(), Some(&att.gate)];
             let rank = |l: Option<&LowRank>| l.map_or(0, |l| l.down.outputs());
-            let [dw, da, dv, _] = maps.map(rank);
+            let [dw, da, dv, dg] = maps.map(rank);
             let bias = |l: Option<&LowRank>| l.and_then(|l| l.bias).map_or(DevicePtr::NULL, p);
+            // Where the first halves are, from the first of them on.
+            let at = [dv, dv + dw, 0, dv + dw + da];
             let heads = Heads {
                 up: maps.map(|l| l.map_or(DevicePtr::NULL, |l| w(&l.up))),
                 ranks: maps.map(rank),
-                at: [3 * c + dv, 3 * c + dv + dw, 3 * c, 3 * c + dv + dw + da],
+                at: at.map(|a| 3 * c + a),
                 vectors: [bias(maps[0]), bias(maps[1]), bias(maps[2]), p(att.k_k), p(att.k_a), p(att.r_k)],
                 ln_x: norm(&att.ln_x),
             };
+            let stacked = w(&att.receptance);
+            let rows = self.projections[kind].rows();
+            // First halves, their distance from one sequence to the next, and where r, k and v are.
+            let (downs, stride, from) = if few || tiles.is_some() {
+                let from = Projected { at: projected, stride: rows, apart: c, mapped: (!few).then_some(mapped) };
+                (projected.offset(3 * c, DType::F32), rows, from)
+            } else {
+                let from = Projected { at: projected, stride: c, apart: batch * c, mapped: Some(mapped) };
+                (projected.offset(3 * batch * c, DType::F32), dw + da + dv + dg, from)
+            };
+            if on(Part::Projections) {
+                match tiles {
+                    _ if few => step.product(Finish::Store, &self.projections[kind], stacked, mixed, projected),
+                    Some(t) => step.tiles(Finish::Store, &t.projections[kind], stacked, mixed, projected, parts),
+                    None => {
+                        for (j, (weight, input)) in
+                            [(&att.receptance, 0), (&att.key, 2), (&att.value, 3)].iter().enumerate()
+                        {
+                            let (from, to) = (mixed.offset(input * batch * c, dtype), j * batch * c);
+                            library(
+                                w(weight),
+                                Trans::T,
+                                c,
+                                c,
+                                from,
+                                false,
+                                projected.offset(to, DType::F32),
+                                DType::F32,
+                            );
+                        }
+                        if let Some(t) = self.tiles.last() {
+                            let w = stacked.offset(3 * c * c, dtype);
+                            step.tiles(Finish::Store, &t.downs[kind], w, mixed, downs, parts);
+                        }
+                    }
+                }
+                if !few {
+                    step.ups(&self.ups[kind], downs, stride, heads.up, heads.ranks, at, mapped);
+                }
+            }
             if on(Part::Heads) {
-                step.heads(projected, plan.rows(), &heads, self.first.ptr(), s.wkv.buf().ptr(), slots, mixed);
+                step.heads(from, &heads, self.first.ptr(), s.wkv.buf().ptr(), slots, mixed);
             }
             if on(Part::Output) {
-                step.product(Finish::Add, &self.output, w(&att.output), mixed, x);
+                match tiles {
+                    _ if few => step.product(Finish::Add, &self.output, w(&att.output), mixed, x),
+                    Some(t) => step.tiles(Finish::Add, &t.output, w(&att.output), mixed, x, parts),
+                    None => library(w(&att.output), Trans::T, c, c, mixed, true, x, DType::F32),
+                }
             }
             if on(Part::Mix) {
                 step.mix(x, mixed, s.ffn_x.buf().ptr(), slots, norm(&block.ln2), [p(block.ffn.mix)]);
             }
+            let ffn = &block.ffn;
             if on(Part::Key) {
-                step.product(Finish::ReluSquared, &self.key, w(&block.ffn.key), mixed, self.hidden.ptr());
+                match tiles {
+                    _ if few => step.product(Finish::ReluSquared, &self.key, w(&ffn.key), mixed, hidden),
+                    Some(t) => step.tiles(Finish::ReluSquared, &t.key, w(&ffn.key), mixed, hidden, parts),
+                    None => {
+                        library(w(&ffn.key), Trans::T, wide, c, mixed, false, hidden, dtype);
+                        step.relu_squared(hidden, batch * wide);
+                    }
+                }
             }
             if on(Part::Value) {
-                step.skip(w(&block.ffn.value), self.hidden.ptr(), x, &self.value);
+                match tiles {
+                    _ if few => step.skip(w(&ffn.value), hidden, x, &self.value),
+                    Some(t) => step.tiles(Finish::Add, &t.value, w(&ffn.value), hidden, x, parts),
+                    None => library(w(&ffn.value), Trans::N, c, wide, hidden, true, x, DType::F32),
+                }
             }
         }
         if on(Part::Mix) {
             step.mix(x, mixed, DevicePtr::NULL, slots, norm(&m.ln_out), []);
         }
         if on(Part::Head) {
-            step.product(Finish::Store, &self.head, w(&m.head), mixed, self.logits.ptr());
-        }
-        if on(Part::Head) {
-            step.argmax(self.logits.ptr(), self.tokens.ptr(), config.vocab_size);
+            let vocab = config.vocab_size;
+            match tiles {
+                _ if few => step.product(Finish::Store, &self.head, w(&m.head), mixed, logits),
+                Some(t) => step.tiles(Finish::Store, &t.head, w(&m.head), mixed, logits, parts),
+                None => library(w(&m.head), Trans::T, vocab, c, mixed, false, logits, DType::F32),
+            }
+            step.argmax(logits, self.tokens.ptr(), vocab);
         }
     }
 
@@ -195,6 +331,9 @@ impl<'m> DecodeStep<'m> {
         let down: usize = self.projections[0].rows() + (layers - 1) * self.projections[1].rows();
         let elements = |part| match part {
             Part::Mix => 0,
+            // The second halves of the low-rank maps are in the heads' kernel, or a product of their own before it.
+            Part::Projections if batch > BATCH => (2 * down - 3 * c * layers) * c,
+            Part::Heads if batch > BATCH => 0,
             Part::Projections => down * c,
             Part::Heads => (down - 3 * c * layers) * c,
             Part::Output => layers * c * c,

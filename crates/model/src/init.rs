@@ -3,7 +3,7 @@
 //! With n = channel 0..D-1, r01 = l / (L - 1), r10 = 1 - l / L, lin = n / (D-1) - 1/2, z = ((n mod N) - (N-1)/2) / ((N-1)/2) and
 //! zig = z |z|. Matrices are orthogonal with a gain, or zero; see [`Rule`].
 
-use crate::{Config, Error, Model};
+use crate::{Architecture, Config, Error, Model};
 use anser_ops::ParamSet;
 use anser_tensor::Context;
 use anser_tensor::gemm::{Trans, gemm};
@@ -81,6 +81,7 @@ fn rule(c: &Config, init: Init, name: &str) -> Rule {
         "att.r_k" => constant(if current { -0.04 } else { 0.0 }),
         "att.w2" | "att.a2" | "att.v2" | "att.g2" => Rule::Orthogonal(0.1),
         "att.receptance.weight" | "att.value.weight" | "ffn.key.weight" => Rule::Orthogonal(1.0),
+        "att.query.weight" | "att.key.weight" if c.architecture == Architecture::Transformer => Rule::Orthogonal(0.5),
         "att.key.weight" => Rule::Orthogonal(0.1),
         "att.ln_x.weight" => constant(((1.0 + layer) / layers).powf(0.7)),
         // Everything else: the first low-rank matrices and the two output projections start at zero, LayerNorms at 1 and 0.

@@ -1,4 +1,4 @@
-//! The RWKV-7 model, written once over [`anser_ops`]: the same code trains, prefills and steps.
+//! The RWKV-7 model, written once over [`anser_ops`]: the same code trains, prefills and steps; and a Transformer as a control.
 //!
 //! `time_mix` and `channel_mix` in `rwkv7.rs` read like the equations of the paper (arXiv 2503.14456, section 4).
 //! This crate opens no files: it takes named tensors ([`anser_formats::Checkpoint`]) and gives them back.
@@ -9,9 +9,10 @@ mod init;
 mod load;
 mod rwkv7;
 mod state;
+mod transformer;
 
 pub use anser_ops::ParamSpec;
-pub use config::{Config, LoraDims, PRESETS};
+pub use config::{Architecture, Config, LoraDims, PRESETS};
 pub use decode::{DecodeStep, Part};
 pub use init::Init;
 pub use load::Load;
@@ -27,6 +28,11 @@ pub enum Error {
     /// A checkpoint that is not a RWKV-7 model.
     #[error("checkpoint: {0}")]
     Checkpoint(String),
+    /// A Transformer where a recurrent model is needed.
+    #[error(
+        "a Transformer reads whole sequences and has no state to go on from: it neither writes text nor trains in pieces"
+    )]
+    Stateless,
     /// From the device.
     #[error(transparent)]
     Device(#[from] anser_tensor::Error),

@@ -1,7 +1,8 @@
 //! From named tensors to a model: dimensions from shapes, every tensor checked, each going straight to its final place.
 
-use crate::rwkv7::{Block, ChannelMix, Norm, TimeMix};
-use crate::{Config, Error, LoraDims, Model};
+use crate::rwkv7::{Block, ChannelMix, Norm, Rwkv7Block, TimeMix};
+use crate::transformer::AttentionBlock;
+use crate::{Architecture, Config, Error, LoraDims, Model};
 use anser_formats::{CONFIG_JSON, Checkpoint, TensorView};
 use anser_ops::{Activation, LowRank, Param, ParamSet, Weight};
 use anser_tensor::{Context, DType, DeviceMatrix, DisjointMut, Packed, memory};
@@ -19,10 +20,12 @@ pub enum Load {
 }
 
 impl Config {
-    /// Reads the dimensions from the shapes of a checkpoint's tensors (never from a formula).
+    /// Reads the dimensions from the shapes of a checkpoint's tensors (never from a formula), and what no shape tells from
+    /// the description in its metadata, if it has one.
     ///
     /// # Errors
-    /// When a tensor that tells a dimension is missing or has the wrong rank, or the dimensions don't fit together.
+    /// When a tensor that tells a dimension is missing or has the wrong rank, the dimensions don't fit together, or the
+    /// description is of a newer version.
     pub fn from_checkpoint(ckpt: &Checkpoint) -> Result<Config, Error> {
         let shape = |name: &str, rank: usize| -> Result<Vec<usize>, Error> {
             let shape = ckpt.shape(name).ok_or_else(|| {
@@ -43,6 +46,12 @@ impl Config {
             ));
         }
         check_config_json(ckpt)?;
+        let said = said(ckpt)?;
+        if let Some(config) = said.iter().find(|c| c.architecture == Architecture::Transformer) {
+            // No shape tells its heads. Loading compares every shape with what is said.
+            config.validate()?;
+            return Ok(config.clone());
+        }
         let layer = |n: &str| n.strip_prefix("blocks.")?.split('.').next()?.parse::<usize>().ok();
         let n_layer = ckpt.names().filter_map(layer).max().map_or(0, |l| l + 1);
         let emb = shape("emb.weight", 2)?;
@@ -62,9 +71,34 @@ impl Config {
                 value,
                 gate: rank("blocks.0.att.g1")?,
             },
+            double_rate: said.is_some_and(|c| c.double_rate),
+            architecture: Architecture::Rwkv7,
         };
         config.validate()?;
         Ok(config)
+    }
+}
+
+/// Key of a model file's metadata with its description.
+const DESCRIPTION: &str = "anser.config";
+
+impl Config {
+    /// Key and value of the metadata that a model file says its options with: JSON with `version`, `architecture` and `model`.
+    pub fn description(&self) -> (String, String) {
+        let json = serde_json::json!({ "version": 1, "architecture": self.architecture, "model": self });
+        (DESCRIPTION.into(), json.to_string())
+    }
+}
+
+/// What a model file written by Anser says of itself.
+fn said(ckpt: &Checkpoint) -> Result<Option<Config>, Error> {
+    let Some(text) = ckpt.metadata().get(DESCRIPTION) else { return Ok(None) };
+    let bad = |e: String| Error::Checkpoint(format!("{DESCRIPTION}: {e}"));
+    let mut json: serde_json::Value = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
+    match json["version"].as_u64() {
+        Some(1) => serde_json::from_value(json["model"].take()).map(Some).map_err(|e| bad(e.to_string())),
+        Some(v) => Err(bad(format!("version {v} is of a newer Anser; this one reads version 1"))),
+        None => Err(bad("it has no version".into())),
     }
 }
 
@@ -98,7 +132,9 @@ fn packed_layout(name: &str) -> Option<bool> {
     let part = name.strip_prefix("blocks.").and_then(|s| s.split_once('.')).map_or(name, |(_, part)| part);
     match part {
         "emb.weight" | "head.weight" | "ffn.key.weight" | "ffn.value.weight" => Some(false),
-        "att.receptance.weight" | "att.key.weight" | "att.value.weight" | "att.output.weight" => Some(false),
+        "att.query.weight" | "att.receptance.weight" | "att.key.weight" | "att.value.weight" | "att.output.weight" => {
+            Some(false)
+        }
         "att.w1" | "att.w2" | "att.a1" | "att.a2" | "att.v1" | "att.v2" | "att.g1" | "att.g2" => Some(true),
         _ => None,
     }
@@ -276,8 +312,16 @@ impl Model {
                 bias: biased.then(|| p(&format!("att.{m}0"))),
                 activation,
             };
-            Block {
-                ln1: norm(&format!("blocks.{i}.ln1")),
+            let (ln1, ln2) = (norm(&format!("blocks.{i}.ln1")), norm(&format!("blocks.{i}.ln2")));
+            if config.architecture == Architecture::Transformer {
+                let [query, key, value, output] =
+                    ["query", "key", "value", "output"].map(|m| w(&format!("att.{m}.weight")));
+                let ffn = ["key", "value"].map(|m| w(&format!("ffn.{m}.weight")));
+                let heads = config.heads();
+                return Block::Attention(Box::new(AttentionBlock { ln1, query, key, value, output, heads, ln2, ffn }));
+            }
+            Block::Rwkv7(Box::new(Rwkv7Block {
+                ln1,
                 att: TimeMix {
                     mix: ["r", "w", "k", "v", "a", "g"].map(|m| p(&format!("att.x_{m}"))),
                     decay: low_rank("w", true, Activation::Tanh),
@@ -293,10 +337,11 @@ impl Model {
                     output: w("att.output.weight"),
                     ln_x: norm(&format!("blocks.{i}.att.ln_x")),
                     heads: config.heads(),
+                    rate_scale: if config.double_rate { 2.0 } else { 1.0 },
                 },
-                ln2: norm(&format!("blocks.{i}.ln2")),
+                ln2,
                 ffn: ChannelMix { mix: p("ffn.x_k"), key: w("ffn.key.weight"), value: w("ffn.value.weight") },
-            }
+            }))
         };
         let (emb, ln0, ln_out, head) =
             (weight("emb.weight"), norm("blocks.0.ln0"), norm("ln_out"), weight("head.weight"));

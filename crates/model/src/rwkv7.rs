@@ -1,5 +1,6 @@
 //! RWKV-7 "Goose": the equations of arXiv 2503.14456 section 4, in the form of the released code.
 
+use crate::transformer::AttentionBlock;
 use crate::{Config, Error, LayerState, State};
 use anser_ops::wkv7::Wkv7Inputs;
 use anser_ops::{CrossEntropy, Loss, LowRank, Param, ParamSet, Segment, Tape, Var, Weight};
@@ -30,6 +31,8 @@ pub(crate) struct TimeMix {
     pub(crate) output: Weight,
     pub(crate) ln_x: Norm,
     pub(crate) heads: usize,
+    /// Of the in-context learning rate in the removal: 1, or 2 for [`Config::double_rate`].
+    pub(crate) rate_scale: f32,
 }
 
 impl TimeMix {
@@ -50,7 +53,7 @@ impl TimeMix {
         let rate = t.low_rank(&xa, &self.rate);
         let gate = t.low_rank(&xg, &self.gate);
         drop((xr, xw, xk, xv, xa, xg));
-        let key = t.key_path(&k, &rate, self.k_k, self.k_a, self.heads);
+        let key = t.key_path(&k, &rate, self.k_k, self.k_a, self.heads, self.rate_scale);
         drop((k, rate));
         let inputs = Wkv7Inputs { r: &r, w: &w, k: &key.k, v: &v, a: &key.a, b: &key.b };
         let (y, wkv) = t.wkv7(inputs, &state.wkv, segments, self.heads);
@@ -77,14 +80,14 @@ impl ChannelMix {
 }
 
 /// The residual stream between two blocks, x + dx: the addition waits for the norm that follows, which does both in one pass.
-struct Residual {
-    x: Var,
-    dx: Option<Var>,
+pub(crate) struct Residual {
+    pub(crate) x: Var,
+    pub(crate) dx: Option<Var>,
 }
 
 impl Residual {
     /// The sum and its norm.
-    fn norm(self, t: &mut Tape<'_>, n: &Norm) -> (Var, Var) {
+    pub(crate) fn norm(self, t: &mut Tape<'_>, n: &Norm) -> (Var, Var) {
         match self.dx {
             Some(dx) => t.add_norm(self.x, &dx, n.weight, n.bias),
             None => {
@@ -94,7 +97,7 @@ impl Residual {
         }
     }
 
-    fn sum(self, t: &mut Tape<'_>) -> Var {
+    pub(crate) fn sum(self, t: &mut Tape<'_>) -> Var {
         match self.dx {
             Some(dx) => t.add(self.x, &dx),
             None => self.x,
@@ -102,14 +105,20 @@ impl Residual {
     }
 }
 
-pub(crate) struct Block {
+/// One layer.
+pub(crate) enum Block {
+    Rwkv7(Box<Rwkv7Block>),
+    Attention(Box<AttentionBlock>),
+}
+
+pub(crate) struct Rwkv7Block {
     pub(crate) ln1: Norm,
     pub(crate) att: TimeMix,
     pub(crate) ln2: Norm,
     pub(crate) ffn: ChannelMix,
 }
 
-impl Block {
+impl Rwkv7Block {
     /// x: [tokens, C]. Returns (x, v_first, state).
     fn forward(
         &self, t: &mut Tape<'_>, x: Residual, v_first: Option<&Var>, state: &LayerState, segments: &Arc<[Segment]>,
@@ -122,7 +131,7 @@ impl Block {
     }
 }
 
-/// A RWKV-7 model: its dimensions, its parameters and the equations over them.
+/// A model: its dimensions, its parameters and the equations over them.
 pub struct Model {
     pub(crate) config: Config,
     pub(crate) params: ParamSet,
@@ -153,7 +162,7 @@ impl Model {
     /// With `checkpointing`, a recording tape keeps only each block's input and computes the block again going back.
     ///
     /// # Errors
-    /// When a token is outside the vocabulary.
+    /// When a token is outside the vocabulary, or a segment of a Transformer goes on from a state or wants one.
     pub fn forward<'p>(
         &'p self, t: &mut Tape<'p>, tokens: &[u32], segments: &Arc<[Segment]>, state: &State, checkpointing: bool,
     ) -> Result<(Var, State), Error> {
@@ -161,16 +170,39 @@ impl Model {
         if let Some(position) = tokens.iter().position(|&t| t as usize >= vocab) {
             return Err(Error::Token { token: tokens[position], position, vocab });
         }
+        let states = |s: &Segment| s.state_in.or(s.state_out).is_some();
+        if self.config.recurrent_layers() < self.config.n_layer && segments.iter().any(states) {
+            return Err(Error::Stateless);
+        }
         let x = t.embedding(tokens, &self.emb);
         let mut x = Residual { x: t.layer_norm(&x, self.ln0.weight, self.ln0.bias), dx: None };
         let mut v_first: Option<Var> = None;
         let mut layers = Vec::with_capacity(self.blocks.len());
-        for (i, (block, s)) in self.blocks.iter().zip(&state.layers).enumerate() {
+        for (i, block) in self.blocks.iter().enumerate() {
             // Below the lowest trainable parameter there is nothing to go back for.
             let prefix = format!("blocks.{i}.");
             let trainable = || self.params.specs().iter().any(|p| p.trainable && p.name.starts_with(&prefix));
-            let (next_x, next_v, next_s) = if checkpointing && t.is_recording() && (x.x.needs_grad() || trainable()) {
-                let segments = segments.clone();
+            let again = checkpointing && t.is_recording() && (x.x.needs_grad() || trainable());
+            let segments = segments.clone();
+            let block = match block {
+                Block::Rwkv7(block) => block,
+                Block::Attention(block) if again => {
+                    let whole = x.sum(t);
+                    let out = t.checkpoint(&[&whole], move |t, i| {
+                        let x = Residual { x: i[0].clone(), dx: None };
+                        vec![block.forward(t, x, &segments).sum(t)]
+                    });
+                    let [sum] = <[Var; 1]>::try_from(out).unwrap_or_else(|_| unreachable!());
+                    x = Residual { x: sum, dx: None };
+                    continue;
+                }
+                Block::Attention(block) => {
+                    x = block.forward(t, x, &segments);
+                    continue;
+                }
+            };
+            let s = &state.layers[layers.len()];
+            let (next_x, next_v, next_s) = if again {
                 // One tensor is kept of each block.
                 let whole = x.sum(t);
                 let mut inputs = vec![&whole, &s.att_x, &s.wkv, &s.ffn_x];
@@ -184,7 +216,7 @@ impl Model {
                 let [x, v, att_x, wkv, ffn_x] = <[Var; 5]>::try_from(out).unwrap_or_else(|_| unreachable!());
                 (Residual { x, dx: None }, v, LayerState { att_x, wkv, ffn_x })
             } else {
-                block.forward(t, x, v_first.as_ref(), s, segments)
+                block.forward(t, x, v_first.as_ref(), s, &segments)
             };
             // Only the first block's value is v_first; later blocks hand it on.
             (x, v_first) = (next_x, Some(v_first.unwrap_or(next_v)));
@@ -214,6 +246,9 @@ impl Model {
         let mut add = |word: u64| hash = (hash ^ word).wrapping_mul(0x0100_0000_01b3);
         let c = &self.config;
         [c.n_layer, c.n_embd, c.head_size, c.vocab_size, c.n_hidden].iter().for_each(|&d| add(d as u64));
+        if c.double_rate {
+            add(2);
+        }
         self.params.values().iter().for_each(|v| add(v.to_bits().into()));
         format!("{hash:016x}")
     }

@@ -16,7 +16,7 @@ pub struct LayerState {
 /// The recurrent state of all layers. A forward pass takes one and returns the next; segments say which rows it reads and writes.
 #[derive(Clone)]
 pub struct State {
-    /// One per layer.
+    /// One per recurrent layer.
     pub layers: Vec<LayerState>,
 }
 
@@ -27,7 +27,7 @@ impl State {
         let zeros = |cols: usize| Var::constant(slots, cols, ctx.zeros(slots * cols));
         let wkv = || Var::constant(slots, n, ctx.zeros_f32(slots * n));
         let layer = |_| LayerState { att_x: zeros(c), wkv: wkv(), ffn_x: zeros(c) };
-        State { layers: (0..config.n_layer).map(layer).collect() }
+        State { layers: (0..config.recurrent_layers()).map(layer).collect() }
     }
 
     /// The same values, cut off from where they came from: gradients stop here, and can be read here.

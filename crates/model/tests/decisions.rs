@@ -1,6 +1,7 @@
 //! The design's expensive decisions, each shown to hold on a small model.
 
-use anser_model::{Config, Init, LoraDims, Model, State};
+use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
+use anser_model::{Config, Init, Load, LoraDims, Model, State};
 use anser_ops::{CrossEntropy, Recompute, Segment, Tape, batch};
 use anser_tensor::Context;
 use std::sync::Arc;
@@ -276,4 +277,36 @@ fn tokens_outside_the_vocabulary_are_an_error() {
     let mut t = Tape::inference(&ctx, m.params());
     let e = m.forward(&mut t, &[1, 50], &batch(1, 2, false).into(), &State::zeros(&ctx, m.config(), 0), false);
     assert!(e.err().unwrap().to_string().contains("token 50 at position 1"));
+}
+
+#[test]
+fn a_model_file_says_that_its_rate_is_doubled() {
+    let ctx = Context::cpu(1);
+    let plain = model(&ctx);
+    let doubled = Config { double_rate: true, ..plain.config().clone() };
+    let values = plain.params().values();
+    let tensors: Vec<Source<'_>> = plain
+        .params()
+        .specs()
+        .iter()
+        .map(|s| Source::new(s.name.as_str(), &s.shape, Dtype::F32, &values[s.range.clone()]))
+        .collect();
+    let path = std::env::temp_dir().join(format!("anser-rate-{}.safetensors", std::process::id()));
+    let load = |description: Option<(String, String)>| {
+        write_safetensors(&path, &tensors, &description.into_iter().collect()).unwrap();
+        Model::load(&ctx, &Checkpoint::open(&path).unwrap(), Load::Train)
+    };
+    let logits = |m: &Model| run(&ctx, m, 0, &[(ids(9, 1), batch(1, 9, false))]).0;
+    let [old, same, other] = [None, Some(plain.config().description()), Some(doubled.description())].map(load);
+    let (old, same, other) = (old.unwrap(), same.unwrap(), other.unwrap());
+    assert!(logits(&old) == logits(&plain) && logits(&same) == logits(&plain) && !same.config().double_rate);
+    assert!(other.config() == &doubled && logits(&other) != logits(&plain));
+    assert_ne!(other.fingerprint(), plain.fingerprint());
+    let (key, text) = doubled.description();
+    for (from, to, want) in [("\"version\":1", "\"version\":2", "newer"), ("double_rate", "triple_rate", "triple_rate")]
+    {
+        let e = load(Some((key.clone(), text.replace(from, to)))).err().unwrap().to_string();
+        assert!(e.contains(want), "{e}");
+    }
+    std::fs::remove_file(path).unwrap();
 }

@@ -1,4 +1,4 @@
-//! The operations of RWKV-7 and the tape that differentiates them.
+//! The operations of RWKV-7 and of its controls and hybrids, and the tape that differentiates them.
 //!
 //! One folder per operation: its formula with shapes, the forward and backward pass side by side, the slow
 //! reference and the tests. This crate knows nothing of layers or checkpoints.
@@ -17,6 +17,7 @@ mod tape;
 mod testing;
 
 pub mod add;
+pub mod attention;
 pub mod cross_entropy;
 pub mod decode;
 pub mod embedding;
@@ -26,6 +27,7 @@ pub mod linear;
 pub mod low_rank;
 pub mod read_out;
 pub mod relu_squared;
+pub mod rotary;
 pub mod token_shift;
 pub mod value_residual;
 

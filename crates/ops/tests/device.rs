@@ -167,10 +167,12 @@ fn heads() {
     for (heads, n) in [(2, 16), (3, 32), (12, 64), (3, 128)] {
         let c = heads * n;
         let five: [Leaf; 5] = std::array::from_fn(|_| Leaf(ROWS, c, 1.0, Act));
-        check("key_path", &five[..2], &[(1, c), (1, c)], |t, x, p| {
-            let k = t.key_path(&x[0], &x[1], p[0], p[1], heads);
-            vec![k.k, k.a, k.b]
-        });
+        for scale in [1.0, 2.0] {
+            check("key_path", &five[..2], &[(1, c), (1, c)], |t, x, p| {
+                let k = t.key_path(&x[0], &x[1], p[0], p[1], heads, scale);
+                vec![k.k, k.a, k.b]
+            });
+        }
         check("read_out", &five, &[(heads, n), (1, c), (1, c)], |t, x, p| {
             vec![t.read_out(&x[0], &x[1], &x[2], &x[3], &x[4], p[0], p[1], p[2], heads)]
         });
@@ -239,7 +241,7 @@ fn wkv7() {
             // At the floor the gradient of the logits is too small for 16 bits.
             let types = if floor > 0.0 { &TYPES[..1] } else { &TYPES };
             check_in(types, &format!("wkv7 {n} floor {floor}"), &leaves, &[(1, c), (1, c)], |t, x, p| {
-                let key = t.key_path(&x[2], &x[4], p[0], p[1], heads);
+                let key = t.key_path(&x[2], &x[4], p[0], p[1], heads, 1.0);
                 let mut shift = x[1].buf().duplicate();
                 shift.copy_from(&vec![floor; ROWS * c]);
                 let w = t.add(x[1].clone(), &Var::constant(ROWS, c, shift));
@@ -248,6 +250,19 @@ fn wkv7() {
                 vec![y, s]
             });
         }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn attention() {
+    use Kind::Act;
+    for (heads, n) in [(2, 16), (3, 32), (2, 64), (1, 128)] {
+        let three: [Leaf; 3] = std::array::from_fn(|_| Leaf(ROWS, heads * n, 1.5, Act));
+        check(&format!("attention {n}"), &three, &[], |t, x, _| {
+            vec![t.attention(&x[0], &x[1], &x[2], &segments(), heads)]
+        });
+        check(&format!("rotary {n}"), &three[..1], &[], |t, x, _| vec![t.rotary(&x[0], &segments(), heads)]);
     }
 }
 

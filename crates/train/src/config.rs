@@ -27,6 +27,7 @@ pub struct ModelConfig {
     pub n_embd: usize,
     pub head_size: usize,
     pub vocab_size: usize,
+    pub double_rate: bool,
     pub init: Init,
     pub seed: u64,
     pub train_only: Vec<String>,

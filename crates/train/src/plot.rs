@@ -1,14 +1,33 @@
 use std::fmt::Write;
 
+/// A line of a [`chart`].
+pub struct Line {
+    /// Written in the line's colour.
+    pub name: String,
+    /// (x, y), x at least 0; what is not finite is left out.
+    pub points: Vec<(f64, f64)>,
+}
+
 /// A picture (SVG) of loss over steps: `train` and `held_out` are (step, loss) points.
 pub fn loss_curve(title: &str, train: &[(u64, f64)], held_out: &[(u64, f64)]) -> String {
+    let line = |name: &str, points: &[(u64, f64)]| Line {
+        name: name.into(),
+        points: points.iter().map(|p| (p.0 as f64, p.1)).collect(),
+    };
+    chart(title, "step", &[line("training", train), line("held out", held_out)])
+}
+
+/// A picture (SVG) of lines over x from 0.
+pub fn chart(title: &str, x_label: &str, lines: &[Line]) -> String {
     const W: f64 = 800.0;
     const H: f64 = 450.0;
     const LEFT: f64 = 60.0;
     const TOP: f64 = 40.0;
     const BOTTOM: f64 = 50.0;
-    let finite = || train.iter().chain(held_out).filter(|p| p.1.is_finite());
-    let steps = finite().map(|p| p.0).max().unwrap_or(1).max(1) as f64;
+    const COLOURS: [&str; 10] =
+        ["#7aa6d8", "#c0392b", "#27ae60", "#8e44ad", "#e67e22", "#16a085", "#2c3e50", "#b7950b", "#d35fa0", "#7f8c8d"];
+    let finite = || lines.iter().flat_map(|l| &l.points).filter(|p| p.1.is_finite());
+    let steps = finite().map(|p| p.0).fold(1.0, f64::max);
     let low = finite().map(|p| p.1).fold(f64::INFINITY, f64::min).min(1e9);
     let high = finite().map(|p| p.1).fold(f64::NEG_INFINITY, f64::max).max(low + 0.1);
     let tick = |range: f64| {
@@ -23,7 +42,7 @@ pub fn loss_curve(title: &str, train: &[(u64, f64)], held_out: &[(u64, f64)]) ->
     let mut svg = format!(
         "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {W} {H}' font-family='sans-serif' font-size='13'>\n\
          <rect width='{W}' height='{H}' fill='white'/>\n<text x='{LEFT}' y='24' font-size='16'>{}</text>\n",
-        title.replace('&', "&amp;").replace('<', "&lt;")
+        escape(title)
     );
     let mut level = bottom;
     while level <= high + dy * 1e-6 {
@@ -44,18 +63,21 @@ pub fn loss_curve(title: &str, train: &[(u64, f64)], held_out: &[(u64, f64)]) ->
         let _ = writeln!(svg, "<text x='{:.1}' y='{}' text-anchor='middle'>{step}</text>", x(step), H - BOTTOM + 18.0);
         step += dx;
     }
-    let _ = writeln!(svg, "<text x='{}' y='{}' text-anchor='middle'>step</text>", W / 2.0, H - 10.0);
-    for (i, (name, colour, points)) in
-        [("training", "#7aa6d8", train), ("held out", "#c0392b", held_out)].iter().enumerate()
-    {
+    let _ = writeln!(svg, "<text x='{}' y='{}' text-anchor='middle'>{}</text>", W / 2.0, H - 10.0, escape(x_label));
+    for (i, Line { name, points }) in lines.iter().enumerate() {
+        let colour = COLOURS[i % COLOURS.len()];
         let line: Vec<String> =
-            points.iter().filter(|p| p.1.is_finite()).map(|p| format!("{:.1},{:.1}", x(p.0 as f64), y(p.1))).collect();
+            points.iter().filter(|p| p.1.is_finite()).map(|p| format!("{:.1},{:.1}", x(p.0), y(p.1))).collect();
         let _ =
             writeln!(svg, "<polyline fill='none' stroke='{colour}' stroke-width='1.6' points='{}'/>", line.join(" "));
-        let at = W - 120.0;
-        let _ = writeln!(svg, "<text x='{at}' y='{}' fill='{colour}'>{name}</text>", TOP + 18.0 * (i as f64 + 1.0));
+        let (at, down) = (W - 30.0, TOP + 18.0 * (i as f64 + 1.0));
+        let _ = writeln!(svg, "<text x='{at}' y='{down}' fill='{colour}' text-anchor='end'>{}</text>", escape(name));
     }
     svg + "</svg>\n"
+}
+
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;")
 }
 
 #[cfg(test)]

@@ -401,6 +401,7 @@ fn model(ctx: &Context, config: &RunConfig, tokenizer: Option<&Tokenizer>) -> Re
     if m.head_size > 0 {
         dims.head_size = m.head_size;
     }
+    dims.double_rate = m.double_rate;
     dims.validate()?;
     fits(&dims)?;
     Ok(Model::init(ctx, &dims, m.init, m.seed)?)
@@ -421,6 +422,7 @@ fn dimensions_differ(config: &RunConfig, found: &Config) -> Option<String> {
         ("n_embd", width, found.n_embd),
         ("head_size", if m.head_size == 0 { found.head_size } else { m.head_size }, found.head_size),
         ("vocab_size", if m.vocab_size == 0 { found.vocab_size } else { m.vocab_size }, found.vocab_size),
+        ("double_rate", m.double_rate.into(), found.double_rate.into()),
     ];
     let names: Vec<&str> = wanted.iter().filter(|w| w.1 != w.2).map(|w| w.0).collect();
     (!names.is_empty()).then(|| names.join(", "))

@@ -338,9 +338,8 @@ impl Trainer {
     }
 
     fn metadata(&self, more: &[(&str, &str)]) -> BTreeMap<String, String> {
-        let config = serde_json::json!({ "version": 1, "architecture": "rwkv7", "model": self.model.config() });
         let mut m = self.metadata.clone();
-        m.insert("anser.config".into(), config.to_string());
+        m.extend([self.model.config().description()]);
         m.extend(more.iter().map(|(k, v)| (k.to_string(), v.to_string())));
         m
     }

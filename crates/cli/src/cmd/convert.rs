@@ -1,6 +1,6 @@
 use crate::global::Global;
 use anser_formats::{CONFIG_JSON, Checkpoint, Dtype, Source, write_pth, write_safetensors};
-use anser_model::Config;
+use anser_model::{Architecture, Config};
 use anser_tensor::DType;
 use anyhow::ensure;
 use serde_json::json;
@@ -20,7 +20,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let same = std::fs::canonicalize(&args.input).ok() == std::fs::canonicalize(&args.out).ok();
     ensure!(!(same && args.out.exists()), "{}: input and output are the same file; name another", args.out.display());
     let ckpt = Checkpoint::open(&args.input)?;
-    Config::from_checkpoint(&ckpt)?;
+    let config = Config::from_checkpoint(&ckpt)?;
     let mut sources = Vec::new();
     for name in ckpt.names() {
         let Some(t) = ckpt.get(name) else { continue };
@@ -38,6 +38,10 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         sources.push(Source { name: name.into(), shape: t.shape().into(), dtype, values: Box::new(values) });
     }
     match args.out.extension().and_then(|e| e.to_str()) {
+        Some("pth") if config.double_rate || config.architecture != Architecture::Rwkv7 => anyhow::bail!(
+            "{}: a .pth file cannot say that a model is a Transformer or has the doubled in-context rate; write .safetensors",
+            args.out.display()
+        ),
         Some("pth") => write_pth(&args.out, &sources)?,
         Some("safetensors") => {
             // What a Hugging Face folder says about itself is not true of the file written.

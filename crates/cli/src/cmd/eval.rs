@@ -1,12 +1,14 @@
 use crate::global::{Global, Interrupted, stop};
-use anser_eval::digits;
+use anser_eval::experiment::{Experiment, Run, Tasks};
 use anser_eval::text::{Prediction, predict};
-use anser_formats::Checkpoint;
+use anser_eval::{digits, recall, states};
+use anser_formats::{Checkpoint, write_atomic};
 use anser_model::{Load, Model};
 use anser_tokenizer::Tokenizer;
 use anser_train::Trainer;
 use anyhow::{Context as _, ensure};
 use serde_json::json;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -41,6 +43,23 @@ enum Task {
         #[arg(long)]
         out: Option<PathBuf>,
     },
+    /// State tracking: products in S5, A5, A4xZ5 and Z60 at every position, by RWKV-7 with and without doubled in-context rate and
+    /// by a Transformer
+    States {
+        /// Experiment in TOML [default: a small one, minutes on a CPU]
+        config: Option<PathBuf>,
+        /// Results, from which an interrupted experiment goes on; pictures (SVG) beside it
+        #[arg(long, default_value = "states.json")]
+        out: PathBuf,
+    },
+    /// Associative recall: many keys and values, then the keys again (MQAR)
+    Recall {
+        /// Experiment in TOML [default: a small one, minutes on a CPU]
+        config: Option<PathBuf>,
+        /// Results, from which an interrupted experiment goes on; a picture (SVG) beside it
+        #[arg(long, default_value = "recall.json")]
+        out: PathBuf,
+    },
     /// How well a model predicts text files: cross entropy per token, bits per byte
     Text {
         /// Checkpoint or Hugging Face folder
@@ -58,7 +77,19 @@ enum Task {
 /// Runs the subcommand.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     match &args.task {
-        Task::Digits { .. } => digits(&args.task, global),
+        Task::Digits { .. } => reversal(&args.task, global),
+        Task::States { config, out } => {
+            let (e, runs) = experiment(global, config.as_deref(), states::SMALL, out)?;
+            for (group, svg) in states::pictures(&e.task, &runs) {
+                picture(out, &format!("-{group}"), &svg)?;
+            }
+            global.result(json!({ "runs": runs }), || states::table(&e.task, &runs))
+        }
+        Task::Recall { config, out } => {
+            let (e, runs) = experiment(global, config.as_deref(), recall::SMALL, out)?;
+            picture(out, "", &recall::picture(&runs))?;
+            global.result(json!({ "runs": runs }), || recall::table(&e.task, &runs))
+        }
         Task::Text { model, tokenizer, files } => text(model, tokenizer.as_deref(), files, global),
     }
 }
@@ -91,7 +122,7 @@ fn text(model: &Path, tokenizer: Option<&str>, files: &[PathBuf], global: &Globa
     )
 }
 
-fn digits(task: &Task, global: &Global) -> anyhow::Result<()> {
+fn reversal(task: &Task, global: &Global) -> anyhow::Result<()> {
     let Task::Digits { model, steps, rows, count, seed, out } = task else { return Ok(()) };
     ensure!(*count > 0 && *rows > 0, "--count and --rows must be at least 1");
     let ctx = global.context()?;
@@ -143,4 +174,29 @@ fn digits(task: &Task, global: &Global) -> anyhow::Result<()> {
         }
         text + &format!("{:.3}% of all digits right; {seconds:.0} s\n", 100.0 * right)
     })
+}
+
+/// Runs the experiment of a file, or the one that comes with the program.
+fn experiment<T: Tasks>(
+    global: &Global, config: Option<&Path>, built_in: &str, out: &Path,
+) -> anyhow::Result<(Experiment<T>, Vec<Run>)> {
+    let text = match config {
+        Some(path) => std::fs::read_to_string(path).with_context(|| path.display().to_string())?,
+        None => built_in.into(),
+    };
+    let name = config.map_or("built-in configuration".into(), |p| p.display().to_string());
+    let e = Experiment::<T>::parse(&text).context(name)?;
+    let runs = e.run(&global.context()?, Some(out), stop(), &mut |line| global.note(line))?;
+    if stop().load(Ordering::SeqCst) {
+        global.note(format!("stopped; finished runs are in {}, the same command goes on from there", out.display()));
+        return Err(Interrupted.into());
+    }
+    Ok((e, runs))
+}
+
+/// Writes a picture beside `out`.
+fn picture(out: &Path, suffix: &str, svg: &str) -> anyhow::Result<()> {
+    let stem = out.file_stem().unwrap_or_default().to_string_lossy();
+    let path = out.with_file_name(format!("{stem}{suffix}.svg"));
+    Ok(write_atomic(&path, |f| f.write_all(svg.as_bytes()))?)
 }

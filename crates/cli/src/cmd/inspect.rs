@@ -1,6 +1,6 @@
 use crate::global::Global;
 use anser_formats::{Checkpoint, Naming};
-use anser_model::Config;
+use anser_model::{Architecture, Config};
 use serde_json::json;
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -23,7 +23,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         }
     }
     let json = json!({
-        "architecture": "rwkv7",
+        "architecture": config.architecture,
         "config": config,
         "parameters": config.parameters(),
         "state": config.state_len(),
@@ -37,12 +37,17 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     global.result(json, || {
         let c = &config;
         let mut s = format!(
-            "RWKV-7: {} layers, width {}, {} heads of {}, vocabulary {}\n{} parameters, state of {} numbers per sequence\n",
+            "{}: {} layers, width {}, {} heads of {}, vocabulary {}{}\n{} parameters, state of {} numbers per sequence\n",
+            match c.architecture {
+                Architecture::Rwkv7 => "RWKV-7",
+                Architecture::Transformer => "Transformer",
+            },
             c.n_layer,
             c.n_embd,
             c.heads(),
             c.head_size,
             c.vocab_size,
+            if c.double_rate { ", doubled in-context rate" } else { "" },
             c.parameters(),
             c.state_len(),
         );

@@ -1,5 +1,6 @@
 // One head of one sequence from its projections to what the output matrix reads: second halves of the low-rank maps, keys, value
-// residual, one step of WKV-7 with the state [N, N] in place, GroupNorm, bonus and gate. 4 N threads.
+// residual, one step of WKV-7 with the state [N, N] in place, GroupNorm, bonus and gate. 4 N threads. With many sequences the second halves are
+// a product of their own.
 #pragma once
 #include "overlap.cuh"
 
@@ -21,22 +22,23 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// proj [batch, total]: r, k, v at 0, C, 2 C, then the first halves. first [batch, C]: v of layer 0, written by layer 0. state [slots, heads, N, N].
-template <class T, int N>
-__device__ void heads(const float* proj, int total, Maps maps, Ranks ranks, Vectors vec, Norm norm, float* first, float* state,
-                      const int* slots, T* out, int c) {
-    DYNAMIC_SHARED(dynamic);
+// Of sequence b, r, k and v lie at proj + b * stride, `apart` after each other, and with !MAPPED the first halves, or with MAPPED their second halves
+// in mapped [4, batch, C]. first [batch, C]: v of layer 0, written by layer 0. state [slots, heads, N, N].
+template <class T, int N, bool MAPPED>
+__device__ void heads(const float* proj, int stride, size_t apart, const float* mapped, Maps maps, Ranks ranks, Vectors vec, Norm norm,
+                      float* first, float* state, const int* slots, T* out, int c) {
     constexpr int THREADS = 4 * N, LANES = N / 8, PARTS = 32, WARPS_ = THREADS / 32;
-    __shared__ float hidden[2048];
-    __shared__ float sums[WARPS_][4][N];
+    __shared__ float hidden[MAPPED ? 1 : 2048];
+    __shared__ float sums[MAPPED ? 1 : WARPS_][4][N];
     __shared__ __align__(16) float x[6][N]; // r, d, k, v, a, b
     __shared__ float y[N], gates[N];
+    DYNAMIC_SHARED(dynamic);
     let_next_start();
     const int h = blockIdx.x, b = blockIdx.y, t = threadIdx.x, lane = t & 31, warp = t >> 5, c0 = h * N;
     // Before the wait: the second halves and the state, which no kernel shortly before writes.
     T* ring = reinterpret_cast<T*>(dynamic) + t * 8;
     int copies = 0;
-    for (int m = 0; m < 4; m++) {
+    for (int m = 0; m < 4 && !MAPPED; m++) {
         const T* up = static_cast<const T*>(maps.up[m]);
         if (up)
             for (int i = t / LANES; i < ranks.rank[m]; i += PARTS) copy8(ring + copies++ * THREADS * 8, up + size_t(i) * c + c0 + t % LANES * 8);
@@ -48,9 +50,9 @@ __device__ void heads(const float* proj, int total, Maps maps, Ranks ranks, Vect
 #pragma unroll
     for (int e = 0; e < N / 16; e++) s[e] = __ldcg(reinterpret_cast<const float4*>(s_at + e * 16));
     wait_for_previous();
-    proj += size_t(b) * total;
+    proj += size_t(b) * stride;
     int count = 0, from[4];
-    for (int m = 0; m < 4; m++) {
+    for (int m = 0; m < 4 && !MAPPED; m++) {
         from[m] = count;
         for (int j = t; j < ranks.rank[m]; j += THREADS) {
             const float v = __ldcg(proj + ranks.at[m] + j);
@@ -62,14 +64,14 @@ __device__ void heads(const float* proj, int total, Maps maps, Ranks ranks, Vect
     const int ch = c0 + t; // channel of the first N threads
     if (t < N) {
         r = __ldcg(proj + ch);
-        k = __ldcg(proj + c + ch);
-        v = __ldcg(proj + 2 * c + ch);
+        k = __ldcg(proj + apart + ch);
+        v = __ldcg(proj + 2 * apart + ch);
     }
     copy_wait<0>();
-    __syncthreads();
+    if (!MAPPED) __syncthreads();
     copies = 0;
 #pragma unroll
-    for (int m = 0; m < 4; m++) {
+    for (int m = 0; m < 4 && !MAPPED; m++) {
         Vec sum = zeros();
         if (maps.up[m])
             for (int i = t / LANES; i < ranks.rank[m]; i += PARTS) {
@@ -87,8 +89,10 @@ __device__ void heads(const float* proj, int total, Maps maps, Ranks ranks, Vect
     float z = 0.f, rate = 0.f, ks = 0.f;
     if (t < N) {
         float m[4] = {0.f, 0.f, 0.f, 0.f};
-        for (int i = 0; i < WARPS_; i++)
+        for (int i = 0; i < WARPS_ && !MAPPED; i++)
             for (int j = 0; j < 4; j++) m[j] += sums[i][j][t];
+        for (int j = 0; j < 4 && MAPPED; j++)
+            if (maps.up[j]) m[j] = __ldcg(mapped + (size_t(j) * gridDim.y + b) * c + ch);
         x[1][t] = expf(-0.60653066f * sigmoid(m[0] + vec.p[0][ch]));
         rate = sigmoid(m[1] + vec.p[1][ch]);
         if (maps.up[2])

@@ -6,6 +6,7 @@
 #include "mix.cuh"
 #include "rows.cuh"
 #include "skip.cuh"
+#include "tiles.cuh"
 
 #define MIX(T, name)                                                                                                                \
     extern "C" __global__ void decode_embed_##name(const T* table, const int* tokens, float* x, const float* w, const float* b, int c) { \
@@ -41,13 +42,46 @@ FOR_EACH_TYPE(MIX)
 #define PRODUCTS(T, name) ROWS_FOR(T, name, 1) ROWS_FOR(T, name, 2) ROWS_FOR(T, name, 3) ROWS_FOR(T, name, 4)
 FOR_EACH_TYPE(PRODUCTS)
 
-#define HEADS_OF(T, name, N)                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(4 * N) decode_heads_##N##_##name(const float* proj, int total, Maps maps, Ranks ranks, Vectors vec, \
-                                                                                  Norm norm, float* first, float* state, const int* slots, T* out, int c) { \
-        heads<T, N>(proj, total, maps, ranks, vec, norm, first, state, slots, out, c);                                              \
+#define HEADS_OF(T, name, N, kind, MAPPED)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(4 * N) decode_##kind##_##N##_##name(                                               \
+        const float* proj, int stride, size_t apart, const float* mapped, Maps maps, Ranks ranks, Vectors vec, Norm norm, float* first,         \
+        float* state, const int* slots, T* out, int c) {                                                                            \
+        heads<T, N, MAPPED>(proj, stride, apart, mapped, maps, ranks, vec, norm, first, state, slots, out, c);                         \
     }
-#define HEADS(T, name) HEADS_OF(T, name, 16) HEADS_OF(T, name, 32) HEADS_OF(T, name, 64) HEADS_OF(T, name, 128)
+#define HEADS_FOR(T, name, N) HEADS_OF(T, name, N, heads, false) HEADS_OF(T, name, N, mapped, true)
+#define HEADS(T, name) HEADS_FOR(T, name, 16) HEADS_FOR(T, name, 32) HEADS_FOR(T, name, 64) HEADS_FOR(T, name, 128)
 FOR_EACH_TYPE(HEADS)
+
+#define TILES_OF(T, name, NT, kind, FINISH, BY_INPUTS)                                                                              \
+    extern "C" __global__ void __launch_bounds__(256, 1) decode_tiles_##kind##_##NT##_##name(                                       \
+        const T* w, const T* x, void* y, float* parts, unsigned* ended, const int4* work, Share s) {                                \
+        product<T, NT, FINISH, BY_INPUTS>(w, x, y, parts, ended, work, s);                                                          \
+    }
+#define TILES_FOR(T, name, NT)                                                                                                      \
+    TILES_OF(T, name, NT, rows, STORE, false)                                                                                       \
+    TILES_OF(T, name, NT, key, RELU_SQUARED, false)                                                                                 \
+    TILES_OF(T, name, NT, output, ADD, false)                                                                                       \
+    TILES_OF(T, name, NT, value, ADD, true)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(256, 1) decode_ups_##NT##_##name(                                                  \
+        const float* proj, int stride, Maps maps, Ranks ranks, float* y, const int4* work, int batch, int c) {                      \
+        ups<T, NT>(proj, stride, maps, ranks, y, work, batch, c);                                                                   \
+    }
+#define TILES(T, name) TILES_FOR(T, name, 1) TILES_FOR(T, name, 2) TILES_FOR(T, name, 4) TILES_FOR(T, name, 8)
+TILES(bf16, bf16)
+TILES(f16, f16)
+
+// x = relu(x)^2 for n vectors of 8.
+#define RELU(T, name)                                                                                                               \
+    extern "C" __global__ void decode_relu_squared_##name(T* x, size_t n) {                                                         \
+        let_next_start();                                                                                                           \
+        wait_for_previous();                                                                                                        \
+        for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += size_t(gridDim.x) * blockDim.x) {                \
+            Vec v = load_fresh(x + i * 8);                                                                                          \
+            for (int j = 0; j < 8; j++) v[j] = v[j] > 0.f ? v[j] * v[j] : 0.f;                                                      \
+            store(x + i * 8, v);                                                                                                    \
+        }                                                                                                                           \
+    }
+FOR_EACH_TYPE(RELU)
 
 // token[b] = the first index of the largest logit of row b.
 extern "C" __global__ void decode_argmax(const float* logits, int* token, int vocab) {

@@ -15,17 +15,25 @@
 //! 30.4 us a layer, and 91 us for the head: 820 us a token. Every kernel lets the next one start at once, which fills its ring of copies with
 //! weights while it waits, so that memory is not idle between two kernels (`overlap.cuh`).
 //!
+//! **More sequences.** Up to [`TILE_BATCH`] sequences (f16 and bf16) go through [`Step::tiles`], which reads every weight once too and multiplies on tensor
+//! cores; beyond that, and in f32, products are the matrix library's. In both the second halves of the low-rank maps are a product of
+//! their own, [`Step::ups`], and the second matrix of channel mixing is read whole: with more sequences hardly a row is under zeros of all.
+//!
 //! **Sums.** A row of a product is summed within fixed lanes and then over warps in order, the second product of channel mixing over fixed shares
 //! of the hidden rows: the same bits every time, whatever the other sequences of the batch are. Skipped rows are products with zero, which
 //! leave a sum as it is.
 
-use crate::gpu::{int, kernel, pointers};
+use crate::gpu::{int, kernel, pointers, size};
 use anser_tensor::cuda::{Arg, Cuda, DevicePtr, Launch, Module};
 use anser_tensor::{Buf, Context};
 
+mod tiles;
+
+pub use tiles::{MOST, TILE_BATCH, Tiles, Ups};
+
 static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 
-/// Sequences of a step at most.
+/// Sequences of a step that [`Step::product`] and [`Step::skip`] serve at most.
 pub const BATCH: usize = 4;
 /// Copies of a thread under way, and warps at most, in [`Step::product`].
 const DEPTH: usize = 16;
@@ -104,6 +112,19 @@ pub struct Heads {
     pub ln_x: Norm,
 }
 
+/// Where [`Step::heads`] finds the projections of the sequences, f32.
+#[derive(Clone, Copy)]
+pub struct Projected {
+    /// r of the first sequence.
+    pub at: DevicePtr,
+    /// Elements from one sequence to the next.
+    pub stride: usize,
+    /// Elements from r to k, and from k to v.
+    pub apart: usize,
+    /// The low-rank maps [4, batch, C], if they were computed apart ([`Step::ups`]); if not, first halves lie behind v.
+    pub mapped: Option<DevicePtr>,
+}
+
 /// Bytes of shared memory in which the second halves of low-rank maps wait.
 fn heads_shared(ctx: &Context, n: usize, ranks: impl Iterator<Item = usize>) -> usize {
     ranks.map(|r| r.div_ceil(32)).sum::<usize>() * 4 * n * 8 * ctx.dtype().size()
@@ -123,7 +144,7 @@ pub struct Step<'a> {
     pub ctx: &'a Context,
     /// Its GPU.
     pub gpu: &'a Cuda,
-    /// Sequences, at most [`BATCH`].
+    /// Sequences.
     pub batch: usize,
     /// Channels.
     pub c: usize,
@@ -173,22 +194,32 @@ impl Step<'_> {
         self.launch(&name, [plan.blocks, 1, 1], threads, shared, true, &args);
     }
 
-    /// Heads from the projections [batch, total] (r, k, v, first halves) to `out` [batch, C]; `first` [batch, C] f32 holds the values of layer 0;
-    /// `state` [slots, heads, N, N] f32 is advanced in the rows `slots`.
+    /// Heads from `from` to `out` [batch, C]; `first` [batch, C] f32 holds the values of layer 0; `state` [slots, heads, N, N] f32 is advanced in the
+    /// rows `slots`.
     pub fn heads(
-        &self, proj: DevicePtr, total: usize, w: &Heads, first: DevicePtr, state: DevicePtr, slots: DevicePtr,
-        out: DevicePtr,
+        &self, from: Projected, w: &Heads, first: DevicePtr, state: DevicePtr, slots: DevicePtr, out: DevicePtr,
     ) {
         let mut words = [0; 8];
         let ranks = w.ranks.iter().zip(&w.up).map(|(&r, &up)| if up == DevicePtr::NULL { 0 } else { r });
         words.iter_mut().zip(ranks.clone().chain(w.at)).for_each(|(to, v)| *to = v as i32);
-        let shared = heads_shared(self.ctx, self.n, ranks);
-        let mut args =
-            vec![proj.into(), int(total), pointers(w.up), Arg::Words(words), pointers(w.vectors), pointers(w.ln_x)];
+        let mapped = from.mapped.unwrap_or(DevicePtr::NULL);
+        let (kind, shared) = match from.mapped {
+            Some(_) => ("mapped", 0),
+            None => ("heads", heads_shared(self.ctx, self.n, ranks)),
+        };
+        let mut args = vec![from.at.into(), int(from.stride), size(from.apart), mapped.into(), pointers(w.up)];
+        args.extend([Arg::Words(words), pointers(w.vectors), pointers(w.ln_x)]);
         args.extend([first, state, slots, out].map(Arg::from));
         args.push(int(self.c));
-        let name = kernel(self.ctx, &format!("decode_heads_{}", self.n));
+        let name = kernel(self.ctx, &format!("decode_{kind}_{}", self.n));
         self.launch(&name, [self.c / self.n, self.batch, 1], 4 * self.n, shared, true, &args);
+    }
+
+    /// relu(.)^2 of `n` activations in place.
+    pub fn relu_squared(&self, x: DevicePtr, n: usize) {
+        let (grid, block) = self.gpu.walk(n);
+        let name = kernel(self.ctx, "decode_relu_squared");
+        self.launch(&name, grid, block[0], 0, true, &[x.into(), size(n / 8)]);
     }
 
     /// x [batch, C] += k W for k [batch, hidden] f32 and W [hidden, C], without the rows of W under zeros of all sequences. `scratch` is as [`Skip`] made it.

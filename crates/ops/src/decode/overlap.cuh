@@ -2,6 +2,9 @@
 #pragma once
 #include "mma.cuh"
 
+// What happens to the sums of a product: stored, stored as relu(.)^2, added to what is there.
+enum Finish { STORE, RELU_SQUARED, ADD };
+
 // Lets the next kernel start on multiprocessors that have room: it reads what never changes (weights) and then waits.
 __device__ __forceinline__ void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -8,8 +8,6 @@
 constexpr int ROWS = 4;   // rows summed between two barriers
 constexpr int WARPS = 8; // at most
 
-enum Finish { STORE, RELU_SQUARED, ADD };
-
 // work[block] = {first row, rows, input, 0}; x [inputs, B, k]; y [B, rows] (ADD: y += ).
 // split: warps along the columns; the block has split * groups warps, and each group sums other rows.
 template <class T, int B, int FINISH, int DEPTH>

@@ -3,23 +3,24 @@
 use crate::gpu::{add_param_sums, channels, int, kernel, runs, size};
 use crate::{Backward, Param, Tape};
 use anser_tensor::Buf;
-use anser_tensor::cuda::{Cuda, Module};
+use anser_tensor::cuda::{Arg, Cuda, Module};
 
 static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 
 pub(super) fn forward(
-    t: &Tape<'_>, gpu: &Cuda, k: &Buf, rate: &Buf, [k_k, k_a]: [Param; 2], out: &[Buf; 3], heads: usize,
+    t: &Tape<'_>, gpu: &Cuda, k: &Buf, rate: &Buf, [k_k, k_a]: [Param; 2], out: &[Buf; 3], heads: usize, scale: f32,
 ) {
     let (n, c, total) = (k_k.cols / heads, k_k.cols, k.len());
     let [ko, ao, bo] = out.each_ref().map(|b| b.ptr().into());
     let (pk, pa) = (t.params().master(k_k).into(), t.params().master(k_a).into());
-    let args = [k.ptr().into(), rate.ptr().into(), pk, pa, ko, ao, bo, int(n), int(c), size(total)];
+    let args = [k.ptr().into(), rate.ptr().into(), pk, pa, ko, ao, bo, int(n), int(c), size(total), Arg::F32(scale)];
     let grid = [total.div_ceil(8 * 128), 1, 1];
     gpu.launch(&KERNELS, &kernel(t.ctx(), "key_path"), grid, [128, 1, 1], &args);
 }
 
 pub(super) fn backward(
-    b: &Backward<'_>, gpu: &Cuda, k: &Buf, rate: &Buf, d: &[Buf; 3], params: [Param; 2], grads: [&Buf; 2], heads: usize,
+    b: &Backward<'_>, gpu: &Cuda, k: &Buf, rate: &Buf, d: &[Buf; 3], params: [Param; 2], grads: [&Buf; 2],
+    heads: usize, scale: f32,
 ) {
     let c = params[0].cols;
     let rows = k.len() / c;
@@ -43,6 +44,7 @@ pub(super) fn backward(
         int(rows),
         int(c),
         int(run),
+        Arg::F32(scale),
     ];
     let name = kernel(b.ctx(), "key_path_back");
     gpu.launch(&KERNELS, &name, [count, blocks, 1], [threads, 1, 1], &args);

@@ -9,7 +9,7 @@ __device__ __forceinline__ float head_sum(float x, int n) {
 
 template <class T>
 __device__ void forward(const T* k, const T* rate, const float* k_k, const float* k_a, T* ko, T* ao, T* bo, int n, int c,
-                        size_t total) {
+                        size_t total, float scale) {
     const size_t i = (blockIdx.x * size_t(blockDim.x) + threadIdx.x) * 8;
     const bool in = i < total;
     const int col = i % c;
@@ -23,7 +23,7 @@ __device__ void forward(const T* k, const T* rate, const float* k_k, const float
         const float u = x[j] * pk[j] * inv, r = sigmoid(z[j]);
         o[j] = x[j] * (1.f + (r - 1.f) * pa[j]);
         a[j] = -u;
-        b[j] = u * r;
+        b[j] = u * r * scale;
     }
     if (!in) return;
     store(ko + i, o);
@@ -35,7 +35,8 @@ __device__ void forward(const T* k, const T* rate, const float* k_k, const float
 template <class T>
 __device__ void backward(const T* __restrict__ k, const T* __restrict__ rate, const T* __restrict__ d0,
                          const T* __restrict__ d1, const T* __restrict__ d2, const float* k_k, const float* k_a,
-                         T* __restrict__ dk, T* __restrict__ drate, float* parts, int n, int rows, int c, int run) {
+                         T* __restrict__ dk, T* __restrict__ drate, float* parts, int n, int rows, int c, int run,
+                         float scale) {
     const int col = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
     const bool in = col < c; // whole heads are in or out
     const Vec pk = in ? load(k_k + col) : zeros(), pa = in ? load(k_a + col) : zeros();
@@ -55,7 +56,7 @@ __device__ void backward(const T* __restrict__ k, const T* __restrict__ rate, co
             na[j] = e * a[j];
             const float u = x[j] * pk[j];
             s += u * u;
-            along += u * (a[j] * e2[j] - e1[j]);
+            along += u * (a[j] * scale * e2[j] - e1[j]);
         }
         const float norm = sqrtf(head_sum(s, n)), inv = 1.f / fmaxf(norm, 1e-12f);
         along = head_sum(along, n) * inv;
@@ -63,9 +64,10 @@ __device__ void backward(const T* __restrict__ k, const T* __restrict__ rate, co
         Vec gk, gz;
         for (int j = 0; j < 8; j++) {
             const float u = x[j] * pk[j] * inv;
-            const float du = (a[j] * e2[j] - e1[j] - u * along) * inv;
+            const float db = scale * e2[j];
+            const float du = (a[j] * db - e1[j] - u * along) * inv;
             gk[j] = e0[j] * (1.f - na[j] * pa[j]) + du * pk[j];
-            gz[j] = (e0[j] * x[j] * pa[j] + e2[j] * u) * a[j] * na[j];
+            gz[j] = (e0[j] * x[j] * pa[j] + db * u) * a[j] * na[j];
             sk[j] += du * x[j];
             sa[j] -= e0[j] * x[j] * na[j];
         }
@@ -81,11 +83,12 @@ __device__ void backward(const T* __restrict__ k, const T* __restrict__ rate, co
 
 #define KEY_PATH(T, name)                                                                                                 \
     extern "C" __global__ void __launch_bounds__(128) key_path_##name(const T* k, const T* rate, const float* k_k,        \
-        const float* k_a, T* ko, T* ao, T* bo, int n, int c, size_t total) {                                              \
-        forward(k, rate, k_k, k_a, ko, ao, bo, n, c, total);                                                              \
+        const float* k_a, T* ko, T* ao, T* bo, int n, int c, size_t total, float scale) {                                 \
+        forward(k, rate, k_k, k_a, ko, ao, bo, n, c, total, scale);                                                       \
     }                                                                                                                     \
     extern "C" __global__ void __launch_bounds__(128) key_path_back_##name(const T* k, const T* rate, const T* d0, const T* d1, \
-        const T* d2, const float* k_k, const float* k_a, T* dk, T* drate, float* parts, int n, int rows, int c, int run) { \
-        backward(k, rate, d0, d1, d2, k_k, k_a, dk, drate, parts, n, rows, c, run);                                       \
+        const T* d2, const float* k_k, const float* k_a, T* dk, T* drate, float* parts, int n, int rows, int c, int run, \
+        float scale) {                                                                                                    \
+        backward(k, rate, d0, d1, d2, k_k, k_a, dk, drate, parts, n, rows, c, run, scale);                                \
     }
 FOR_EACH_TYPE(KEY_PATH)

@@ -1,7 +1,9 @@
 //! The removal and replacement keys. With a = sigmoid(rate) the in-context learning rate, per head
-//! u = k k_k / max(||k k_k||, 1e-12): replacement key k (1 + (a - 1) k_a), and the removal pair (-u, u a) for WKV-7.
+//! u = k k_k / max(||k k_k||, 1e-12): replacement key k (1 + (a - 1) k_a), and the removal pair (-u, s a u) for WKV-7.
+//! s is 1, or 2 for the doubled in-context rate: at a decay of 1 the transition I - s a u u^T then has eigenvalues down to -1,
+//! so that one token can negate or swap (the paper's appendix D.1).
 //!
-//! Backward, with gradients dk~, da~, db~ of the three: d = a db~ - da~; dz = (d - u (u . d)) / ||k k_k|| (without the projection below
+//! Backward, with gradients dk~, da~, db~ of the three, the last times s: d = a db~ - da~; dz = (d - u (u . d)) / ||k k_k|| (without the projection below
 //! the floor); dk = dk~ (1 - (1 - a) k_a) + dz k_k; drate = (dk~ k k_a + db~ u) a (1 - a); dk_k = sum dz k; dk_a = -sum dk~ k (1 - a).
 
 use crate::rows::{blocks, param_sums, row, sum};
@@ -18,20 +20,21 @@ pub struct KeyPath {
     pub k: Var,
     /// Minus the removal key.
     pub a: Var,
-    /// Removal key times the in-context learning rate.
+    /// Removal key times the in-context learning rate times `scale`.
     pub b: Var,
 }
 
 impl<'p> Tape<'p> {
-    /// Keys from k [tokens, C] and the logits `rate` [tokens, C] of the in-context learning rate.
-    pub fn key_path(&mut self, k: &Var, rate: &Var, k_k: Param, k_a: Param, heads: usize) -> KeyPath {
+    /// Keys from k [tokens, C] and the logits `rate` [tokens, C] of the in-context learning rate, which the removal has `scale`
+    /// times (1, or 2 for the doubled rate) and the replacement key once.
+    pub fn key_path(&mut self, k: &Var, rate: &Var, k_k: Param, k_a: Param, heads: usize, scale: f32) -> KeyPath {
         let (rows, c) = (k.rows(), k.cols());
         let n = c / heads;
         let ctx = self.ctx().clone();
-        let o = self.keys(k.buf(), rate.buf(), k_k, k_a, heads);
+        let o = self.keys(k.buf(), rate.buf(), k_k, k_a, heads, scale);
         let needs = self.needs_grad(&[k, rate], &[k_k, k_a]);
         let (from, outs) = ((k.keep(), rate.keep()), o.map(|o| self.output(rows, c, o, needs)));
-        let make = move |t: &Tape<'_>| t.keys(&t.value(&from.0), &t.value(&from.1), k_k, k_a, heads);
+        let make = move |t: &Tape<'_>| t.keys(&t.value(&from.0), &t.value(&from.1), k_k, k_a, heads, scale);
         let [ko, ao, bo] = self.again(Recompute::All, outs, make);
         let out = KeyPath { k: ko, a: ao, b: bo };
         if needs {
@@ -42,7 +45,7 @@ impl<'p> Tape<'p> {
                 let (mut dk, mut dz) = (ctx.alloc(rows * c), ctx.alloc(rows * c));
                 let (k, rate) = (b.value(&k), b.value(&rate));
                 if let Some(gpu) = ctx.cuda() {
-                    cuda::backward(b, gpu, &k, &rate, &d, [k_k, k_a], [&dk, &dz], heads);
+                    cuda::backward(b, gpu, &k, &rate, &d, [k_k, k_a], [&dk, &dz], heads, scale);
                     gk.add(dk);
                     return gz.add(dz);
                 }
@@ -64,16 +67,17 @@ impl<'p> Tape<'p> {
                                     let norm = sum(n, |j| k[j] * pk[j] * (k[j] * pk[j])).sqrt();
                                     let inv = 1.0 / norm.max(1e-12);
                                     let along = if norm > 1e-12 {
-                                        sum(n, |j| k[j] * pk[j] * inv * (math::sigmoid(z[j]) * d2[j] - d1[j]))
+                                        sum(n, |j| k[j] * pk[j] * inv * (math::sigmoid(z[j]) * scale * d2[j] - d1[j]))
                                     } else {
                                         0.0
                                     };
                                     for j in 0..n {
                                         let (a, na) = (math::sigmoid(z[j]), math::sigmoid(-z[j]));
                                         let u = k[j] * pk[j] * inv;
-                                        let du = (a * d2[j] - d1[j] - u * along) * inv;
+                                        let db = scale * d2[j];
+                                        let du = (a * db - d1[j] - u * along) * inv;
                                         gk[j] = d0[j] * (1.0 - na * pa[j]) + du * pk[j];
-                                        gz[j] = (d0[j] * k[j] * pa[j] + d2[j] * u) * a * na;
+                                        gz[j] = (d0[j] * k[j] * pa[j] + db * u) * a * na;
                                         dkk[j] += du * k[j];
                                         dka[j] -= d0[j] * k[j] * na;
                                     }
@@ -90,12 +94,12 @@ impl<'p> Tape<'p> {
     }
 
     /// The three keys.
-    fn keys(&self, k: &Buf, rate: &Buf, k_k: Param, k_a: Param, heads: usize) -> [Buf; 3] {
+    fn keys(&self, k: &Buf, rate: &Buf, k_k: Param, k_a: Param, heads: usize, scale: f32) -> [Buf; 3] {
         let (ctx, c) = (self.ctx(), k_k.cols);
         let (n, rows) = (c / heads, k.len() / c);
         let mut o: [Buf; 3] = std::array::from_fn(|_| ctx.alloc(k.len()));
         if let Some(gpu) = ctx.cuda() {
-            cuda::forward(self, gpu, k, rate, [k_k, k_a], &o, heads);
+            cuda::forward(self, gpu, k, rate, [k_k, k_a], &o, heads, scale);
         }
         let (pk, pa) = (self.param(k_k), self.param(k_a));
         self.run(|| {
@@ -116,7 +120,7 @@ impl<'p> Tape<'p> {
                                     let (u, a) = (k[j] * pk[j] * inv, math::sigmoid(z[j]));
                                     ko[j] = k[j] * (1.0 + (a - 1.0) * pa[j]);
                                     ao[j] = -u;
-                                    bo[j] = u * a;
+                                    bo[j] = u * a * scale;
                                 }
                             },
                         );

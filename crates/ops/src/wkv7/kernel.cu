@@ -226,7 +226,7 @@ FOR_EACH_TYPE(SIZES)
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(2 * N) wkv7_tensor_back_scan_##N(                                            \
         tensor::Inputs<bf16> in, const tensor::Piece* pieces, tensor::Saved saved, const bf16* dy, float* map, int heads) {   \
-        tensor::backward<N, true>(in, pieces, saved, dy, nullptr, nullptr, map, {}, 0, nullptr, heads);                       \
+        tensor::backward<N, true>(in, pieces, saved, dy, nullptr, nullptr, map, {}, 0, nullptr, heads);                          \
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(256) wkv7_tensor_entries_##N(const tensor::Piece* pieces, const int2* ranges, \
         const float* arena, const float* map, float* entry, int heads) {                                                      \

@@ -111,37 +111,21 @@ template <class T> __device__ __forceinline__ void keep_result(T* to, int pitch,
         *reinterpret_cast<uint32_t*>(row + 8) = pack<T>(c[1][2 * half], c[1][2 * half + 1]);
     }
 }
-// Stores it to device memory without rows from `rows` on. The four lanes of a row exchange what they hold, so that each writes 16
-// bytes of one row and a row's two lanes a whole sector. With `add`, the sum with what is there.
-template <class T>
-__device__ __forceinline__ void store_result(T* to, size_t pitch, const float (&c)[2][4], int rows, bool add = false) {
+// Stores it to device memory without rows from `rows` on; with `add`, its sum with what is there.
+template <class T> __device__ __forceinline__ void store_result(T* to, size_t pitch, const float (&c)[2][4], int rows, bool add = false) {
     const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
-    uint32_t r[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) r[i] = pack<T>(c[i % 2][i / 2 * 2], c[i % 2][i / 2 * 2 + 1]);
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        const uint32_t other = __shfl_xor_sync(~0u, q & 1 ? r[i] : r[i + 1], 1);
-        (q & 1 ? r[i] : r[i + 1]) = other;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const uint32_t other = __shfl_xor_sync(~0u, q & 2 ? r[i] : r[i + 2], 2);
-        (q & 2 ? r[i] : r[i + 2]) = other;
-    }
-    const int row = g + 8 * (q >> 1);
-    if (row >= rows) return;
-    uint4& place = *reinterpret_cast<uint4*>(to + row * pitch + 8 * (q & 1));
-    if (add) {
-        const uint4 prior = place;
-        const uint32_t p[4] = {prior.x, prior.y, prior.z, prior.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float2 x = unpack<T>(r[i]), y = unpack<T>(p[i]);
-            r[i] = pack<T>(x.x + y.x, x.y + y.y);
+    for (int i = 0; i < 4; i++) {
+        const int row = g + i / 2 * 8;
+        if (row >= rows) continue;
+        uint32_t* place = reinterpret_cast<uint32_t*>(to + row * pitch + 8 * (i % 2) + 2 * q);
+        float2 x = make_float2(c[i % 2][i / 2 * 2], c[i % 2][i / 2 * 2 + 1]);
+        if (add) {
+            const float2 prior = unpack<T>(*place);
+            x = make_float2(x.x + prior.x, x.y + prior.y);
         }
+        *place = pack<T>(x.x, x.y);
     }
-    place = make_uint4(r[0], r[1], r[2], r[3]);
 }
 
 // Brings the first rows of a tile in device memory into the second-level cache.
@@ -282,11 +266,13 @@ template <int N, class T> __device__ __forceinline__ void set_pair(T* tile, int 
 // Sums of log decays: of the thread's rows up to each, and over its rows into sums[row group][N].
 template <int N, class T> __device__ __forceinline__ void sum_decays(float2 (&sum)[4], const T* w, float* sums, int rows) {
     const Part p = Part::of<N>();
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum[i] = pair<N>(w, p.row + i, p.channel);
     float2 s = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const float2 x = pair<N>(w, p.row + i, p.channel);
-        if (p.row + i < rows) s = {s.x + log2_decay(x.x), s.y + log2_decay(x.y)};
+        const float2 d = {log2_decay(sum[i].x), log2_decay(sum[i].y)};
+        if (p.row + i < rows) s = {s.x + d.x, s.y + d.y};
         sum[i] = s;
     }
     *reinterpret_cast<float2*>(sums + p.row / 4 * N + p.channel) = s;
@@ -310,37 +296,44 @@ __device__ __forceinline__ void make_tiles(T* tiles, const T* raw, const float2 
         all = {all.x + s.x, all.y + s.y};
         if (!LOW<T> && i == 1) mid = all;
     }
-    float2 last = before;
+    // All loads come before the stores, which the compiler must take for writes to the same memory.
+    constexpr auto has = [](int tile) { return bool(WHICH >> tile & 1); };
+    float2 in[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const auto input = [&](int which) { return pair<N>(raw + which * TILE<N>, p.row + i, p.channel); };
+        if (has(RT)) in[i][0] = input(R);
+        in[i][1] = input(A);
+        if (has(KT) || has(KH)) in[i][2] = input(K);
+        in[i][3] = input(B);
+    }
+    const float2 end = {exp2_fast(all.x), exp2_fast(all.y)}, half = {exp2_fast(mid.x), exp2_fast(mid.y)};
+    float2 up_before = {exp2_fast(before.x - mid.x), exp2_fast(before.y - mid.y)};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int row = p.row + i;
         const float2 now = {before.x + sum[i].x, before.y + sum[i].y};
-        const float2 up = {exp2_fast(now.x - mid.x), exp2_fast(now.y - mid.y)};
-        const float2 up_before = {exp2_fast(last.x - mid.x), exp2_fast(last.y - mid.y)};
-        const float2 down = {exp2_fast(mid.x - now.x), exp2_fast(mid.y - now.y)}, rest = {exp2_fast(all.x - now.x), exp2_fast(all.y - now.y)};
-        const auto has = [](int tile) { return WHICH >> tile & 1; };
-        const auto input = [&](int i) { return pair<N>(raw + i * TILE<N>, row, p.channel); };
+        const float2 up = {exp2_fast(now.x - mid.x), exp2_fast(now.y - mid.y)}, down = {exp2_fast(mid.x - now.x), exp2_fast(mid.y - now.y)};
+        // The decay of the rest of the chunk.
+        float2 rest = {end.x * down.x, end.y * down.y};
+        if (!LOW<T>) rest = {exp2_fast(all.x - now.x), exp2_fast(all.y - now.y)};
         const auto make = [&](int tile, float2 x, float2 y, int low = 0) {
             if (has(tile)) set_pair<N>(tiles + tile * TILE<N>, row, p.channel, x, y, low && has(low) ? tiles + low * TILE<N> : nullptr);
         };
-        if (has(RT)) make(RT, input(R), up);
-        make(AT, input(A), up_before, BACK ? 0 : AL);
-        if (has(KT) || has(KH)) {
-            const float2 k = input(K);
-            make(KT, k, down);
-            make(KH, k, rest);
-        }
-        const float2 b = input(B);
-        make(BT, b, down, BACK ? BL : 0);
-        make(BH, b, rest, BACK ? HL : 0);
+        make(RT, in[i][0], up);
+        make(AT, in[i][1], up_before, BACK ? 0 : AL);
+        make(KT, in[i][2], down);
+        make(KH, in[i][2], rest);
+        make(BT, in[i][3], down, BACK ? BL : 0);
+        make(BH, in[i][3], rest, BACK ? HL : 0);
         if (BACK && has(KH)) {
             if (row == 0) *reinterpret_cast<float2*>(total + p.channel) = {0.f, 0.f};
             *reinterpret_cast<float2*>(total + (row + 1) * (N + 8) + p.channel) = now;
         }
-        last = now;
+        up_before = up;
     }
-    if (p.row == 0) *reinterpret_cast<float2*>(whole + p.channel) = {exp2_fast(all.x), exp2_fast(all.y)};
-    if (!LOW<T> && p.row == 4) *reinterpret_cast<float2*>(middle + p.channel) = {exp2_fast(mid.x), exp2_fast(mid.y)};
+    if (p.row == 0) *reinterpret_cast<float2*>(whole + p.channel) = end;
+    if (!LOW<T> && p.row == 4) *reinterpret_cast<float2*>(middle + p.channel) = half;
 }
 
 // (I - M)^-1 for strictly lower M in c, by substitution in f32: one column a lane. Scratch: 16 x 20 floats.

@@ -114,7 +114,8 @@ fn loss(x: &[Vec<f64>], s0: &[f64], dy: &[f32], ds: &[f32], heads: usize, n: usi
 
 #[test]
 fn gradients_equal_finite_differences() {
-    for (tokens, rate) in [(1, None), (18, None), (40, Some(0.999))] {
+    // The last at the doubled rate.
+    for (tokens, rate) in [(1, None), (18, None), (40, Some(0.999)), (18, Some(1.999))] {
         let (heads, n) = (1, 16);
         let x = inputs(tokens, heads, n, rate);
         let mut noise = Noise(3);

@@ -1,0 +1,466 @@
+//! Experiments on synthetic tasks: models of several kinds and sizes are trained on endless random rows of a task, and tested on
+//! rows of another seed. A TOML file says which; results go to a JSON file after every run, from which an interrupted experiment
+//! goes on.
+
+use crate::Error;
+use anser_data::Batch;
+use anser_formats::write_atomic;
+use anser_model::{Config, Init, Model, State};
+use anser_ops::{Tape, batch};
+use anser_tensor::Context;
+use anser_train::{Bptt, Hyper, Recompute, Schedule, Settings, Trainer};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::io::Write;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// What is compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// RWKV-7.
+    Rwkv7,
+    /// RWKV-7 with [`Config::double_rate`].
+    Rwkv7Doubled,
+    /// The Transformer with as many parameters, [`Config::control`].
+    Transformer,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Rwkv7 => "RWKV-7",
+            Kind::Rwkv7Doubled => "RWKV-7, doubled rate",
+            Kind::Transformer => "Transformer",
+        })
+    }
+}
+
+/// Section `[models]`: every kind is trained with every number of layers and every width.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Models {
+    /// Kinds.
+    pub kinds: Vec<Kind>,
+    /// Numbers of layers.
+    pub layers: Vec<usize>,
+    /// Widths, D.
+    pub widths: Vec<usize>,
+    /// Head size, N.
+    pub head_size: usize,
+}
+
+impl Models {
+    fn config(&self, kind: Kind, layers: usize, width: usize, vocab: usize) -> Result<Config, Error> {
+        let mut c = Config { head_size: self.head_size, ..Config::new(layers, width, vocab) };
+        c.validate()?;
+        match kind {
+            Kind::Rwkv7 => {}
+            Kind::Rwkv7Doubled => c.double_rate = true,
+            Kind::Transformer => c = c.control(),
+        }
+        Ok(c)
+    }
+}
+
+/// Section `[train]`: how each model is trained and tested. Learning rates and seeds are lists; the best run counts, and all are
+/// in the results.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Rows of a step.
+    pub rows: usize,
+    /// Rows that are computed at a time.
+    pub micro_rows: usize,
+    /// Most steps of a run.
+    pub steps: u64,
+    /// Learning rates after the warm-up, each a run; a cosine leads to a tenth.
+    pub lr: Vec<f64>,
+    /// Steps of warm-up.
+    pub warmup: u64,
+    /// Weight decay of matrices.
+    pub weight_decay: f64,
+    /// AdamW: decay of the second moment; of the first 0.9.
+    pub beta2: f64,
+    /// Largest gradient norm; 0: no limit.
+    pub grad_clip: f64,
+    /// Seeds of weights and rows, each a run.
+    pub seeds: Vec<u64>,
+    /// Steps between tests on a few rows of the trained length.
+    pub eval_every: u64,
+    /// A run ends when such a test gives at least this share of right answers; above 1: never before its last step.
+    pub stop_at: f64,
+    /// Rows tested at the end.
+    pub test_rows: usize,
+}
+
+impl Recipe {
+    fn check(&self) -> Result<(), Error> {
+        let at_least_one = [
+            ("rows", self.rows),
+            ("micro_rows", self.micro_rows),
+            ("eval_every", self.eval_every as usize),
+            ("test_rows", self.test_rows),
+        ];
+        for (name, value) in at_least_one {
+            if value == 0 {
+                return Err(Error::Input(format!("train.{name} must be at least 1")));
+            }
+        }
+        if self.lr.iter().any(|&lr| !(lr.is_finite() && lr > 0.0)) {
+            return Err(Error::Input("train.lr must hold numbers above 0".into()));
+        }
+        Ok(())
+    }
+
+    fn settings(&self, ctx: usize, lr: f64) -> Settings {
+        Settings {
+            ctx,
+            schedule: Schedule { init: lr, last: lr / 10.0, warmup: self.warmup, total: self.steps },
+            hyper: Hyper { weight_decay: self.weight_decay, beta2: self.beta2, eps: 1e-8, ..Hyper::default() },
+            grad_clip: self.grad_clip,
+            l2wrap: false,
+            checkpointing: false,
+            recompute: Recompute::Nothing,
+            bptt: Bptt::Whole,
+        }
+    }
+}
+
+/// Rows with answers to be given.
+pub struct Task {
+    /// Name in tables and results.
+    pub name: String,
+    /// Tokens.
+    pub vocab: usize,
+    /// Answers of a row in training.
+    pub answers: usize,
+    /// Numbers of answers from a row's start that are tested, increasing; more than `answers` tests longer rows.
+    pub tested: Vec<usize>,
+    /// Gives rows of one length: (seed, stream, rows, answers).
+    pub rows: Box<dyn Fn(u64, u64, usize, usize) -> Batch>,
+}
+
+/// Section `[task]` of an experiment.
+pub trait Tasks: Serialize + DeserializeOwned {
+    /// The tasks that models are trained for, one after the other.
+    ///
+    /// # Errors
+    /// When the section asks for what cannot be.
+    fn tasks(&self) -> Result<Vec<Task>, Error>;
+}
+
+/// An experiment as its TOML file says it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Experiment<T> {
+    /// What is learnt.
+    pub task: T,
+    /// What learns it.
+    pub models: Models,
+    /// How.
+    pub train: Recipe,
+}
+
+impl<T: Tasks> Experiment<T> {
+    /// Reads a configuration.
+    ///
+    /// # Errors
+    /// For text that is no TOML, unknown or missing fields, and values that cannot be.
+    pub fn parse(text: &str) -> Result<Experiment<T>, Error> {
+        let e: Experiment<T> =
+            toml::from_str(text).map_err(|e| Error::Input(e.to_string().trim_end().replace('\n', " ")))?;
+        e.train.check()?;
+        for task in e.task.tasks()? {
+            for &width in &e.models.widths {
+                for &layers in &e.models.layers {
+                    e.models.config(Kind::Rwkv7, layers, width, task.vocab)?;
+                }
+            }
+        }
+        Ok(e)
+    }
+
+    /// Trains and tests every model on every task. `note` gets lines of progress. With `out`, results are written there after
+    /// every run and runs that are there already are not done again. When `stop` becomes true, the runs done so far come back.
+    ///
+    /// # Errors
+    /// When `out` cannot be written, or holds the results of another experiment.
+    pub fn run(
+        &self, ctx: &Context, out: Option<&Path>, stop: &AtomicBool, note: &mut dyn FnMut(String),
+    ) -> Result<Vec<Run>, Error> {
+        let mut results = Results { experiment: json(self)?, runs: Vec::new() };
+        if let Some(path) = out.filter(|p| p.exists()) {
+            let bad = |why: String| Error::Input(format!("{}: {why}; name another file", path.display()));
+            let text = std::fs::read_to_string(path).map_err(|e| bad(e.to_string()))?;
+            let old: Results = serde_json::from_str(&text).map_err(|e| bad(format!("no results: {e}")))?;
+            if old.experiment != results.experiment {
+                return Err(bad("it holds the results of another experiment".into()));
+            }
+            results = old;
+        }
+        // What cannot be written is said before the work.
+        results.save(out)?;
+        for task in self.task.tasks()? {
+            for (width, layers, kind, lr, seed) in self.grid() {
+                let config = self.models.config(kind, layers, width, task.vocab)?;
+                let (parameters, task_name) = (config.parameters(), task.name.clone());
+                let mut run = Run { task: task_name, kind, layers, width, parameters, lr, seed, ..Run::default() };
+                if results.runs.iter().any(|r| r.same(&run)) {
+                    continue;
+                }
+                self.one(ctx, &task, &config, &mut run, stop, note)?;
+                if stop.load(Ordering::SeqCst) {
+                    return Ok(results.runs);
+                }
+                results.runs.push(run);
+                results.save(out)?;
+            }
+        }
+        Ok(results.runs)
+    }
+
+    /// All (width, layers, kind, learning rate, seed).
+    fn grid(&self) -> Vec<(usize, usize, Kind, f64, u64)> {
+        let mut all = Vec::new();
+        for &width in &self.models.widths {
+            for &layers in &self.models.layers {
+                for &kind in &self.models.kinds {
+                    for &lr in &self.train.lr {
+                        all.extend(self.train.seeds.iter().map(|&seed| (width, layers, kind, lr, seed)));
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    fn one(
+        &self, ctx: &Context, task: &Task, config: &Config, run: &mut Run, stop: &AtomicBool,
+        note: &mut dyn FnMut(String),
+    ) -> Result<(), Error> {
+        let (recipe, start) = (&self.train, Instant::now());
+        let rows = |seed, stream, count, answers| (task.rows)(seed, stream, count, answers);
+        // No row tested is one trained on, but for tasks with few rows.
+        let test = |count, answers| rows(!run.seed, answers as u64, count, answers);
+        let len = rows(0, 0, 1, task.answers).tokens.len();
+        let model = Model::init(ctx, config, Init::Current, run.seed)?;
+        let mut trainer = Trainer::new(ctx, model, recipe.settings(len, run.lr));
+        let few = test(64.min(recipe.test_rows), task.answers);
+        let mut losses = Vec::new();
+        while trainer.steps() < recipe.steps && !stop.load(Ordering::SeqCst) {
+            let batch = rows(run.seed, trainer.steps(), recipe.rows, task.answers);
+            let micro: Vec<Batch> = (0..recipe.rows)
+                .step_by(recipe.micro_rows)
+                .map(|r| batch.slice(len, r, (r + recipe.micro_rows).min(recipe.rows)))
+                .collect();
+            match trainer.step(&micro) {
+                Ok(info) => losses.push(info.loss),
+                Err(e @ anser_train::Error::NotFinite { .. }) => {
+                    run.error = Some(e.to_string());
+                    break;
+                }
+                Err(e) => return Err(e.into()),
+            }
+            let steps = trainer.steps();
+            if steps.is_multiple_of(recipe.eval_every) {
+                let right = accuracy(&hits(ctx, trainer.model(), &few)?, &[task.answers])[0].right;
+                run.curve.push((steps, right));
+                let recent = &losses[losses.len() - recipe.eval_every as usize..];
+                let (loss, seconds) = (recent.iter().sum::<f64>() / recent.len() as f64, start.elapsed().as_secs_f64());
+                let percent = 100.0 * right;
+                note(format!("{run}: step {steps}, loss {loss:.3}, {percent:.1}% right, {seconds:.0} s"));
+                if right >= recipe.stop_at {
+                    break;
+                }
+            }
+        }
+        let recent = &losses[losses.len().saturating_sub(100)..];
+        (run.steps, run.loss) = (trainer.steps(), recent.iter().sum::<f64>() / recent.len().max(1) as f64);
+        let longest = task.tested.iter().copied().max().unwrap_or(task.answers);
+        let rows = test(recipe.test_rows, longest);
+        run.accuracy = accuracy(&hits(ctx, trainer.model(), &rows)?, &task.tested);
+        run.seconds = start.elapsed().as_secs_f64();
+        run.device = format!("{}, {}, {} threads", ctx.device(), ctx.dtype(), ctx.threads().len());
+        Ok(())
+    }
+}
+
+fn json(value: &impl Serialize) -> Result<serde_json::Value, Error> {
+    // Through text, as it will be read again.
+    let text = serde_json::to_string(value);
+    text.and_then(|t| serde_json::from_str(&t)).map_err(|e| Error::Input(e.to_string()))
+}
+
+/// What is in a file of results.
+#[derive(Serialize, Deserialize)]
+struct Results {
+    experiment: serde_json::Value,
+    runs: Vec<Run>,
+}
+
+impl Results {
+    fn save(&self, out: Option<&Path>) -> Result<(), Error> {
+        let Some(path) = out else { return Ok(()) };
+        let text = serde_json::to_string_pretty(self).map_err(|e| Error::Input(e.to_string()))?;
+        Ok(write_atomic(path, |f| f.write_all(text.as_bytes())).map_err(anser_train::Error::from)?)
+    }
+}
+
+/// One trained and tested model.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Run {
+    /// Name of the task.
+    pub task: String,
+    /// Kind of model.
+    pub kind: Kind,
+    /// Layers.
+    pub layers: usize,
+    /// Width.
+    pub width: usize,
+    /// Parameters.
+    pub parameters: usize,
+    /// Learning rate after the warm-up.
+    pub lr: f64,
+    /// Seed of weights and rows.
+    pub seed: u64,
+    /// Steps trained.
+    pub steps: u64,
+    /// Mean loss of the last 100 steps, nats an answer.
+    pub loss: f64,
+    /// Seconds of training and testing.
+    pub seconds: f64,
+    /// Device, type of activations, threads.
+    pub device: String,
+    /// Why training ended early, if it diverged: the model tested is that of the last good step.
+    pub error: Option<String>,
+    /// (step, share of right answers on a few rows of the trained length).
+    pub curve: Vec<(u64, f64)>,
+    /// The test at the end.
+    pub accuracy: Vec<Accuracy>,
+}
+
+impl Default for Run {
+    fn default() -> Run {
+        Run {
+            task: String::new(),
+            kind: Kind::Rwkv7,
+            layers: 0,
+            width: 0,
+            parameters: 0,
+            lr: 0.0,
+            seed: 0,
+            steps: 0,
+            loss: f64::NAN,
+            seconds: 0.0,
+            device: String::new(),
+            error: None,
+            curve: Vec::new(),
+            accuracy: Vec::new(),
+        }
+    }
+}
+
+impl fmt::Display for Run {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Run { task, kind, layers, width, lr, seed, .. } = self;
+        write!(f, "{task} {kind} L{layers} D{width} lr {lr} seed {seed}")
+    }
+}
+
+impl Run {
+    /// Whether both train the same model in the same way.
+    fn same(&self, o: &Run) -> bool {
+        self.model() == o.model() && self.task == o.task && self.lr == o.lr && self.seed == o.seed
+    }
+
+    /// Which model it is.
+    pub fn model(&self) -> (Kind, usize, usize) {
+        (self.kind, self.layers, self.width)
+    }
+
+    /// The test of `answers` answers.
+    pub fn at(&self, answers: usize) -> Option<&Accuracy> {
+        self.accuracy.iter().find(|a| a.answers == answers)
+    }
+}
+
+/// Of the runs that differ in learning rate and seed only the one with the lowest training loss, in the order of the first. One
+/// that diverged is the last choice.
+pub fn best(runs: &[Run]) -> Vec<&Run> {
+    let better = |a: &Run, b: &Run| (a.error.is_some(), a.loss) < (b.error.is_some(), b.loss);
+    let mut best: Vec<&Run> = Vec::new();
+    for run in runs {
+        match best.iter_mut().find(|b| b.model() == run.model() && b.task == run.task) {
+            Some(b) if better(run, b) => *b = run,
+            Some(_) => {}
+            None => best.push(run),
+        }
+    }
+    best
+}
+
+/// How well the first answers of rows were given.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Accuracy {
+    /// How many of each row.
+    pub answers: usize,
+    /// Share that is right.
+    pub right: f64,
+    /// Share of rows whose last of them is right.
+    pub last: f64,
+    /// Share of rows of which all are right.
+    pub rows: f64,
+}
+
+/// Accuracy of the first n answers of rows, for every n of `counts`.
+///
+/// # Panics
+/// When a row has fewer answers.
+pub fn accuracy(hits: &[Vec<bool>], counts: &[usize]) -> Vec<Accuracy> {
+    let share = |n: usize, of: usize| n as f64 / of.max(1) as f64;
+    let one = |&answers: &usize| {
+        let count = |f: &dyn Fn(&[bool]) -> usize| hits.iter().map(|h| f(&h[..answers])).sum::<usize>();
+        Accuracy {
+            answers,
+            right: share(count(&|h| h.iter().filter(|h| **h).count()), hits.len() * answers),
+            last: share(count(&|h| h.last().is_some_and(|h| *h).into()), hits.len()),
+            rows: share(count(&|h| h.iter().all(|h| *h).into()), hits.len()),
+        }
+    };
+    counts.iter().map(one).collect()
+}
+
+/// Tokens computed at a time in tests.
+const TOKENS: usize = 4096;
+
+/// For each row of a batch of equally long rows, each one sequence, whether its answers (targets that are not ignored) are the
+/// most probable tokens after the right ones before them.
+///
+/// # Errors
+/// When a token is outside the model's vocabulary.
+pub fn hits(ctx: &Context, model: &Model, b: &Batch) -> Result<Vec<Vec<bool>>, Error> {
+    let (rows, vocab) = (b.starts.len(), model.config().vocab_size);
+    let len = b.tokens.len() / rows.max(1);
+    let at_once = (TOKENS / len.max(1)).max(1);
+    let mut out = Vec::with_capacity(rows);
+    for first in (0..rows).step_by(at_once) {
+        let b = b.slice(len, first, (first + at_once).min(rows));
+        let mut tape = Tape::inference(ctx, model.params());
+        let state = State::zeros(ctx, model.config(), 0);
+        let segments = batch(b.starts.len(), len, false).into();
+        let (hidden, _) = model.forward(&mut tape, &b.tokens, &segments, &state, false)?;
+        let logits = model.logits(&mut tape, &hidden).to_vec();
+        ctx.check()?;
+        let right = |(row, &target): (&[f32], &i32)| {
+            let best = (0..row.len()).fold(0, |b, i| if row[i] > row[b] { i } else { b });
+            (target >= 0).then_some(best as i32 == target)
+        };
+        let all: Vec<Option<bool>> = logits.chunks_exact(vocab).zip(&b.targets).map(right).collect();
+        out.extend(all.chunks_exact(len).map(|row| row.iter().flatten().copied().collect::<Vec<bool>>()));
+    }
+    Ok(out)
+}

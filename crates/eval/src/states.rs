@@ -1,0 +1,134 @@
+//! State tracking: products in a group, which a state has to carry exactly ([`anser_data::groups`]).
+//!
+//! The paper's figure 8 (arXiv 2503.14456) counts the layers that models need for such products of up to 20 elements. Here all
+//! rows of training have one length, and every position is labelled; longer rows are tested too.
+
+use crate::Error;
+use crate::experiment::{Run, Task, Tasks, best};
+use anser_data::groups::Group;
+use anser_train::{Line, chart};
+use serde::{Deserialize, Serialize};
+use std::fmt::Write;
+
+/// An experiment that takes no more than minutes on a CPU.
+pub const SMALL: &str = include_str!("../configs/states-small.toml");
+
+/// Section `[task]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct States {
+    /// Groups, each a task.
+    pub groups: Vec<Group>,
+    /// Elements of a row in training.
+    pub trained: usize,
+    /// Lengths tested.
+    pub tested: Vec<usize>,
+}
+
+impl Tasks for States {
+    fn tasks(&self) -> Result<Vec<Task>, Error> {
+        if self.trained == 0 || self.tested.contains(&0) {
+            return Err(Error::Input("task.trained and task.tested must be at least 1".into()));
+        }
+        let task = |&group: &Group| {
+            let table = group.table();
+            Task {
+                name: group.to_string(),
+                vocab: table.vocab(),
+                answers: self.trained,
+                tested: self.tested.clone(),
+                rows: Box::new(move |seed, stream, rows, len| table.batch(seed, stream, rows, len)),
+            }
+        };
+        Ok(self.groups.iter().map(task).collect())
+    }
+}
+
+/// Percentages of right products at each tested position, the best run of each model, as a table in Markdown.
+pub fn table(states: &States, runs: &[Run]) -> String {
+    let mut text = String::from("| group | model | layers | width | parameters | steps | lr |");
+    for n in &states.tested {
+        let _ = write!(text, " {n} |");
+    }
+    text += "\n|---|---|---|---|---|---|---|";
+    text += &"---|".repeat(states.tested.len());
+    for r in best(runs) {
+        let Run { task, kind, layers, width, parameters, steps, lr, .. } = r;
+        let _ = write!(text, "\n| {task} | {kind} | {layers} | {width} | {parameters} | {steps} | {lr} |");
+        for &n in &states.tested {
+            let _ = write!(text, " {:.1} |", r.at(n).map_or(f64::NAN, |a| 100.0 * a.last));
+        }
+    }
+    text + "\n"
+}
+
+/// For each group a picture (SVG) of accuracy over positions: (group, picture).
+pub fn pictures(states: &States, runs: &[Run]) -> Vec<(String, String)> {
+    let picture = |group: &Group| {
+        let line = |r: &&Run| Line {
+            name: format!("{}, {} layers", r.kind, r.layers),
+            points: r.accuracy.iter().map(|a| (a.answers as f64, 100.0 * a.last)).collect(),
+        };
+        let lines: Vec<Line> = best(runs)
+            .iter()
+            .filter(|r| r.task == group.to_string())
+            .map(line)
+            .filter(|l| !l.points.is_empty())
+            .collect();
+        let title = format!("{group}: right products, % (trained on {} elements)", states.trained);
+        (group.to_string(), chart(&title, "position", &lines))
+    };
+    states.groups.iter().map(picture).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::experiment::{Experiment, Kind};
+    use anser_tensor::Context;
+    use std::sync::atomic::AtomicBool;
+
+    #[test]
+    fn configurations_are_whole() {
+        for text in [SMALL, include_str!("../configs/states-32.toml"), include_str!("../configs/states.toml")] {
+            let e = Experiment::<States>::parse(text).unwrap();
+
+            assert!(e.task.tested.contains(&e.task.trained) && e.models.kinds.len() == 3);
+        }
+        let wrong =
+            |from: &str, to: &str| Experiment::<States>::parse(&SMALL.replace(from, to)).unwrap_err().to_string();
+        assert!(wrong("\"Z2\"", "\"Z61\"").contains("Z61"));
+        assert!(wrong("head_size = ", "head_size = 1").contains("head_size"));
+        assert!(wrong("\nrows = ", "\nrow = ").contains("row"));
+    }
+
+    #[test]
+    fn a_small_model_learns_short_products_and_results_go_on() {
+        let e = Experiment::<States>::parse(
+            "[task]\ngroups = ['Z60']\ntrained = 2\ntested = [1, 2, 3]\n\
+             [models]\nkinds = ['rwkv7-doubled', 'transformer']\nlayers = [1]\nwidths = [32]\nhead_size = 16\n\
+             [train]\nrows = 64\nmicro_rows = 40\nsteps = 60\nlr = [5e-3]\nwarmup = 5\nweight_decay = 0.0\nbeta2 = 0.99\n\
+             grad_clip = 1.0\nseeds = [1]\neval_every = 20\nstop_at = 2.0\ntest_rows = 100\n",
+        )
+        .unwrap();
+        let (ctx, go) = (Context::cpu(2), AtomicBool::new(false));
+        let path = std::env::temp_dir().join(format!("anser-states-{}.json", std::process::id()));
+        let mut notes = 0;
+        let runs = e.run(&ctx, Some(&path), &go, &mut |_| notes += 1).unwrap();
+        assert_eq!((runs.len(), notes, runs[1].kind), (2, 6, Kind::Transformer));
+        for r in &runs {
+            // The first product is the element itself: any model can learn that, and none can by chance.
+            assert!(r.at(1).unwrap().last > 0.9, "{r}: {:?}", r.accuracy);
+            assert!(r.error.is_none() && r.steps == 60 && r.curve.len() == 3);
+        }
+        // What is done is not done again, and another experiment's file is left alone.
+        let again = e.run(&ctx, Some(&path), &go, &mut |_| notes += 1).unwrap();
+        assert!(notes == 6 && again[0].accuracy == runs[0].accuracy);
+        let mut other = e.clone();
+        other.train.steps = 61;
+        assert!(other.run(&ctx, Some(&path), &go, &mut |_| ()).unwrap_err().to_string().contains("another experiment"));
+        std::fs::remove_file(path).unwrap();
+        assert_eq!(table(&e.task, &runs).lines().count(), 4);
+        assert!(pictures(&e.task, &runs)[0].1.contains("Transformer, 1 layers"));
+    }
+}
