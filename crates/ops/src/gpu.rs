@@ -27,11 +27,12 @@ pub(crate) fn pointers<const K: usize>(p: [DevicePtr; K]) -> Arg {
     Arg::Ptrs(all)
 }
 
-/// Rows that one thread walks over where sums over rows are wanted, and the number of such runs. It depends on the number of
-/// rows only, so that sums have a fixed order.
-pub(crate) fn runs(rows: usize) -> (usize, usize) {
+/// Rows that one thread walks over where `sums` sums over rows are wanted, and the number of such runs: many, so that enough loads are
+/// under way, but not so many that their sums take longer than the rows. They depend on numbers alone, so that sums have a fixed order.
+pub(crate) fn runs(rows: usize, sums: usize) -> (usize, usize) {
     let run = match rows {
-        16384.. => 64,
+        16384.. if sums > 3 => 64,
+        16384.. => 32,
         2048.. => 16,
         _ => 4,
     };

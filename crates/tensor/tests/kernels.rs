@@ -26,13 +26,21 @@ fn fatbins_are_of_their_sources() {
     assert!(kernels.len() >= 10, "only {} kernels found", kernels.len());
     let mut settings = Vec::new();
     for source in kernels {
-        let folder = source.parent().unwrap();
-        let header = |p: &&PathBuf| {
-            p.extension().is_some_and(|e| e == "cuh") && [folder, &headers].contains(&p.parent().unwrap())
-        };
-        let name = |p: &PathBuf| p.strip_prefix(&root).unwrap().to_str().unwrap().replace('\\', "/");
-        let inputs: BTreeMap<String, &PathBuf> =
-            files.iter().filter(header).chain([source]).map(|p| (name(p), p)).collect();
+        let mut inputs = vec![source.clone()];
+        let mut next = 0;
+        while let Some(path) = inputs.get(next).cloned() {
+            for line in fs::read_to_string(&path).unwrap().lines() {
+                let Some(name) = line.strip_prefix("#include \"").and_then(|l| l.strip_suffix('"')) else { continue };
+                let found = [path.parent().unwrap(), &headers].map(|d| d.join(name)).into_iter().find(|p| p.exists());
+                let found = found.unwrap_or_else(|| panic!("{}: no {name}", path.display()));
+                if !inputs.contains(&found) {
+                    inputs.push(found);
+                }
+            }
+            next += 1;
+        }
+        let name = |p: PathBuf| (p.strip_prefix(&root).unwrap().to_str().unwrap().replace('\\', "/"), p);
+        let inputs: BTreeMap<String, PathBuf> = inputs.into_iter().map(name).collect();
         let mut hash = Sha256::new();
         for (name, path) in inputs {
             hash.update(name + "\0");

@@ -24,7 +24,7 @@ pub(super) fn backward(
 ) {
     let c = params[0].cols;
     let rows = k.len() / c;
-    let (run, count) = runs(rows);
+    let (run, count) = runs(rows, 2);
     let (threads, blocks) = channels(c);
     let parts = b.ctx().alloc_f32(count * 2 * c);
     let [d0, d1, d2] = d.each_ref().map(|b| b.ptr().into());

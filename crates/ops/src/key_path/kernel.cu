@@ -50,8 +50,10 @@ __device__ void backward(const T* __restrict__ k, const T* __restrict__ rate, co
         float s = 0.f, along = 0.f;
         Vec a, na;
         for (int j = 0; j < 8; j++) {
-            a[j] = sigmoid(z[j]);
-            na[j] = sigmoid(-z[j]);
+            // Sigmoids of z and -z from one exponential; exact divisions would take longer than the memory waited for.
+            const float e = fminf(__expf(-z[j]), 1e30f);
+            a[j] = __fdividef(1.f, 1.f + e);
+            na[j] = e * a[j];
             const float u = x[j] * pk[j];
             s += u * u;
             along += u * (a[j] * scale * e2[j] - e1[j]);

@@ -31,7 +31,7 @@ pub(super) fn scale_by_derivative(ctx: &Context, gpu: &Cuda, a: Activation, h: &
 
 pub(super) fn add_bias_grad(b: &Backward<'_>, gpu: &Cuda, dy: &Buf, bias: Param, c: usize) {
     let ctx = b.ctx();
-    let (run, count) = runs(dy.len() / c);
+    let (run, count) = runs(dy.len() / c, 1);
     let (threads, blocks) = channels(c);
     let parts = ctx.alloc_f32(count * c);
     let args = [dy.ptr().into(), parts.ptr().into(), int(dy.len() / c), int(c), int(run)];

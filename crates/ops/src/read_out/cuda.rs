@@ -22,7 +22,7 @@ pub(super) fn backward(
 ) {
     let c = params[1].cols;
     let rows = d.len() / c;
-    let (run, count) = runs(rows);
+    let (run, count) = runs(rows, 3);
     let (threads, blocks) = channels(c);
     let parts = b.ctx().alloc_f32(count * 3 * c);
     let mut args: Vec<Arg> = vec![d.ptr().into()];

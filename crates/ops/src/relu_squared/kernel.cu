@@ -28,6 +28,6 @@ template <class T, class F> __device__ void each(const T* x, T* y, size_t n, F f
         each(x, x, n, [](float a, float) { return fmaxf(a, 0.f) * fmaxf(a, 0.f); });                  \
     }                                                                                                 \
     extern "C" __global__ void __launch_bounds__(256) relu_squared_back_##name(const T* y, T* d, size_t n) { \
-        each(y, d, n, [](float a, float g) { return 2.f * sqrtf(a) * g; });                           \
+        each(y, d, n, [](float a, float g) { return a > 0.f ? 2.f * a * rsqrtf(a) * g : 0.f; });      \
     }
 FOR_EACH_TYPE(RELU)

@@ -29,7 +29,7 @@ pub(super) fn forward<const K: usize>(
 ) {
     let (ctx, c) = (t.ctx(), mu[0].cols);
     let rows = x.len() / c;
-    let (run, count) = runs(rows);
+    let (run, count) = runs(rows, K);
     let (threads, blocks) = channels(c);
     let args = [
         x.ptr().into(),
@@ -60,7 +60,7 @@ pub(super) fn backward<const K: usize>(
 ) {
     let (ctx, c) = (b.ctx(), mu[0].cols);
     let rows = x.len() / c;
-    let (run, count) = runs(rows);
+    let (run, count) = runs(rows, K);
     let (threads, blocks) = channels(c);
     let parts = ctx.alloc_f32(count * K * c);
     let g = dx.wanted().then(|| ctx.alloc(rows * c));

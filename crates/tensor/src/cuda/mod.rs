@@ -21,6 +21,9 @@ use std::sync::{Mutex, MutexGuard, OnceLock};
 /// CUDA version the kernels are built with; its driver or a later one is needed.
 const NEEDED_DRIVER: i32 = 13000;
 
+/// Bytes of page-locked memory through which small uploads go: some twenty steps of training.
+const STAGED: usize = 16 << 20;
+
 /// Bytes of dynamic shared memory that a kernel gets without asking.
 const DEFAULT_SHARED: usize = 48 << 10;
 
@@ -131,6 +134,16 @@ pub struct Cuda {
     functions: Mutex<Functions>,
     failure: OnceLock<String>,
     profiler: profile::Profiler,
+    staging: Mutex<Staging>,
+}
+
+/// Where uploads wait for their turn, so that nobody waits for them: page-locked memory, filled from the front. It lives as long as the
+/// process.
+#[derive(Default)]
+struct Staging {
+    /// Its address; 0 before the first upload.
+    at: usize,
+    used: usize,
 }
 
 // SAFETY: the driver's handles may be used from any thread; every entry makes the context current first.
@@ -238,6 +251,7 @@ impl Cuda {
             functions: Mutex::default(),
             failure: OnceLock::new(),
             profiler: profile::Profiler::default(),
+            staging: Mutex::default(),
         }
     }
 
@@ -335,9 +349,32 @@ impl Cuda {
         if !self.enter() || from.is_empty() {
             return;
         }
-        // SAFETY: `to` has room for `from` (the caller's buffer); the copy from pageable memory has left `from` on return.
-        let code = unsafe { cu::cuMemcpyHtoDAsync_v2(to.0, from.as_ptr().cast(), from.len(), self.stream) };
+        let mut staging = lock(&self.staging);
+        let place = if from.len() <= STAGED / 4 { self.stage(&mut staging, from) } else { None };
+        // SAFETY: `to` has room for `from` (the caller's buffer). The copy from pageable memory has left `from` on return; the one from
+        // staged memory is done before that place is used again.
+        let code =
+            unsafe { cu::cuMemcpyHtoDAsync_v2(to.0, place.unwrap_or(from.as_ptr()).cast(), from.len(), self.stream) };
         self.note(code, || "copying to the device".into());
+    }
+
+    /// A copy of `from` in page-locked memory; `None` where the system gives none.
+    fn stage(&self, staging: &mut Staging, from: &[u8]) -> Option<*const u8> {
+        if staging.at == 0 {
+            let mut p = std::ptr::null_mut();
+            // SAFETY: writes an address.
+            let code = unsafe { cu::cuMemAllocHost_v2(&mut p, STAGED) };
+            staging.at = if code == cu::CUresult::CUDA_SUCCESS { p as usize } else { return None };
+        }
+        if staging.used + from.len() > STAGED {
+            self.synchronize();
+            staging.used = 0;
+        }
+        let place = (staging.at + staging.used) as *mut u8;
+        staging.used = (staging.used + from.len()).next_multiple_of(64);
+        // SAFETY: inside the page-locked memory, at a place that no copy reads any more.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), place, from.len()) };
+        Some(place)
     }
 
     /// Copies bytes from the device, after all work before.
