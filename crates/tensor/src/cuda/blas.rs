@@ -152,7 +152,7 @@ impl Cuda {
         self.gemm_bias(ta, tb, m, n, k, a, b, input, accumulate, c, output, None);
     }
 
-    /// The same plus `bias` [n], of type `output`, on every row of c.
+    /// The same plus `bias` `[n]`, of type `output`, on every row of c.
     pub fn gemm_bias(
         &self, ta: Trans, tb: Trans, m: usize, n: usize, k: usize, a: DevicePtr, b: DevicePtr, input: DType,
         accumulate: bool, c: DevicePtr, output: DType, bias: Option<DevicePtr>,
