@@ -182,9 +182,9 @@ struct Function {
 std::map<std::string, Function> functions;
 std::map<uint64_t, std::pair<void*, size_t>> memory;
 
-// While a stream is captured, work is kept here instead of done.
+// While a thread captures a stream, its work is kept here instead of done.
 using Work = std::vector<std::function<void()>>;
-Work* capture;
+thread_local Work* capture;
 
 int run(std::function<void()> work) {
     std::lock_guard<std::recursive_mutex> guard(one);

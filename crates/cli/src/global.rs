@@ -13,9 +13,9 @@ pub struct Global {
     /// CPU threads [default: as many as this process may use]
     #[arg(long, global = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Type of weights: f32, f16 or bf16
-    #[arg(long, global = true)]
-    pub dtype: Option<DType>,
+    /// Type of weights: f32, f16 or bf16; for convert also int8
+    #[arg(long = "dtype", global = true, value_name = "DTYPE")]
+    pub stored: Option<Stored>,
     /// One JSON object on stdout, everything else on stderr
     #[arg(long, global = true)]
     pub json: bool,
@@ -24,10 +24,42 @@ pub struct Global {
     pub quiet: bool,
 }
 
+/// A type that files hold weights in.
+#[derive(Clone, Copy)]
+pub enum Stored {
+    /// One that computations have too.
+    Float(DType),
+    /// 8 bits and scales.
+    Int8,
+}
+
+impl std::str::FromStr for Stored {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Stored, String> {
+        match s {
+            "int8" => Ok(Stored::Int8),
+            _ => s.parse().map(Stored::Float).map_err(|e: anser_tensor::Error| e.to_string()),
+        }
+    }
+}
+
 impl Global {
+    /// `--dtype` as a type of computations.
+    pub fn dtype(&self) -> anyhow::Result<Option<DType>> {
+        match self.stored {
+            Some(Stored::Int8) => {
+                anyhow::bail!(
+                    "--dtype int8 is a type for files: write one with `anser convert IN OUT --dtype int8` and load that"
+                )
+            }
+            Some(Stored::Float(dtype)) => Ok(Some(dtype)),
+            None => Ok(None),
+        }
+    }
+
     /// The device and threads asked for; activations on a GPU are of `--dtype`, or bf16.
     pub fn context(&self) -> anyhow::Result<Context> {
-        self.open(self.dtype.unwrap_or(DType::BF16))
+        self.open(self.dtype()?.unwrap_or(DType::BF16))
     }
 
     /// The same with activations in f32, whatever `--dtype` says.

@@ -230,8 +230,8 @@ pub fn decode_batch(ctx: &Context, preset: &str, batch: usize, tokens: usize) ->
     let config = Config::preset(preset)?;
     let model = Model::noise(ctx, &config, 1)?;
     let vocab = config.vocab_size as u32;
-    let mut decoder =
-        Decoder::new(ctx, &model, batch)?.ok_or_else(|| crate::Error::Input("a batch needs --device cuda".into()))?;
+    let mut decoder = Decoder::new(ctx, &model, batch)?
+        .ok_or_else(|| crate::Error::Input("decoding in batches needs --device cuda and --dtype f16 or bf16".into()))?;
     let memory = ctx.memory().reserved;
     let inputs: Vec<(usize, u32)> = (0..batch).map(|i| (i, i as u32 * 7919 % vocab)).collect();
     let time = |decoder: &mut Decoder<'_>, steps: usize| {

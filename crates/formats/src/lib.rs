@@ -5,6 +5,7 @@
 
 mod atomic;
 mod huggingface;
+pub mod int8;
 mod pickle;
 mod pth;
 mod safetensors;
@@ -85,6 +86,8 @@ pub struct Checkpoint {
     path: PathBuf,
     maps: Vec<Mmap>,
     entries: BTreeMap<String, Entry>,
+    /// Scales of the matrices in 8 bits.
+    scales: BTreeMap<String, Entry>,
     metadata: BTreeMap<String, String>,
     naming: Naming,
 }
@@ -114,6 +117,7 @@ impl Checkpoint {
             path: path.into(),
             maps: Vec::new(),
             entries: BTreeMap::new(),
+            scales: BTreeMap::new(),
             metadata: BTreeMap::new(),
             naming: Naming::Official,
         };
@@ -130,6 +134,7 @@ impl Checkpoint {
         if folder && let Some(text) = read_text(&path.join(CONFIG_JSON))? {
             ckpt.metadata.insert(CONFIG_JSON.into(), text);
         }
+        ckpt.scales = int8::scales(&mut ckpt.entries, &ckpt.metadata).map_err(|reason| malformed(path, reason))?;
         if huggingface::is(&ckpt.entries) {
             ckpt.naming = Naming::HuggingFace;
             ckpt.entries = huggingface::to_official(ckpt.entries).map_err(|reason| malformed(path, reason))?;
@@ -160,7 +165,8 @@ impl Checkpoint {
     /// A tensor, if there is one of that name.
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
         let (name, entry) = self.entries.get_key_value(name)?;
-        Some(TensorView { name, entry, map: &self.maps[entry.file] })
+        let scale = self.scales.get(name).map(|e| &self.maps[e.file][e.start..e.end]);
+        Some(TensorView { name, entry, map: &self.maps[entry.file], scale })
     }
 
     /// Metadata strings of a safetensors file (`__metadata__`); for a folder also its [`CONFIG_JSON`].

@@ -1,4 +1,4 @@
-use crate::{Entry, Error};
+use crate::{Entry, Error, int8};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use memmap2::Mmap;
@@ -74,6 +74,8 @@ pub struct TensorView<'a> {
     pub(crate) name: &'a str,
     pub(crate) entry: &'a Entry,
     pub(crate) map: &'a Mmap,
+    /// Scales of a matrix in 8 bits.
+    pub(crate) scale: Option<&'a [u8]>,
 }
 
 impl<'a> TensorView<'a> {
@@ -140,6 +142,10 @@ impl<'a> TensorView<'a> {
                 }
             }
             Dtype::F16 => self.read(data, start, out, |b| f16::from_le_bytes(b).to_f32()),
+            Dtype::I8 => match self.scale {
+                Some(scale) => int8::read(data, scale, e.shape[1], start, out),
+                None => return Err(int8::missing(self.name)),
+            },
             other => return Err(self.error(format!("it holds {other}; weights must be floating-point numbers"))),
         }
         Ok(())
@@ -216,7 +222,7 @@ impl<'a> TensorView<'a> {
     }
 }
 
-/// A tensor to be written: f32 values given on demand, stored as `dtype` (F32, F16 or BF16, rounded to nearest even).
+/// A tensor to be written: f32 values given on demand, stored as `dtype` (F32, F16 or BF16, rounded to nearest even, or whole numbers as I8).
 pub struct Source<'a> {
     /// Name.
     pub name: String,
@@ -254,6 +260,7 @@ impl<'a> Source<'a> {
                 Dtype::F32 => piece.iter().for_each(|v| buffer.extend(v.to_le_bytes())),
                 Dtype::F16 => piece.iter().for_each(|v| buffer.extend(f16::from_f32(*v).to_le_bytes())),
                 Dtype::BF16 => piece.iter().for_each(|v| buffer.extend(bf16::from_f32(*v).to_le_bytes())),
+                Dtype::I8 => buffer.extend(piece.iter().map(|v| *v as i8 as u8)),
                 other => {
                     let reason = format!("cannot be written as {other}: use F32, F16 or BF16");
                     return Err(Error::Tensor { name: self.name.clone(), reason });

@@ -326,3 +326,41 @@ proptest::proptest! {
         let _ = std::fs::remove_file(&path);
     }
 }
+
+#[test]
+fn matrices_in_8_bits_are_one_tensor_with_values() {
+    let folder = std::env::temp_dir().join(format!("anser-int8-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let (plain, small) = (folder.join("a.safetensors"), folder.join("b.safetensors"));
+    // Groups of 64 and a shorter one; a row of zeros.
+    let values: Vec<f32> =
+        (0..3 * 100).map(|i| if i < 100 { 0.0 } else { ((i * 37 % 101) as f32 - 50.0) * 0.01 }).collect();
+    write_safetensors(&plain, &[Source::new("head.weight", &[3, 100], Dtype::F32, &values)], &BTreeMap::new()).unwrap();
+    let ckpt = Checkpoint::open(&plain).unwrap();
+    let view = ckpt.get("head.weight").unwrap();
+    assert!(int8::is_large("head.weight", view.shape()) && !int8::is_large("emb.weight", &[3, 100]));
+    let metadata = BTreeMap::from([(int8::INT8.to_string(), "64".to_string())]);
+    write_safetensors(&small, &int8::sources(view), &metadata).unwrap();
+    let ckpt = Checkpoint::open(&small).unwrap();
+    assert_eq!(ckpt.names().collect::<Vec<_>>(), ["head.weight"]);
+    let view = ckpt.get("head.weight").unwrap();
+    let back = view.to_f32_vec().unwrap();
+    assert!(back.iter().zip(&values).all(|(b, v)| (b - v).abs() <= 0.5 / 127.0 * 0.51 && (*v != 0.0 || *b == 0.0)));
+    let e = int8::error(&values, 100);
+    assert!(e > 1e-4 && e < 5e-3, "{e}");
+    let mut part = [0.0; 70];
+    view.read_f32_from(150, &mut part).unwrap();
+    assert_eq!(part, back[150..220]);
+    // Rounding what was rounded changes nothing.
+    let again = folder.join("c.safetensors");
+    write_safetensors(&again, &int8::sources(view), &metadata).unwrap();
+    assert_eq!(std::fs::read(&small).unwrap(), std::fs::read(&again).unwrap());
+    // Without the word in the metadata it is a matrix of whole numbers, and no weight.
+    write_safetensors(&again, &int8::sources(view), &BTreeMap::new()).unwrap();
+    let e = Checkpoint::open(&again).unwrap().get("head.weight").unwrap().to_f32_vec().unwrap_err().to_string();
+    assert!(e.contains("head.weight") && e.contains("I8"), "{e}");
+    write_safetensors(&again, &int8::sources(view)[..1], &metadata).unwrap();
+    let e = Checkpoint::open(&again).err().unwrap().to_string();
+    assert!(e.contains("head.weight.scale is missing"), "{e}");
+    std::fs::remove_dir_all(folder).unwrap();
+}

@@ -1,13 +1,11 @@
 use crate::Error;
+use crate::session::{piece, read};
 use anser_model::{DecodeStep, LayerState, Model, Part, State};
-use anser_ops::{Tape, Var, batch};
+use anser_ops::Var;
 use anser_tensor::Context;
 use anser_tensor::cuda::{Cuda, Graph, Pinned};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-
-/// Tokens of one piece of a prompt.
-const PIECE: usize = 4096;
 
 /// Many sequences decoded together on a GPU: every slot holds one, whose state is advanced in place.
 ///
@@ -145,15 +143,8 @@ impl<'m> Decoder<'m> {
     pub fn prefill(&mut self, slot: usize, tokens: &[u32]) -> Result<Vec<f32>, Error> {
         let mut state = self.state(slot)?;
         let mut logits = Vec::new();
-        for piece in tokens.chunks(PIECE) {
-            let mut tape = Tape::inference(&self.ctx, self.model.params());
-            let segments = batch(1, piece.len(), true).into();
-            let (hidden, next) = self.model.forward(&mut tape, piece, &segments, &state, false)?;
-            let c = hidden.cols();
-            let last = Var::constant(1, c, hidden.buf().part((piece.len() - 1) * c, c));
-            logits = self.model.logits(&mut tape, &last).to_vec();
-            self.ctx.check()?;
-            state = next;
+        for piece in tokens.chunks(piece(&self.ctx)) {
+            (logits, state) = read(&self.ctx, self.model, piece, &state)?;
         }
         self.set_state(slot, &state)?;
         if logits.is_empty() { Err(Error::Empty) } else { Ok(logits) }

@@ -1,13 +1,11 @@
 use crate::{Decoder, Error};
 use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
 use anser_model::{Model, State};
-use anser_ops::{Tape, batch};
+use anser_ops::{Tape, Var, batch};
 use anser_tensor::Context;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Tokens of one piece of a prompt.
-const PIECE: usize = 256;
 const FORMAT: &str = "anser.state";
 
 /// One sequence being read and written: the recurrent state after its tokens and the logits for the next.
@@ -46,16 +44,8 @@ impl<'m> Session<'m> {
         }
         self.state = self.state();
         self.decoder = None;
-        for piece in tokens.chunks(PIECE) {
-            let mut tape = Tape::inference(&self.ctx, self.model.params());
-            let segments = batch(1, piece.len(), true).into();
-            let (hidden, state) = self.model.forward(&mut tape, piece, &segments, &self.state, false)?;
-            let c = hidden.cols();
-            let last = hidden.buf().part((piece.len() - 1) * c, c);
-            let logits = self.model.logits(&mut tape, &anser_ops::Var::constant(1, c, last));
-            self.logits = logits.to_vec();
-            self.ctx.check()?;
-            self.state = state;
+        for piece in tokens.chunks(piece(&self.ctx)) {
+            (self.logits, self.state) = read(&self.ctx, self.model, piece, &self.state)?;
         }
         Ok(())
     }
@@ -122,11 +112,11 @@ impl<'m> Session<'m> {
             Ok(values)
         };
         let mut index = 0..;
-        let mut next = |v: &mut anser_ops::Var| -> Result<(), Error> {
+        let mut next = |v: &mut Var| -> Result<(), Error> {
             let i = index.next().unwrap_or_default();
             let mut buf = v.buf().duplicate();
             buf.copy_from(&read(&name(i), v.rows() * v.cols())?);
-            *v = anser_ops::Var::constant(v.rows(), v.cols(), buf);
+            *v = Var::constant(v.rows(), v.cols(), buf);
             Ok(())
         };
         for l in &mut session.state.layers {
@@ -138,6 +128,23 @@ impl<'m> Session<'m> {
         session.logits = read("logits", len)?;
         Ok(session)
     }
+}
+
+/// Tokens of one piece of a prompt, which bounds memory: many on a GPU, which a few don't fill.
+pub(crate) fn piece(ctx: &Context) -> usize {
+    if ctx.cuda().is_some() { 4096 } else { 256 }
+}
+
+/// Reads a piece of a prompt, going on from a state of one slot: the logits after it and the next state. The host waits for the GPU only at the end.
+pub(crate) fn read(ctx: &Context, model: &Model, piece: &[u32], state: &State) -> Result<(Vec<f32>, State), Error> {
+    let mut tape = Tape::inference(ctx, model.params());
+    let segments = batch(1, piece.len(), true).into();
+    let (hidden, next) = model.forward(&mut tape, piece, &segments, state, false)?;
+    let c = hidden.cols();
+    let last = Var::constant(1, c, hidden.buf().part((piece.len() - 1) * c, c));
+    let logits = model.logits(&mut tape, &last).to_vec();
+    ctx.check()?;
+    Ok((logits, next))
 }
 
 /// Name of the i-th state matrix.

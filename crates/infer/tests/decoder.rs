@@ -42,17 +42,18 @@ fn sequence(i: usize, len: usize) -> Vec<u32> {
     (0..len).map(|t| ((t * 37 + i * 11 + 5) % 200) as u32).collect()
 }
 
-const TYPES: [(DType, f64); 3] = [(DType::F32, 2e-5), (DType::F16, 5e-3), (DType::BF16, 4e-2)];
+const TYPES: [(DType, f64); 2] = [(DType::F16, 5e-3), (DType::BF16, 4e-2)];
 
 #[test]
 #[ignore = "needs a GPU"]
 fn steps_equal_the_forward_pass() {
     for (head_size, n_embd, layers) in [(64, 128, 3), (16, 48, 2), (32, 320, 1), (128, 1280, 1)] {
         let model = model(&config(head_size, n_embd, layers));
-        for (dtype, tolerance) in TYPES {
+        let types = if n_embd > 1000 { &TYPES[..1] } else { &TYPES };
+        for &(dtype, tolerance) in types {
             let ctx = Context::with_activations(Device::Cuda(0), dtype, 2).unwrap();
             let device = model.packed(&ctx, dtype);
-            for n in if n_embd > 1000 { vec![1, 4] } else { vec![1, 2, 3, 4, 5] } {
+            for n in if n_embd > 1000 { vec![4] } else { vec![1, 2, 3, 4] } {
                 let vocab = model.config().vocab_size;
                 let sequences: Vec<Vec<u32>> = (0..n).map(|i| sequence(i, 6)).collect();
                 let mut decoder = Decoder::new(&ctx, &device, n + 1).unwrap().unwrap();
@@ -100,10 +101,8 @@ fn steps_equal_the_forward_pass() {
 fn any_number_of_sequences() {
     let configs = [
         (config(64, 128, 2), DType::F16, 5e-3, vec![5, 8, 33, 64, 65, 200]),
-        (config(16, 48, 2), DType::BF16, 4e-2, vec![9, 32, 40, 70]),
+        (config(16, 48, 2), DType::BF16, 4e-2, vec![9, 32, 70]),
         (config(32, 320, 1), DType::F16, 5e-3, vec![6, 20]),
-        (config(128, 1280, 1), DType::F16, 5e-3, vec![7, 36]),
-        (config(64, 128, 1), DType::F32, 2e-5, vec![6]),
     ];
     for (config, dtype, tolerance, batches) in configs {
         let (model, vocab) = (model(&config), config.vocab_size);
@@ -138,7 +137,7 @@ fn any_number_of_sequences() {
             println!("C {} {dtype} B {n}: from operation by operation {worst:.1e}", config.n_embd);
             assert!(worst < tolerance, "{worst:.1e}");
             let way = |n: usize| [4, 32, 64, 1024].iter().position(|&m| n <= m);
-            if let Some((other, bits)) = before.filter(|b| dtype != DType::F32 && way(b.0) == way(n) && n <= 64) {
+            if let Some((other, bits)) = before.filter(|b| way(b.0) == way(n) && n <= 64) {
                 assert!(logits[..vocab] == bits[..], "{other} and {n} sequences differ");
             }
             before = Some((n, logits[..vocab].to_vec()));

@@ -3,7 +3,7 @@
 
 use crate::rwkv7::{Block, Rwkv7Block};
 use crate::{Model, State};
-use anser_ops::decode::{BATCH, Finish, Heads, MOST, Norm, Plan, Projected, Skip, Step, TILE_BATCH, Tiles, Ups, fits};
+use anser_ops::decode::{BATCH, Finish, Heads, MOST, Mix, Norm, Projected, Skip, Step, TILE_BATCH, Tiles, Ups, fits};
 use anser_ops::{LowRank, Param, Weight};
 use anser_tensor::cuda::DevicePtr;
 use anser_tensor::gemm::Trans;
@@ -54,7 +54,7 @@ impl TilePlans {
     }
 }
 
-/// Memory and work plans for steps of up to [`DecodeStep::most`] sequences.
+/// Memory and work plans for steps of up to [`DecodeStep::most`] sequences, in f16 or bf16.
 ///
 /// Products go one of four ways, by the number of sequences: 1 to 4, 5 to 32, 33 to 64, more. The bits of a sequence's result depend on its neighbours
 /// only in which of these ways it goes.
@@ -63,13 +63,9 @@ pub struct DecodeStep<'m> {
     model: &'m Model,
     blocks: Vec<&'m Rwkv7Block>,
     most: usize,
-    /// Projections: of the first layer, and of the others, which have a value gate.
-    projections: [Plan; 2],
-    output: Plan,
-    key: Plan,
-    value: Skip,
-    head: Plan,
+    /// For up to 4, 32 and 64 sequences.
     tiles: Vec<TilePlans>,
+    skip: Skip,
     ups: [Ups; 2],
     tokens: Buf,
     slots: Buf,
@@ -78,6 +74,8 @@ pub struct DecodeStep<'m> {
     mixed: Buf,
     projected: Buf,
     mapped: Buf,
+    /// LayerNorm(x) of few sequences, on its way to the state.
+    now: Buf,
     first: Buf,
     hidden: Buf,
     logits: Buf,
@@ -85,14 +83,14 @@ pub struct DecodeStep<'m> {
 }
 
 impl<'m> DecodeStep<'m> {
-    /// Sequences of a step at most, in any type; in f32 it is 4.
+    /// Sequences of a step at most.
     pub const MOST: usize = MOST;
 
-    /// For steps of up to `batch` sequences, or as many of them as there are steps for. `None` if the model's matrices are not on a GPU or are
-    /// too wide for the kernels, or if it has what they don't know: the doubled in-context rate, other blocks than those of RWKV-7.
+    /// For steps of up to `batch` sequences. `None` if the model's matrices are not on a GPU in 16 bits or are too wide for the kernels, or if
+    /// it has what they don't know: the doubled in-context rate, other blocks than those of RWKV-7.
     pub fn new(ctx: &Context, model: &'m Model, batch: usize) -> Option<DecodeStep<'m>> {
         let on_device = |w: &Weight| matches!(w, Weight::Device(_));
-        if !on_device(&model.head) || ctx.cuda().is_none() || model.config().double_rate {
+        if !on_device(&model.head) || ctx.cuda().is_none() || ctx.dtype() == DType::F32 || model.config().double_rate {
             return None;
         }
         let recurrent = |block: &'m Block| match block {
@@ -100,9 +98,7 @@ impl<'m> DecodeStep<'m> {
             Block::Attention(_) => None,
         };
         let blocks: Vec<&Rwkv7Block> = model.blocks.iter().map(recurrent).collect::<Option<_>>()?;
-        let wide = ctx.dtype() != DType::F32;
-        let most = if wide { batch.min(MOST) } else { batch.min(BATCH) };
-        let (config, few) = (model.config(), batch.min(BATCH));
+        let (config, most) = (model.config(), batch.min(MOST));
         let (c, hidden, vocab) = (config.n_embd, config.n_hidden, config.vocab_size);
         let ranks = |layer: usize| {
             let att = &blocks.get(layer).or(blocks.first())?.att;
@@ -116,22 +112,21 @@ impl<'m> DecodeStep<'m> {
         // The order of `load::STACK`; inputs in the order r, w, k, v, a, g.
         let runs = |[w, a, v, g]: [usize; 4]| [(c, 0), (c, 2), (c + v, 3), (w, 1), (a, 4), (g, 5)];
         let downs = |[w, a, v, g]: [usize; 4]| [(v, 3), (w, 1), (a, 4), (g, 5)];
-        let projections = [Plan::new(ctx, c, &runs(ranks(0)?))?, Plan::new(ctx, c, &runs(ranks(1)?))?];
-        let widest = projections.iter().map(Plan::rows).max()?;
         let plans = |batch: usize| {
             let plan = |k, runs: &[_], shared| Tiles::new(ctx, batch, k, runs, false, shared);
             Some(TilePlans {
                 batch,
                 projections: [plan(c, &runs(ranks(0)?), false)?, plan(c, &runs(ranks(1)?), false)?],
                 downs: [plan(c, &downs(ranks(0)?), false)?, plan(c, &downs(ranks(1)?), false)?],
-                output: plan(c, &[(c, 0)], true)?,
+                output: plan(c, &[(c, 0)], batch > BATCH)?,
                 key: plan(c, &[(hidden, 0)], false)?,
                 value: Tiles::new(ctx, batch, hidden, &[(c, 0)], true, true)?,
                 head: plan(c, &[(vocab, 0)], false)?,
             })
         };
-        let sizes = [32, TILE_BATCH].into_iter().filter(|&n| most > if n == 32 { BATCH } else { 32 });
-        let tiles = sizes.map(plans).collect::<Option<Vec<TilePlans>>>()?;
+        let sizes = [(0, BATCH), (BATCH, 32), (32, TILE_BATCH)].into_iter().filter(|s| most > s.0);
+        let tiles = sizes.map(|s| plans(s.1)).collect::<Option<Vec<TilePlans>>>()?;
+        let widest = tiles.iter().flat_map(|t| &t.projections).map(Tiles::rows).max()?;
         // Beyond TILE_BATCH only the first halves of low-rank maps go through tiles.
         let parts_of = |p: &TilePlans| {
             let of = |t: &Tiles| t.parts() * p.batch.min(most);
@@ -139,12 +134,8 @@ impl<'m> DecodeStep<'m> {
         };
         let parts = tiles.iter().map(parts_of).max().unwrap_or(0);
         Some(DecodeStep {
-            projections,
-            output: Plan::new(ctx, c, &[(c, 0)])?,
-            key: Plan::new(ctx, c, &[(hidden, 0)])?,
-            value: Skip::new(ctx, few, hidden, c)?,
-            head: Plan::new(ctx, c, &[(vocab, 0)])?,
             tiles,
+            skip: Skip::new(ctx, most.min(BATCH), hidden, c)?,
             ups: [Ups::new(ctx, ranks(0)?, c)?, Ups::new(ctx, ranks(1)?, c)?],
             tokens: ctx.zeros_f32(most),
             slots: ctx.zeros_f32(most),
@@ -152,9 +143,9 @@ impl<'m> DecodeStep<'m> {
             mixed: ctx.zeros(6 * most * c),
             projected: ctx.zeros_f32(most * widest),
             mapped: ctx.zeros_f32(4 * most * c),
+            now: ctx.zeros(most.min(BATCH) * c),
             first: ctx.zeros_f32(most * c),
-            // f32 for few sequences, the type of activations for many.
-            hidden: ctx.zeros_f32(hidden * few.max(most.div_ceil(2))),
+            hidden: ctx.zeros(most * hidden),
             logits: ctx.zeros_f32(most * vocab),
             parts: ctx.alloc_f32(parts),
             ctx: ctx.clone(),
@@ -187,7 +178,7 @@ impl<'m> DecodeStep<'m> {
     /// Share of the entries of relu(.)^2 that were zero for all sequences of a step, over `steps` steps of up to 4 sequences since the beginning.
     pub fn zero_share(&self, steps: usize) -> f64 {
         let rows = steps * self.model.blocks.len() * self.model.config().n_hidden;
-        if rows == 0 { 0.0 } else { 1.0 - f64::from(self.value.rows_read()) / rows as f64 }
+        if rows == 0 { 0.0 } else { 1.0 - f64::from(self.skip.rows_read()) / rows as f64 }
     }
 
     /// Enqueues a step of `batch` sequences: their tokens and slots are read, their rows of `state` advanced in place.
@@ -212,8 +203,8 @@ impl<'m> DecodeStep<'m> {
         let (x, mixed, projected, slots) = (self.x.ptr(), self.mixed.ptr(), self.projected.ptr(), self.slots.ptr());
         let (mapped, hidden, logits, parts) =
             (self.mapped.ptr(), self.hidden.ptr(), self.logits.ptr(), self.parts.ptr());
-        let few = batch <= BATCH;
-        let tiles = self.tiles.iter().find(|t| !few && batch <= t.batch);
+        let (few, now) = (batch <= BATCH, self.now.ptr());
+        let tiles = self.tiles.iter().find(|t| batch <= t.batch);
         // By the matrix library: y [batch, n] (+)= x W^T, or x W for W [k, n].
         let library = |w, trans, n, k, x, add, y, to| gpu.gemm(Trans::N, trans, batch, n, k, x, w, dtype, add, y, to);
         if on(Part::Mix) {
@@ -221,7 +212,8 @@ impl<'m> DecodeStep<'m> {
         }
         for (i, (block, s)) in self.blocks.iter().zip(&state.layers).enumerate() {
             let (att, kind) = (&block.att, i.min(1));
-            if on(Part::Mix) {
+            // With few sequences the products do this, and leave what is kept of this token to a kernel after them.
+            if on(Part::Mix) && !few {
                 step.mix(x, mixed, s.att_x.buf().ptr(), slots, norm(&block.ln1), att.mix.map(p));
             }
             let maps = [Some(&att.decay), Some(&att.rate), att.value_gate.as_ref(), Some(&att.gate)];
@@ -238,7 +230,7 @@ impl<'m> DecodeStep<'m> {
                 ln_x: norm(&att.ln_x),
             };
             let stacked = w(&att.receptance);
-            let rows = self.projections[kind].rows();
+            let rows = 3 * c + dw + da + dv + dg;
             // First halves, their distance from one sequence to the next, and where r, k and v are.
             let (downs, stride, from) = if few || tiles.is_some() {
                 let from = Projected { at: projected, stride: rows, apart: c, mapped: (!few).then_some(mapped) };
@@ -249,7 +241,10 @@ impl<'m> DecodeStep<'m> {
             };
             if on(Part::Projections) {
                 match tiles {
-                    _ if few => step.product(Finish::Store, &self.projections[kind], stacked, mixed, projected),
+                    Some(t) if few => {
+                        let mix = Mix { mu: att.mix.map(p), last: s.att_x.buf().ptr(), slots, now };
+                        step.mixed(Finish::Store, &t.projections[kind], stacked, x, projected, norm(&block.ln1), mix);
+                    }
                     Some(t) => step.tiles(Finish::Store, &t.projections[kind], stacked, mixed, projected, parts),
                     None => {
                         for (j, (weight, input)) in
@@ -278,22 +273,26 @@ impl<'m> DecodeStep<'m> {
                 }
             }
             if on(Part::Heads) {
-                step.heads(from, &heads, self.first.ptr(), s.wkv.buf().ptr(), slots, mixed);
+                step.heads(from, &heads, self.first.ptr(), s.wkv.buf().ptr(), slots, [now, s.att_x.buf().ptr()], mixed);
             }
             if on(Part::Output) {
                 match tiles {
-                    _ if few => step.product(Finish::Add, &self.output, w(&att.output), mixed, x),
                     Some(t) => step.tiles(Finish::Add, &t.output, w(&att.output), mixed, x, parts),
                     None => library(w(&att.output), Trans::T, c, c, mixed, true, x, DType::F32),
                 }
             }
-            if on(Part::Mix) {
+            if on(Part::Mix) && !few {
                 step.mix(x, mixed, s.ffn_x.buf().ptr(), slots, norm(&block.ln2), [p(block.ffn.mix)]);
             }
             let ffn = &block.ffn;
             if on(Part::Key) {
                 match tiles {
-                    _ if few => step.product(Finish::ReluSquared, &self.key, w(&ffn.key), mixed, hidden),
+                    Some(t) if few => {
+                        let mut mu = [DevicePtr::NULL; 6];
+                        mu[0] = p(ffn.mix);
+                        let mix = Mix { mu, last: s.ffn_x.buf().ptr(), slots, now };
+                        step.mixed(Finish::ReluSquared, &t.key, w(&ffn.key), x, hidden, norm(&block.ln2), mix);
+                    }
                     Some(t) => step.tiles(Finish::ReluSquared, &t.key, w(&ffn.key), mixed, hidden, parts),
                     None => {
                         library(w(&ffn.key), Trans::T, wide, c, mixed, false, hidden, dtype);
@@ -303,19 +302,26 @@ impl<'m> DecodeStep<'m> {
             }
             if on(Part::Value) {
                 match tiles {
-                    _ if few => step.skip(w(&ffn.value), hidden, x, &self.value),
+                    Some(_) if few => {
+                        let shift = [now, s.ffn_x.buf().ptr()];
+                        step.skip(w(&ffn.value), hidden, x, &self.skip, shift, slots);
+                    }
                     Some(t) => step.tiles(Finish::Add, &t.value, w(&ffn.value), hidden, x, parts),
                     None => library(w(&ffn.value), Trans::N, c, wide, hidden, true, x, DType::F32),
                 }
             }
         }
-        if on(Part::Mix) {
+        if on(Part::Mix) && !few {
             step.mix(x, mixed, DevicePtr::NULL, slots, norm(&m.ln_out), []);
         }
         if on(Part::Head) {
             let vocab = config.vocab_size;
             match tiles {
-                _ if few => step.product(Finish::Store, &self.head, w(&m.head), mixed, logits),
+                Some(t) if few => {
+                    let none = [DevicePtr::NULL; 6];
+                    let mix = Mix { mu: none, last: DevicePtr::NULL, slots, now };
+                    step.mixed(Finish::Store, &t.head, w(&m.head), x, logits, norm(&m.ln_out), mix);
+                }
                 Some(t) => step.tiles(Finish::Store, &t.head, w(&m.head), mixed, logits, parts),
                 None => library(w(&m.head), Trans::T, vocab, c, mixed, false, logits, DType::F32),
             }
@@ -328,7 +334,7 @@ impl<'m> DecodeStep<'m> {
     pub fn bytes(&self, batch: usize, zero: f64, part: Option<Part>) -> f64 {
         let config = self.model.config();
         let (c, h, layers) = (config.n_embd, config.n_hidden, config.n_layer);
-        let down: usize = self.projections[0].rows() + (layers - 1) * self.projections[1].rows();
+        let down = self.tiles.first().map_or(0, |t| t.projections[0].rows() + (layers - 1) * t.projections[1].rows());
         let elements = |part| match part {
             Part::Mix => 0,
             // The second halves of the low-rank maps are in the heads' kernel, or a product of their own before it.

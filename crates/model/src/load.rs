@@ -3,7 +3,7 @@
 use crate::rwkv7::{Block, ChannelMix, Norm, Rwkv7Block, TimeMix};
 use crate::transformer::AttentionBlock;
 use crate::{Architecture, Config, Error, LoraDims, Model};
-use anser_formats::{CONFIG_JSON, Checkpoint, TensorView};
+use anser_formats::{CONFIG_JSON, Checkpoint, Dtype, TensorView};
 use anser_ops::{Activation, LowRank, Param, ParamSet, Weight};
 use anser_tensor::{Context, DType, DeviceMatrix, DisjointMut, Packed, memory};
 use std::collections::HashMap;
@@ -171,12 +171,19 @@ impl Model {
             if ctx.cuda().is_some() {
                 weights = to_device(ctx, &config, |name, shape, out| {
                     let t = find(name, shape)?;
-                    t.read_f32_into(out)?;
+                    // An element type that is no float shows at once; after that reading cannot fail.
+                    t.read_f32_from(0, &mut [])?;
+                    let stored = t.bytes().filter(|_| same(t.dtype(), ctx.dtype()));
+                    let bad = match stored {
+                        Some(bytes) => copy_finite(ctx, bytes, out),
+                        None => encode(ctx, out, |start, values| {
+                            if t.read_f32_from(start, values).is_err() {
+                                values.fill(f32::NAN);
+                            }
+                        }),
+                    };
                     t.release();
-                    match out.iter().position(|v| !v.is_finite()) {
-                        Some(i) => Err(not_finite(name, i)),
-                        None => Ok(()),
-                    }
+                    bad.map_or(Ok(()), |i| Err(not_finite(name, i)))
                 })?;
             }
             for (name, shape, _) in &list {
@@ -225,7 +232,8 @@ impl Model {
         };
         if ctx.cuda().is_some() {
             let copied = to_device(ctx, &self.config, |name, _, out| {
-                out.copy_from_slice(from(name));
+                let m = from(name);
+                encode(ctx, out, |start, values| values.copy_from_slice(&m[start..start + values.len()]));
                 Ok(())
             });
             weights = copied.unwrap_or_default();
@@ -275,7 +283,9 @@ impl Model {
             }
         };
         let weights = to_device(ctx, config, |name, shape, out| {
-            fill(name, shape, out);
+            let mut m = vec![0.0; shape.iter().product()];
+            fill(name, shape, &mut m);
+            encode(ctx, out, |start, values| values.copy_from_slice(&m[start..start + values.len()]));
             Ok(())
         })?;
         let mut list = config.tensors();
@@ -354,10 +364,57 @@ impl Model {
 pub(crate) const STACK: [&str; 7] =
     ["att.receptance.weight", "att.key.weight", "att.value.weight", "att.v1", "att.w1", "att.a1", "att.g1"];
 
-/// Copies the matrices to the GPU in the type of activations, one after another; `read` gives a tensor's values. Those of [`STACK`] of a layer share
+/// Elements that one thread converts at a time.
+const PIECE: usize = 1 << 15;
+
+/// Whether a file's type is the type of activations.
+fn same(file: Dtype, dtype: DType) -> bool {
+    matches!((file, dtype), (Dtype::F32, DType::F32) | (Dtype::F16, DType::F16) | (Dtype::BF16, DType::BF16))
+}
+
+/// Runs `work` on pieces of `out`, values of the type of activations, given with the number of their first one; it says which value is not finite. The first of these.
+fn in_pieces(ctx: &Context, out: &mut [u8], work: impl Fn(usize, &mut [u8]) -> Option<usize> + Sync) -> Option<usize> {
+    let (size, len) = (ctx.dtype().size(), out.len());
+    let bad = AtomicUsize::new(usize::MAX);
+    let shared = DisjointMut::new(out);
+    ctx.threads().run(len.div_ceil(PIECE * size), |t| {
+        // SAFETY: every task has its own piece.
+        let to = unsafe { shared.get(t * PIECE * size..len.min((t + 1) * PIECE * size)) };
+        if let Some(i) = work(t * PIECE, to) {
+            bad.fetch_min(t * PIECE + i, Ordering::Relaxed);
+        }
+    });
+    Some(bad.into_inner()).filter(|&i| i != usize::MAX)
+}
+
+/// Puts values into `out` in the type of activations; `read(start, values)` gives those from the `start`-th on. The first that is not finite.
+fn encode(ctx: &Context, out: &mut [u8], read: impl Fn(usize, &mut [f32]) + Sync) -> Option<usize> {
+    in_pieces(ctx, out, |start, to| {
+        let mut values = vec![0.0; to.len() / ctx.dtype().size()];
+        read(start, &mut values);
+        ctx.dtype().encode(&values, to);
+        values.iter().position(|v| !v.is_finite())
+    })
+}
+
+/// Copies values of the type of activations. The first that is not finite.
+fn copy_finite(ctx: &Context, from: &[u8], out: &mut [u8]) -> Option<usize> {
+    let size = ctx.dtype().size();
+    in_pieces(ctx, out, |start, to| {
+        to.copy_from_slice(&from[start * size..][..to.len()]);
+        let all = |mask: u16| to.as_chunks().0.iter().position(|b| u16::from_le_bytes(*b) & mask == mask);
+        match ctx.dtype() {
+            DType::F16 => all(0x7c00),
+            DType::BF16 => all(0x7f80),
+            DType::F32 => to.as_chunks().0.iter().position(|b| !f32::from_le_bytes(*b).is_finite()),
+        }
+    })
+}
+
+/// Copies the matrices to the GPU in the type of activations, one after another; `read` gives a tensor's values in this type. Those of [`STACK`] of a layer share
 /// a buffer; the second matrix of channel mixing lies [in, out], so that rows under zeros can be skipped.
 fn to_device(
-    ctx: &Context, config: &Config, read: impl Fn(&str, &[usize], &mut [f32]) -> Result<(), Error>,
+    ctx: &Context, config: &Config, read: impl Fn(&str, &[usize], &mut [u8]) -> Result<(), Error>,
 ) -> Result<HashMap<String, Weight>, Error> {
     let list = config.tensors();
     let shapes: HashMap<&str, &[usize]> = list.iter().map(|(name, shape, _)| (name.as_str(), &shape[..])).collect();
@@ -371,13 +428,13 @@ fn to_device(
             let (shape, stored) = (shapes[name.as_str()], packed_layout(name) == Some(true));
             let (outputs, inputs) = if stored { (shape[1], shape[0]) } else { (shape[0], shape[1]) };
             let in_out = (stored && names.len() == 1) || name.ends_with("ffn.value.weight");
-            values.resize(size(name), 0.0);
+            values.resize(size(name) * ctx.dtype().size(), 0);
             read(name, shape, &mut values)?;
-            if stored == in_out {
-                buf.write(start, &values);
-            } else {
-                buf.write(start, &transposed(ctx, &values, shape[0], shape[1]));
+            if stored != in_out {
+                let of = (&values[..], shape[0], shape[1]);
+                values = if ctx.dtype() == DType::F32 { transposed::<4>(ctx, of) } else { transposed::<2>(ctx, of) };
             }
+            buf.write_raw(start, &values);
             places.push((name, start, outputs, inputs, in_out));
             start += size(name);
         }
@@ -403,15 +460,18 @@ fn to_device(
     Ok(weights)
 }
 
-/// A matrix [rows, cols] as [cols, rows].
-fn transposed(ctx: &Context, x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    let mut y = vec![0.0; x.len()];
+/// A matrix [rows, cols] of elements of S bytes as [cols, rows].
+fn transposed<const S: usize>(ctx: &Context, (x, rows, cols): (&[u8], usize, usize)) -> Vec<u8> {
+    const TILE: usize = 32;
+    let mut y = vec![0; x.len()];
     let shared = DisjointMut::new(&mut y);
-    ctx.threads().run(cols.div_ceil(16), |t| {
-        let first = t * 16;
-        let n = 16.min(cols - first);
+    let x = x.as_chunks::<S>().0;
+    ctx.threads().run(cols.div_ceil(TILE), |t| {
+        let first = t * TILE;
+        let n = TILE.min(cols - first);
         // SAFETY: every task has its own rows of y.
-        let to = unsafe { shared.get(first * rows..(first + n) * rows) };
+        let to = unsafe { shared.get(first * rows * S..(first + n) * rows * S) };
+        let to = to.as_chunks_mut::<S>().0;
         for (r, row) in x.chunks_exact(cols).enumerate() {
             for (j, v) in row[first..first + n].iter().enumerate() {
                 to[j * rows + r] = *v;

@@ -242,14 +242,24 @@ impl Buf {
             (Data::Host(h), _) => h[start..start + src.len()].copy_from_slice(src),
             (Data::Device(p), Some(cuda)) => {
                 assert!(start + src.len() <= self.len);
-                let raw: Vec<u8> = match self.dtype {
-                    DType::F32 => src.iter().flat_map(|v| v.to_le_bytes()).collect(),
-                    DType::F16 => src.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
-                    DType::BF16 => src.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
-                };
+                let mut raw = vec![0; src.len() * self.dtype.size()];
+                self.dtype.encode(src, &mut raw);
                 cuda.upload(p.offset(start, self.dtype), &raw);
             }
             _ => {}
+        }
+    }
+}
+
+impl Buf {
+    /// Overwrites the elements of a device buffer from `start` on with values of its type, little-endian. Nothing happens elsewhere.
+    ///
+    /// # Panics
+    /// If they don't fit.
+    pub fn write_raw(&mut self, start: usize, raw: &[u8]) {
+        assert!(start * self.dtype.size() + raw.len() <= self.bytes());
+        if let (Data::Device(p), Some(cuda)) = (&self.data, &self.pool.cuda) {
+            cuda.upload(p.offset(start, self.dtype), raw);
         }
     }
 }

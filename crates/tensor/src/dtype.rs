@@ -1,4 +1,6 @@
 use crate::Error;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 use std::{fmt, str::FromStr};
 
 /// Element type of stored weights. Activations and states on the CPU are always f32.
@@ -18,6 +20,29 @@ impl DType {
         match self {
             DType::F32 => 4,
             DType::F16 | DType::BF16 => 2,
+        }
+    }
+
+    /// Values in this type (to nearest, ties to even), little-endian.
+    ///
+    /// # Panics
+    /// If `out` has not the room of as many.
+    pub fn encode(self, values: &[f32], out: &mut [u8]) {
+        assert!(out.len() == values.len() * self.size());
+        match self {
+            DType::F32 => out.as_chunks_mut().0.iter_mut().zip(values).for_each(|(o, v)| *o = v.to_le_bytes()),
+            DType::F16 => {
+                // The slice conversion uses the processor's instruction where there is one.
+                let mut half = [f16::ZERO; 64];
+                for (out, values) in out.as_chunks_mut().0.chunks_mut(64).zip(values.chunks(64)) {
+                    half[..values.len()].convert_from_f32_slice(values);
+                    out.iter_mut().zip(&half).for_each(|(o, v)| *o = v.to_le_bytes());
+                }
+            }
+            DType::BF16 => {
+                let round = |(o, v): (&mut [u8; 2], &f32)| *o = bf16::from_f32(*v).to_le_bytes();
+                out.as_chunks_mut().0.iter_mut().zip(values).for_each(round);
+            }
         }
     }
 }

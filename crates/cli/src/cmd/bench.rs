@@ -188,7 +188,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         }
         What::Decode { batch, .. } if *batch != 1 => anyhow::bail!("--batch {batch} needs --device cuda"),
         What::Decode { preset, tokens, .. } => {
-            let dtype = global.dtype.unwrap_or(anser_tensor::DType::BF16);
+            let dtype = global.dtype()?.unwrap_or(anser_tensor::DType::BF16);
             let r = bench::decode(&ctx, preset, dtype, *tokens)?;
             let json = json!({
                 "decode_tokens_per_second": r.decode,
@@ -211,7 +211,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             })
         }
         What::Flat { preset, tokens } => {
-            let positions = bench::flat(&ctx, preset, global.dtype.unwrap_or(anser_tensor::DType::BF16), *tokens)?;
+            let positions = bench::flat(&ctx, preset, global.dtype()?.unwrap_or(anser_tensor::DType::BF16), *tokens)?;
             global.result(json!({ "positions": positions }), || {
                 let line = |p: &bench::Position| {
                     let (us, mb) = (p.seconds * 1e6, p.resident as f64 / 1e6);

@@ -1,18 +1,22 @@
-use crate::global::Global;
-use anser_formats::{CONFIG_JSON, Checkpoint, Dtype, Source, write_pth, write_safetensors};
+use crate::global::{Global, Stored};
+use anser_formats::{CONFIG_JSON, Checkpoint, Dtype, Source, int8, write_pth, write_safetensors};
 use anser_model::{Architecture, Config};
 use anser_tensor::DType;
 use anyhow::ensure;
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-/// Rewrites a checkpoint as .pth or .safetensors (told by OUT's name), with --dtype in another type
+/// Rewrites a checkpoint as .pth or .safetensors (told by OUT's name), with --dtype in another type; int8 takes half the room of f16
 #[derive(clap::Args)]
 pub struct Args {
     /// Checkpoint to read: .pth, .safetensors or a Hugging Face folder
     input: PathBuf,
     /// File to write
     out: PathBuf,
+    /// With --dtype int8: says for every matrix how much rounding changes it
+    #[arg(long)]
+    report: bool,
 }
 
 /// Runs the subcommand.
@@ -22,14 +26,28 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let ckpt = Checkpoint::open(&args.input)?;
     let config = Config::from_checkpoint(&ckpt)?;
     let mut sources = Vec::new();
+    let mut report = Vec::new();
+    let (mut small, to_int8) = (false, matches!(global.stored, Some(Stored::Int8)));
+    ensure!(!args.report || to_int8, "--report needs --dtype int8");
     for name in ckpt.names() {
         let Some(t) = ckpt.get(name) else { continue };
-        let dtype = match global.dtype {
-            Some(DType::F32) => Dtype::F32,
-            Some(DType::F16) => Dtype::F16,
-            Some(DType::BF16) => Dtype::BF16,
+        let dtype = match global.stored {
+            Some(Stored::Float(DType::F32)) => Dtype::F32,
+            Some(Stored::Float(DType::F16)) => Dtype::F16,
+            Some(Stored::Float(DType::BF16)) => Dtype::BF16,
+            Some(Stored::Int8) if int8::is_large(name, t.shape()) => Dtype::I8,
+            Some(Stored::Int8) => Dtype::F16,
             None => t.dtype(),
         };
+        if dtype == Dtype::I8 {
+            small = true;
+            if args.report {
+                report.push((name, int8::error(&t.to_f32_vec()?, t.shape()[1])));
+                t.release();
+            }
+            sources.extend(int8::sources(t));
+            continue;
+        }
         let values = move || {
             let values = t.to_f32_vec()?;
             t.release();
@@ -42,17 +60,29 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             "{}: a .pth file cannot say that a model is a Transformer or has the doubled in-context rate; write .safetensors",
             args.out.display()
         ),
+        Some("pth") if small => anyhow::bail!("{}: int8 is written as .safetensors", args.out.display()),
         Some("pth") => write_pth(&args.out, &sources)?,
         Some("safetensors") => {
             // What a Hugging Face folder says about itself is not true of the file written.
             let mut metadata = ckpt.metadata().clone();
             metadata.remove(CONFIG_JSON);
+            metadata.remove(int8::INT8);
+            if small {
+                metadata.insert(int8::INT8.into(), int8::GROUP.to_string());
+            }
             write_safetensors(&args.out, &sources, &metadata)?
         }
         _ => anyhow::bail!("{}: the name must end in .pth or .safetensors", args.out.display()),
     }
     let bytes = std::fs::metadata(&args.out)?.len();
-    global.result(json!({ "out": args.out, "tensors": sources.len(), "bytes": bytes }), || {
-        format!("{}: {} tensors, {bytes} bytes\n", args.out.display(), sources.len())
+    let errors: BTreeMap<&str, f64> = report.iter().copied().collect();
+    let mut json = json!({ "out": args.out, "tensors": sources.len(), "bytes": bytes });
+    if args.report {
+        json["relative_error"] = json!(errors);
+    }
+    global.result(json, || {
+        let line = |(name, e): (&&str, &f64)| format!("{name}: relative error {e:.2e}\n");
+        let lines: String = errors.iter().map(line).collect();
+        format!("{lines}{}: {} tensors, {bytes} bytes\n", args.out.display(), sources.len())
     })
 }

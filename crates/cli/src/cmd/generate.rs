@@ -112,7 +112,7 @@ impl Common {
         let ckpt = Checkpoint::open(&path)?;
         let name = self.tokenizer.as_deref().or(ckpt.metadata().get("anser.tokenizer").map(String::as_str));
         let tokenizer = Tokenizer::from_name(name.unwrap_or("world"))?;
-        let model = Model::load(ctx, &ckpt, Load::Inference(global.dtype.unwrap_or(DType::BF16)))
+        let model = Model::load(ctx, &ckpt, Load::Inference(global.dtype()?.unwrap_or(DType::BF16)))
             .with_context(|| path.display().to_string())?;
         let (vocab, all) = (model.config().vocab_size, tokenizer.vocab_size());
         ensure!(

@@ -24,16 +24,16 @@ __device__ __forceinline__ float quad_sum(float x) {
 
 // Of sequence b, r, k and v lie at proj + b * stride, `apart` after each other, and with !MAPPED the first halves, or with MAPPED their second halves
 // in mapped [4, batch, C]. first [batch, C]: v of layer 0, written by layer 0. state [slots, heads, N, N].
+// Without MAPPED the rows `slots` of `last` become those of `now` [batch, C].
 template <class T, int N, bool MAPPED>
 __device__ void heads(const float* proj, int stride, size_t apart, const float* mapped, Maps maps, Ranks ranks, Vectors vec, Norm norm,
-                      float* first, float* state, const int* slots, T* out, int c) {
+                      float* first, float* state, const int* slots, const T* now, T* last, T* out, int c) {
     constexpr int THREADS = 4 * N, LANES = N / 8, PARTS = 32, WARPS_ = THREADS / 32;
     __shared__ float hidden[MAPPED ? 1 : 2048];
     __shared__ float sums[MAPPED ? 1 : WARPS_][4][N];
     __shared__ __align__(16) float x[6][N]; // r, d, k, v, a, b
     __shared__ float y[N], gates[N];
     DYNAMIC_SHARED(dynamic);
-    let_next_start();
     const int h = blockIdx.x, b = blockIdx.y, t = threadIdx.x, lane = t & 31, warp = t >> 5, c0 = h * N;
     // Before the wait: the second halves and the state, which no kernel shortly before writes.
     T* ring = reinterpret_cast<T*>(dynamic) + t * 8;
@@ -49,7 +49,16 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
     float4 s[N / 16];
 #pragma unroll
     for (int e = 0; e < N / 16; e++) s[e] = __ldcg(reinterpret_cast<const float4*>(s_at + e * 16));
+    const int ch = c0 + t; // channel of the first N threads
+    float p[8];
+    if (t < N) {
+#pragma unroll
+        for (int j = 0; j < 6; j++) p[j] = vec.p[j] ? vec.p[j][ch] : 0.f;
+        p[6] = norm.p[0][ch];
+        p[7] = norm.p[1][ch];
+    }
     wait_for_previous();
+    let_next_start();
     proj += size_t(b) * stride;
     int count = 0, from[4];
     for (int m = 0; m < 4 && !MAPPED; m++) {
@@ -61,8 +70,10 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
         count += ranks.rank[m];
     }
     float r = 0.f, k = 0.f, v = 0.f;
-    const int ch = c0 + t; // channel of the first N threads
+    float v0 = 0.f;
     if (t < N) {
+        if (maps.up[2]) v0 = __ldcg(first + size_t(b) * c + ch);
+        if (!MAPPED) last[size_t(slots[b]) * c + ch] = from_f32<T>(load_fresh_one(now + size_t(b) * c + ch));
         r = __ldcg(proj + ch);
         k = __ldcg(proj + apart + ch);
         v = __ldcg(proj + 2 * apart + ch);
@@ -93,15 +104,15 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
             for (int j = 0; j < 4; j++) m[j] += sums[i][j][t];
         for (int j = 0; j < 4 && MAPPED; j++)
             if (maps.up[j]) m[j] = __ldcg(mapped + (size_t(j) * gridDim.y + b) * c + ch);
-        x[1][t] = expf(-0.60653066f * sigmoid(m[0] + vec.p[0][ch]));
-        rate = sigmoid(m[1] + vec.p[1][ch]);
+        x[1][t] = expf(-0.60653066f * sigmoid(m[0] + p[0]));
+        rate = sigmoid(m[1] + p[1]);
         if (maps.up[2])
-            v += (__ldcg(first + size_t(b) * c + ch) - v) * sigmoid(m[2] + vec.p[2][ch]);
+            v += (v0 - v) * sigmoid(m[2] + p[2]);
         else
             first[size_t(b) * c + ch] = v;
         gates[t] = m[3];
-        z = k * vec.p[3][ch];
-        ks = k * (1.f + (rate - 1.f) * vec.p[4][ch]);
+        z = k * p[3];
+        ks = k * (1.f + (rate - 1.f) * p[4]);
         x[0][t] = r;
         x[2][t] = ks;
         x[3][t] = v;
@@ -111,7 +122,7 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
         x[4][t] = -z * inv;
         x[5][t] = z * inv * rate;
     }
-    const float bonus = block_sum(t < N ? r * ks * vec.p[5][ch] : 0.f);
+    const float bonus = block_sum(t < N ? r * ks * p[5] : 0.f);
     __syncthreads();
     float u = 0.f, o = 0.f;
     const auto four = [&](int n, int e) { return *reinterpret_cast<const float4*>(&x[n][e * 16 + q * 4]); };
@@ -139,5 +150,5 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
     const float mean = block_sum(yt) / N;
     const float var = block_sum(t < N ? (yt - mean) * (yt - mean) : 0.f) / N;
     if (t < N)
-        out[size_t(b) * c + ch] = from_f32<T>(((yt - mean) * rsqrtf(var + 64e-5f) * norm.p[0][ch] + norm.p[1][ch] + bonus * v) * gates[t]);
+        out[size_t(b) * c + ch] = from_f32<T>(((yt - mean) * rsqrtf(var + 64e-5f) * p[6] + p[7] + bonus * v) * gates[t]);
 }

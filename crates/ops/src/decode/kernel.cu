@@ -1,12 +1,12 @@
 // One decoding step of RWKV-7 for a few sequences; mod.rs says how the kernels follow each other.
-// f32 is for comparison, not for speed:
-// may spill: decode_\w+_f32
-// may spill: decode_heads_64_\w+.\(sm_80\)
+// may spill: decode_heads_(64|128)_\w+.\(sm_80\)
 #include "heads.cuh"
 #include "mix.cuh"
-#include "rows.cuh"
 #include "skip.cuh"
 #include "tiles.cuh"
+
+// The types of activations that decoding has kernels for.
+#define FOR_BOTH_TYPES(KERNEL) KERNEL(bf16, bf16) KERNEL(f16, f16)
 
 #define MIX(T, name)                                                                                                                \
     extern "C" __global__ void decode_embed_##name(const T* table, const int* tokens, float* x, const float* w, const float* b, int c) { \
@@ -24,36 +24,29 @@
                                                   Mixes mu, int c) {                                                                \
         mix<T, 0>(x, y, last, slots, w, b, mu, c);                                                                                  \
     }
-FOR_EACH_TYPE(MIX)
+FOR_BOTH_TYPES(MIX)
 
-#define ROWS_OF(T, name, B, finish, FINISH)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(256) decode_##finish##_##B##_##name(const T* w, const T* x, float* y, const int4* work, int total, int k, \
-                                                                                     int split) {                                   \
-        rows<T, B, FINISH, 16>(w, x, y, work, total, k, split);                                                                      \
+#define SKIP_OF(T, name, B)                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(512) decode_skip_##B##_##name(                                                     \
+        const T* w, const T* k, float* x, float* parts, unsigned* ended, unsigned* count, const T* now, T* last, const int* slots,  \
+        int hidden, int c, int share) {                                                                                             \
+        skip<T, B>(w, k, x, parts, ended, count, now, last, slots, hidden, c, share);                                               \
     }
-#define ROWS_FOR(T, name, B)                                                                                                        \
-    ROWS_OF(T, name, B, rows, STORE)                                                                                                \
-    ROWS_OF(T, name, B, key, RELU_SQUARED)                                                                                          \
-    ROWS_OF(T, name, B, output, ADD)                                                                                                \
-    extern "C" __global__ void __launch_bounds__(512) decode_skip_##B##_##name(const T* w, const float* k, float* x, float* parts, unsigned* ended, \
-                                                                               unsigned* count, int hidden, int c, int share) {     \
-        skip<T, B, 8>(w, k, x, parts, ended, count, hidden, c, share);                                                              \
-    }
-#define PRODUCTS(T, name) ROWS_FOR(T, name, 1) ROWS_FOR(T, name, 2) ROWS_FOR(T, name, 3) ROWS_FOR(T, name, 4)
-FOR_EACH_TYPE(PRODUCTS)
+#define SKIP(T, name) SKIP_OF(T, name, 1) SKIP_OF(T, name, 2) SKIP_OF(T, name, 3) SKIP_OF(T, name, 4)
+FOR_BOTH_TYPES(SKIP)
 
 #define HEADS_OF(T, name, N, kind, MAPPED)                                                                                          \
     extern "C" __global__ void __launch_bounds__(4 * N) decode_##kind##_##N##_##name(                                               \
         const float* proj, int stride, size_t apart, const float* mapped, Maps maps, Ranks ranks, Vectors vec, Norm norm, float* first,         \
-        float* state, const int* slots, T* out, int c) {                                                                            \
-        heads<T, N, MAPPED>(proj, stride, apart, mapped, maps, ranks, vec, norm, first, state, slots, out, c);                         \
+        float* state, const int* slots, const T* now, T* last, T* out, int c) {                                                     \
+        heads<T, N, MAPPED>(proj, stride, apart, mapped, maps, ranks, vec, norm, first, state, slots, now, last, out, c);           \
     }
 #define HEADS_FOR(T, name, N) HEADS_OF(T, name, N, heads, false) HEADS_OF(T, name, N, mapped, true)
 #define HEADS(T, name) HEADS_FOR(T, name, 16) HEADS_FOR(T, name, 32) HEADS_FOR(T, name, 64) HEADS_FOR(T, name, 128)
-FOR_EACH_TYPE(HEADS)
+FOR_BOTH_TYPES(HEADS)
 
 #define TILES_OF(T, name, NT, kind, FINISH, BY_INPUTS)                                                                              \
-    extern "C" __global__ void __launch_bounds__(256, 1) decode_tiles_##kind##_##NT##_##name(                                       \
+    extern "C" __global__ void __launch_bounds__(256, NT == 1 ? 2 : 1) decode_tiles_##kind##_##NT##_##name(                                       \
         const T* w, const T* x, void* y, float* parts, unsigned* ended, const int4* work, Share s) {                                \
         product<T, NT, FINISH, BY_INPUTS>(w, x, y, parts, ended, work, s);                                                          \
     }
@@ -66,9 +59,17 @@ FOR_EACH_TYPE(HEADS)
         const float* proj, int stride, Maps maps, Ranks ranks, float* y, const int4* work, int batch, int c) {                      \
         ups<T, NT>(proj, stride, maps, ranks, y, work, batch, c);                                                                   \
     }
-#define TILES(T, name) TILES_FOR(T, name, 1) TILES_FOR(T, name, 2) TILES_FOR(T, name, 4) TILES_FOR(T, name, 8)
-TILES(bf16, bf16)
-TILES(f16, f16)
+#define MIXED_OF(T, name, kind, FINISH)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(256, 2) decode_mixed_##kind##_##name(                                              \
+        const T* w, const float* x, void* y, const int4* work, Norm norm, Mixes mu, const T* last, const int* slots, T* now, Share s) { \
+        mixed_product<T, FINISH>(w, x, y, work, norm, mu, last, slots, now, s);                                                     \
+    }
+#define TILES(T, name)                                                                                                              \
+    TILES_FOR(T, name, 2) TILES_FOR(T, name, 4) TILES_FOR(T, name, 8)                                                               \
+    TILES_OF(T, name, 1, output, ADD, false)                                                                                        \
+    MIXED_OF(T, name, rows, STORE)                                                                                                  \
+    MIXED_OF(T, name, key, RELU_SQUARED)
+FOR_BOTH_TYPES(TILES)
 
 // x = relu(x)^2 for n vectors of 8.
 #define RELU(T, name)                                                                                                               \
@@ -81,14 +82,14 @@ TILES(f16, f16)
             store(x + i * 8, v);                                                                                                    \
         }                                                                                                                           \
     }
-FOR_EACH_TYPE(RELU)
+FOR_BOTH_TYPES(RELU)
 
 // token[b] = the first index of the largest logit of row b.
 extern "C" __global__ void decode_argmax(const float* logits, int* token, int vocab) {
     __shared__ float value[32];
     __shared__ int index[32];
-    let_next_start();
     wait_for_previous();
+    let_next_start();
     logits += size_t(blockIdx.x) * vocab;
     float best = -INFINITY;
     int at = vocab;

@@ -35,8 +35,15 @@ struct Mixes {
 // h = norm(x); y [K, batch, C] = h + (last - h) mu_k; last [slots, C] = h. With K = 0, y [batch, C] = h.
 template <class T, int K>
 __device__ void mix(const float* x, T* y, T* last, const int* slots, const float* weight, const float* bias, Mixes mu, int c) {
-    let_next_start();
+    for (int i = threadIdx.x * 8; i < c; i += blockDim.x * 8) {
+        prefetch(weight + i);
+        prefetch(bias + i);
+        if (K) prefetch(last + size_t(slots[blockIdx.x]) * c + i);
+#pragma unroll
+        for (int k = 0; k < K; k++) prefetch(mu.p[k] + i);
+    }
     wait_for_previous();
+    let_next_start();
     const size_t row = size_t(blockIdx.x) * c;
     Vec h[HELD];
 #pragma unroll
@@ -70,8 +77,8 @@ __device__ void mix(const float* x, T* y, T* last, const int* slots, const float
 // x [batch, C] = norm(table[token]).
 template <class T>
 __device__ void embed(const T* table, const int* tokens, float* x, const float* weight, const float* bias, int c) {
-    let_next_start();
     wait_for_previous();
+    let_next_start();
     Vec h[HELD];
 #pragma unroll
     for (int i = 0; i < HELD; i++) {

@@ -1,27 +1,28 @@
-//! A decoding step on a GPU: one token for each of a few sequences, in seven kernels a layer.
+//! A decoding step on a GPU: one token for each of some sequences.
 //!
-//! With one sequence every weight is used once, so that a step takes what reading the weights takes. The residual stream x [B, C] stays f32;
-//! normalised and interpolated vectors are rounded to the type of activations, everything else between two kernels is f32. Per layer:
+//! With few sequences every weight is used once, so that a step takes what reading the weights takes. The residual stream x [B, C] stays f32;
+//! normalised and interpolated vectors and relu(.)^2 are rounded to the type of activations (f16 or bf16), everything else between two kernels
+//! is f32. Per layer, for up to [`BATCH`] sequences:
 //!
-//! | kernel | reads | bytes, C = 2048, f16 | floor at 2.94 TB/s |
-//! | --- | --- | --- | --- |
-//! | [`Step::mix`] x 2 | x, last token, 6 + 1 weights of C | 0.1 MB | latency: 2 us |
-//! | [`Step::product`], projections: r, k, v and the first halves of the low-rank maps, one matrix [3 C + ranks, C] | 27.3 MB | | 9.3 us |
-//! | [`Step::heads`]: second halves, keys, value residual, WKV-7, read-out | 2.1 MB, states 0.5 MB in and out | | 1.1 us |
-//! | [`Step::product`], output, added to x | C x C | 8.4 MB | 2.9 us |
-//! | [`Step::product`], key, squared | 4 C x C | 33.6 MB | 11.4 us |
-//! | [`Step::skip`], value, added to x | half of 4 C x C where half of relu^2 is zero | 16.8 MB | 5.7 us |
+//! | kernel | reads, C = 2048, f16 | floor at 2.94 TB/s |
+//! | --- | --- | --- |
+//! | [`Step::mixed`], projections: r, k, v and the first halves of the low-rank maps, one matrix [3 C + ranks, C] | 27.3 MB | 9.3 us |
+//! | [`Step::heads`]: second halves, keys, value residual, WKV-7, read-out | 2.1 MB, states 0.5 MB in and out | 1.1 us |
+//! | [`Step::tiles`], output, C x C, added to x | 8.4 MB | 2.9 us |
+//! | [`Step::mixed`], key, 4 C x C, squared | 33.6 MB | 11.4 us |
+//! | [`Step::skip`], value, added to x | half of 4 C x C where half of relu^2 is zero: 16.8 MB | 5.7 us |
 //!
-//! 30.4 us a layer, and 91 us for the head: 820 us a token. Every kernel lets the next one start at once, which fills its ring of copies with
-//! weights while it waits, so that memory is not idle between two kernels (`overlap.cuh`).
+//! 30.4 us a layer, and 91 us for the head: 820 us a token. Products run on tensor cores, not for their speed but because they need few
+//! instructions for a byte. Every kernel lets the next one start at once, which fills its ring of copies with weights while it waits, so that memory
+//! is not idle between two kernels (`overlap.cuh`); normalisation and interpolation stand within the products, whose blocks all make
+//! their own input.
 //!
-//! **More sequences.** Up to [`TILE_BATCH`] sequences (f16 and bf16) go through [`Step::tiles`], which reads every weight once too and multiplies on tensor
-//! cores; beyond that, and in f32, products are the matrix library's. In both the second halves of the low-rank maps are a product of
-//! their own, [`Step::ups`], and the second matrix of channel mixing is read whole: with more sequences hardly a row is under zeros of all.
+//! **More sequences.** Up to [`TILE_BATCH`] sequences go through the same products ([`Step::tiles`]); beyond that products are the matrix library's. In both,
+//! [`Step::mix`] is a kernel of its own, the second halves of the low-rank maps are a product of their own, [`Step::ups`], and the second
+//! matrix of channel mixing is read whole: with more sequences hardly a row is under zeros of all.
 //!
-//! **Sums.** A row of a product is summed within fixed lanes and then over warps in order, the second product of channel mixing over fixed shares
-//! of the hidden rows: the same bits every time, whatever the other sequences of the batch are. Skipped rows are products with zero, which
-//! leave a sum as it is.
+//! **Sums.** A row of a product is summed within tiles, then over warps in order, then over shares of the columns in order: the same bits every time, whatever the
+//! other sequences of the batch are. Skipped rows are products with zero, which leave a sum as it is.
 
 use crate::gpu::{int, kernel, pointers, size};
 use anser_tensor::cuda::{Arg, Cuda, DevicePtr, Launch, Module};
@@ -29,21 +30,16 @@ use anser_tensor::{Buf, Context};
 
 mod tiles;
 
-pub use tiles::{MOST, TILE_BATCH, Tiles, Ups};
+pub use tiles::{MOST, Mix, TILE_BATCH, Tiles, Ups};
 
 static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 
-/// Sequences of a step that [`Step::product`] and [`Step::skip`] serve at most.
+/// Sequences of a step that [`Step::mixed`] and [`Step::skip`] serve at most.
 pub const BATCH: usize = 4;
-/// Copies of a thread under way, and warps at most, in [`Step::product`].
-const DEPTH: usize = 16;
-const WARPS: usize = 8;
-/// The same of [`Step::skip`], and the hidden rows of one share at most.
-const SKIP_DEPTH: usize = 8;
+/// Warps of [`Step::skip`].
 const SKIP_WARPS: usize = 16;
-const SKIP_ROWS: usize = 2048;
 
-/// What happens to the sums of [`Step::product`].
+/// What happens to the sums of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
     /// They are the result.
@@ -52,46 +48,6 @@ pub enum Finish {
     ReluSquared,
     /// They are added to what is there.
     Add,
-}
-
-/// How the rows of a matrix are shared among blocks.
-pub struct Plan {
-    work: Buf,
-    blocks: usize,
-    rows: usize,
-    k: usize,
-    split: usize,
-    groups: usize,
-}
-
-impl Plan {
-    /// A plan for a matrix [rows, k] whose rows are runs of (rows, input), in order, on the multiprocessors of the context's GPU. `None` without one.
-    pub fn new(ctx: &Context, k: usize, runs: &[(usize, usize)]) -> Option<Plan> {
-        let blocks = ctx.cuda()?.info().multiprocessors as usize;
-        let rows: usize = runs.iter().map(|r| r.0).sum();
-        // The fewest rows a block with which the blocks suffice; a block's rows have one input.
-        let needed = |most: usize| runs.iter().map(|r| r.0.div_ceil(most)).sum::<usize>();
-        let most = (rows.div_ceil(blocks)..).find(|&m| m > 0 && needed(m) <= blocks.max(runs.len())).unwrap_or(1);
-        let (mut work, mut first) = (Vec::new(), 0);
-        for &(n, input) in runs {
-            let parts = n.div_ceil(most).max(1);
-            for p in 0..parts {
-                let (from, to) = (n * p / parts, n * (p + 1) / parts);
-                work.extend([first + from, to - from, input, 0].map(|v| v as i32));
-            }
-            first += n;
-        }
-        // Warps share the units of 256 columns; where there are few, two groups of warps share the rows.
-        let units = k.div_ceil(256);
-        let split = units.div_ceil(units.div_ceil(WARPS));
-        let groups = if split * 2 <= WARPS { 2 } else { 1 };
-        Some(Plan { blocks: work.len() / 4, work: ctx.upload_i32(&work)?, rows, k, split, groups })
-    }
-
-    /// Rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
 }
 
 /// Weight and bias of a normalisation, f32.
@@ -133,8 +89,12 @@ fn heads_shared(ctx: &Context, n: usize, ranks: impl Iterator<Item = usize>) -> 
 /// Whether the kernels hold a layer of width `c` with heads of `n` and low-rank maps of `ranks`: rows in registers, the maps of a head in shared memory.
 pub fn fits(ctx: &Context, c: usize, n: usize, ranks: [usize; 4]) -> bool {
     let hopper = ctx.cuda().is_some_and(|g| g.info().capability.0 == 9);
-    let shared = if hopper { 200 << 10 } else { 72 << 10 };
-    c <= 8192 && ranks.iter().sum::<usize>() <= 2048 && heads_shared(ctx, n, ranks.into_iter()) <= shared
+    // Beside up to 45 KB that the kernel declares.
+    let shared = if hopper { 180 << 10 } else { 52 << 10 };
+    c <= 8192
+        && tiles::holds(ctx, c)
+        && ranks.iter().sum::<usize>() <= 2048
+        && heads_shared(ctx, n, ranks.into_iter()) <= shared
 }
 
 /// A step for `batch` sequences of width `c` with heads of `n`.
@@ -179,25 +139,11 @@ impl Step<'_> {
         self.launch(&name, [self.batch, 1, 1], self.row_threads(), 0, true, &args);
     }
 
-    /// y [batch, rows] = x W^T finished as `finish` says, for W [rows, k] and x [inputs, batch, k], of which a row takes the one that its run names.
-    pub fn product(&self, finish: Finish, plan: &Plan, w: DevicePtr, x: DevicePtr, y: DevicePtr) {
-        let name = match finish {
-            Finish::Store => "rows",
-            Finish::ReluSquared => "key",
-            Finish::Add => "output",
-        };
-        let name = kernel(self.ctx, &format!("decode_{name}_{}", self.batch));
-        let threads = plan.split * plan.groups * 32;
-        let shared = (DEPTH * threads * 8 + self.batch * plan.k) * self.ctx.dtype().size();
-        let args = [w, x, y, plan.work.ptr()].map(Arg::from).into_iter();
-        let args: Vec<Arg> = args.chain([int(plan.rows), int(plan.k), int(plan.split)]).collect();
-        self.launch(&name, [plan.blocks, 1, 1], threads, shared, true, &args);
-    }
-
     /// Heads from `from` to `out` [batch, C]; `first` [batch, C] f32 holds the values of layer 0; `state` [slots, heads, N, N] f32 is advanced in the
-    /// rows `slots`.
+    /// rows `slots`. `shift`: what [`Step::mixed`] left for a later kernel, and where it goes; not used with maps computed apart.
     pub fn heads(
-        &self, from: Projected, w: &Heads, first: DevicePtr, state: DevicePtr, slots: DevicePtr, out: DevicePtr,
+        &self, from: Projected, w: &Heads, first: DevicePtr, state: DevicePtr, slots: DevicePtr, shift: [DevicePtr; 2],
+        out: DevicePtr,
     ) {
         let mut words = [0; 8];
         let ranks = w.ranks.iter().zip(&w.up).map(|(&r, &up)| if up == DevicePtr::NULL { 0 } else { r });
@@ -209,7 +155,7 @@ impl Step<'_> {
         };
         let mut args = vec![from.at.into(), int(from.stride), size(from.apart), mapped.into(), pointers(w.up)];
         args.extend([Arg::Words(words), pointers(w.vectors), pointers(w.ln_x)]);
-        args.extend([first, state, slots, out].map(Arg::from));
+        args.extend([first, state, slots, shift[0], shift[1], out].map(Arg::from));
         args.push(int(self.c));
         let name = kernel(self.ctx, &format!("decode_{kind}_{}", self.n));
         self.launch(&name, [self.c / self.n, self.batch, 1], 4 * self.n, shared, true, &args);
@@ -222,14 +168,17 @@ impl Step<'_> {
         self.launch(&name, grid, block[0], 0, true, &[x.into(), size(n / 8)]);
     }
 
-    /// x [batch, C] += k W for k [batch, hidden] f32 and W [hidden, C], without the rows of W under zeros of all sequences. `scratch` is as [`Skip`] made it.
-    pub fn skip(&self, w: DevicePtr, k: DevicePtr, x: DevicePtr, scratch: &Skip) {
+    /// x [batch, C] += k W for k [batch, hidden] and W [hidden, C], without the rows of W under zeros of all sequences. `scratch` is as [`Skip`] made it;
+    /// `shift` as in [`Step::heads`], to the rows `slots`.
+    pub fn skip(
+        &self, w: DevicePtr, k: DevicePtr, x: DevicePtr, scratch: &Skip, shift: [DevicePtr; 2], slots: DevicePtr,
+    ) {
         let name = kernel(self.ctx, &format!("decode_skip_{}", self.batch));
-        let shared = (SKIP_DEPTH * SKIP_WARPS * 32 * 8 * self.ctx.dtype().size()).max(SKIP_WARPS * 256 * 4);
-        let args = [w, k, x, scratch.parts.ptr(), scratch.ended.ptr(), scratch.count.ptr()].map(Arg::from).into_iter();
+        let scratches = [scratch.parts.ptr(), scratch.ended.ptr(), scratch.count.ptr()];
+        let args = [w, k, x].into_iter().chain(scratches).chain(shift).chain([slots]).map(Arg::from);
         let args: Vec<Arg> = args.chain([int(scratch.hidden), int(self.c), int(scratch.share)]).collect();
         let grid = [self.c.div_ceil(256), scratch.shares(), 1];
-        self.launch(&name, grid, SKIP_WARPS * 32, shared, true, &args);
+        self.launch(&name, grid, SKIP_WARPS * 32, 0, true, &args);
     }
 
     /// `token[batch]` = the most probable of logits [batch, V], the first of equals.
@@ -252,8 +201,9 @@ impl Skip {
     /// For products of up to `batch` sequences from `hidden` to `c` channels. `None` without a GPU.
     pub fn new(ctx: &Context, batch: usize, hidden: usize, c: usize) -> Option<Skip> {
         let tiles = c.div_ceil(256);
-        let shares =
-            (ctx.cuda()?.info().multiprocessors as usize / tiles).max(hidden.div_ceil(SKIP_ROWS)).clamp(1, hidden);
+        // A warp takes 32 rows at a time.
+        let most = hidden.div_ceil(SKIP_WARPS * 32);
+        let shares = (ctx.cuda()?.info().multiprocessors as usize / tiles).clamp(1, most);
         let share = hidden.div_ceil(shares);
         let parts = ctx.alloc_f32(hidden.div_ceil(share) * batch * c);
         Some(Skip { hidden, share, parts, ended: ctx.zeros_f32(tiles), count: ctx.zeros_f32(1) })

@@ -12,6 +12,10 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 // Waits until all kernels before have ended and shows what they wrote. Every kernel waits, so that the end of one is the end of all before.
+//
+// A kernel that lets the next start before it waits itself may have several after it running, all of them waiting; what they read before that must have
+// been written long before. The kernels that change states, and the first of a step, wait first: what one of them has written, one
+// after the next of them may read without waiting.
 __device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -29,8 +33,7 @@ __device__ __forceinline__ Vec load_fresh(const float* p) {
     const float4 a = __ldcg(reinterpret_cast<const float4*>(p)), b = __ldcg(reinterpret_cast<const float4*>(p) + 1);
     return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
 }
-template <class T> __device__ __forceinline__ Vec load_fresh(const T* p) {
-    const uint4 raw = __ldcg(reinterpret_cast<const uint4*>(p));
+template <class T> __device__ __forceinline__ Vec unpack8(const uint4& raw) {
     T e[8];
     *reinterpret_cast<uint4*>(e) = raw;
     Vec r;
@@ -38,3 +41,11 @@ template <class T> __device__ __forceinline__ Vec load_fresh(const T* p) {
     for (int i = 0; i < 8; i++) r[i] = to_f32(e[i]);
     return r;
 }
+template <class T> __device__ __forceinline__ Vec load_fresh(const T* p) { return unpack8<T>(__ldcg(reinterpret_cast<const uint4*>(p))); }
+template <class T> __device__ __forceinline__ float load_fresh_one(const T* p) {
+    const unsigned short raw = __ldcg(reinterpret_cast<const unsigned short*>(p));
+    return to_f32(reinterpret_cast<const T&>(raw));
+}
+
+// Sixteen bytes that are needed once.
+__device__ __forceinline__ uint4 load_once(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }

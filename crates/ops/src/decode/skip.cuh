@@ -1,72 +1,61 @@
-// The second product of channel mixing, x += k W, for k = relu(.)^2 [B, hidden] (f32) and W [hidden, C]: rows of W under zeros are not read.
+// The second product of channel mixing, x += k W, for k = relu(.)^2 [B, hidden] and W [hidden, C]: rows of W under zeros are not read.
 //
-// A block has 256 channels (blockIdx.x) and a share of the hidden rows (blockIdx.y); its warps take the rows under non-zeros in turn. The block
-// that ends last for its channels adds all shares, in their order.
+// A block has 256 channels (blockIdx.x) and a share of the hidden rows (blockIdx.y), of which its warps take 32 at a time: a lane looks whether one of
+// them is under a non-zero. The block that ends last for its channels adds all shares, in their order.
 #pragma once
 #include "overlap.cuh"
 
 constexpr int SKIP_WARPS = 16;
-constexpr int SKIP_ROWS = 2048; // of a share at most
+constexpr int SKIP_LOADS = 8; // rows that a warp waits for at once
 
-// parts [shares, B, C]; ended [C / 256] zeros before and after; count (may be null) += rows read.
-template <class T, int B, int DEPTH>
-__device__ void skip(const T* w, const float* k, float* x, float* parts, unsigned* ended, unsigned* count, int hidden, int c, int share) {
-    DYNAMIC_SHARED(dynamic);
-    __shared__ unsigned short list[SKIP_ROWS];
-    __shared__ int found[SKIP_WARPS];
-    __shared__ unsigned last;
+// parts [shares, B, C]; ended [C / 256] zeros before and after; count += rows read. The rows `slots` of `last` become those of `now` [B, C].
+template <class T, int B>
+__device__ void skip(const T* w, const T* k, float* x, float* parts, unsigned* ended, unsigned* count, const T* now, T* last, const int* slots,
+                     int hidden, int c, int share) {
+    __shared__ __align__(16) float all[SKIP_WARPS * 256];
+    __shared__ unsigned read[SKIP_WARPS], final;
     let_next_start();
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const int col = blockIdx.x * 256 + lane * 8, first = blockIdx.y * share, rows = min(share, hidden - first);
-    T* ring = reinterpret_cast<T*>(dynamic) + threadIdx.x * 8;
-    constexpr int STRIDE = SKIP_WARPS * 32 * 8;
     wait_for_previous();
-    // The rows under non-zeros, in order: every warp looks through a run of rows twice, to count and to list.
-    const int run = (rows + SKIP_WARPS * 32 - 1) / (SKIP_WARPS * 32) * 32;
-    int n = 0;
-    for (int pass = 0; pass < 2; pass++) {
-        int at = 0;
-        if (pass)
-            for (int i = 0; i < warp; i++) at += found[i];
-        for (int i = warp * run; i < min(rows, (warp + 1) * run); i += 32) {
-            bool some = false;
-            if (i + lane < rows)
-                for (int b = 0; b < B; b++) some |= __ldcg(k + size_t(b) * hidden + first + i + lane) != 0.f;
-            const unsigned bits = __ballot_sync(~0u, some);
-            if (pass && some) list[at + __popc(bits & ((1u << lane) - 1))] = i + lane;
-            at += __popc(bits);
-        }
-        if (!pass && lane == 0) found[warp] = at;
-        __syncthreads();
-    }
-    for (int i = 0; i < SKIP_WARPS; i++) n += found[i];
-    const auto begin = [&](int i) {
-        const int at = i * SKIP_WARPS + warp;
-        if (at < n && col < c) copy8(ring + (i % DEPTH) * STRIDE, w + size_t(first + list[at]) * c + col);
-        copy_commit();
-    };
-    for (int i = 0; i < DEPTH - 1; i++) begin(i);
     Vec sum[B];
 #pragma unroll
     for (int b = 0; b < B; b++) sum[b] = zeros();
-    for (int i = 0; i * SKIP_WARPS + warp < n; i++) {
+    unsigned n = 0;
+    for (int i = warp * 32; i < rows; i += SKIP_WARPS * 32) {
         float f[B];
+        bool some = false;
 #pragma unroll
-        for (int b = 0; b < B; b++) f[b] = __ldcg(k + size_t(b) * hidden + first + list[i * SKIP_WARPS + warp]);
-        copy_wait<DEPTH - 2>();
-        if (col < c) {
-            const Vec a = load(ring + (i % DEPTH) * STRIDE);
-#pragma unroll
-            for (int b = 0; b < B; b++)
-#pragma unroll
-                for (int j = 0; j < 8; j++) sum[b][j] = fmaf(a[j], f[b], sum[b][j]);
+        for (int b = 0; b < B; b++) {
+            f[b] = i + lane < rows ? load_fresh_one(k + size_t(b) * hidden + first + i + lane) : 0.f;
+            some |= f[b] != 0.f;
         }
-        begin(i + DEPTH - 1);
+        unsigned left = __ballot_sync(~0u, some);
+        n += __popc(left);
+        const T* from = w + size_t(first + i) * c + col;
+        while (left) {
+            int row[SKIP_LOADS];
+            uint4 a[SKIP_LOADS];
+#pragma unroll
+            for (int j = 0; j < SKIP_LOADS; j++) {
+                row[j] = __ffs(left) - 1;
+                left &= left - 1;
+                if (row[j] >= 0 && col < c) a[j] = load_once(from + size_t(row[j]) * c);
+            }
+#pragma unroll
+            for (int j = 0; j < SKIP_LOADS; j++) {
+                if (row[j] < 0) break;
+                const Vec v = col < c ? unpack8<T>(a[j]) : zeros();
+#pragma unroll
+                for (int b = 0; b < B; b++) {
+                    const float s = __shfl_sync(~0u, f[b], row[j]);
+#pragma unroll
+                    for (int e = 0; e < 8; e++) sum[b][e] = fmaf(v[e], s, sum[b][e]);
+                }
+            }
+        }
     }
-    copy_wait<0>();
-    __syncthreads();
-    // Over the warps, in order, through the memory of the ring.
-    float* all = reinterpret_cast<float*>(dynamic); // [warps, 256]
+    if (lane == 0) read[warp] = n;
     for (int b = 0; b < B; b++) {
         store(all + warp * 256 + lane * 8, sum[b]);
         __syncthreads();
@@ -74,23 +63,29 @@ __device__ void skip(const T* w, const float* k, float* x, float* parts, unsigne
             float s = 0.f;
             for (int i = 0; i < SKIP_WARPS; i++) s += all[i * 256 + threadIdx.x];
             const int at = blockIdx.x * 256 + threadIdx.x;
-            if (at < c) __stcg(parts + (size_t(blockIdx.y) * B + b) * c + at, s);
+            if (at < c) {
+                __stcg(parts + (size_t(blockIdx.y) * B + b) * c + at, s);
+                if (blockIdx.y == 0) last[size_t(slots[b]) * c + at] = from_f32<T>(load_fresh_one(now + size_t(b) * c + at));
+            }
         }
         __syncthreads();
     }
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        last = atomicAdd(ended + blockIdx.x, 1u) == gridDim.y - 1;
-        if (count && blockIdx.x == 0) atomicAdd(count, unsigned(n));
+        final = atomicAdd(ended + blockIdx.x, 1u) == gridDim.y - 1;
+        unsigned rows_read = 0;
+        for (int i = 0; i < SKIP_WARPS; i++) rows_read += read[i];
+        if (blockIdx.x == 0) atomicAdd(count, rows_read);
     }
     __syncthreads();
-    if (!last) return;
+    if (!final) return;
     __threadfence();
     for (int i = threadIdx.x; i < 256 * B; i += blockDim.x) {
         const int b = i / 256, at = blockIdx.x * 256 + i % 256;
         if (at >= c) continue;
         float s = 0.f;
+#pragma unroll 8
         for (int g = 0; g < gridDim.y; g++) s += __ldcg(parts + (size_t(g) * B + b) * c + at);
         x[size_t(b) * c + at] = __ldcg(x + size_t(b) * c + at) + s;
     }

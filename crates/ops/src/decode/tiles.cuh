@@ -7,11 +7,13 @@
 // the block that ends last.
 #pragma once
 #include "heads.cuh"
-#include "overlap.cuh"
+#include "mix.cuh"
 
-// How W is stored, and what a warp takes of it in a step: [rows, k], 32 rows by 32 of k, or [k, rows], 16 of k by 64 rows.
-template <bool BY_INPUTS> struct Tile {
-    static constexpr int ROWS = BY_INPUTS ? 64 : 32, STEP = BY_INPUTS ? 16 : 32, HIGH = ROWS / 16, PAD = BY_INPUTS ? 16 : 32;
+// How W is stored, and what a warp takes of it in a step: [rows, k], 32 rows by 32 of k, or 16 by 64 with few sequences, or by inputs, [k, rows], 16 of k
+// by 64 rows.
+template <bool BY_INPUTS, int NT> struct Tile {
+    static constexpr int ROWS = BY_INPUTS ? 64 : NT == 1 ? 16 : 32, STEP = BY_INPUTS ? 16 : NT == 1 ? 64 : 32, HIGH = ROWS / 16;
+    static constexpr int PAD = BY_INPUTS ? 16 : 32, DEEP = BY_INPUTS ? 1 : STEP / 32;
 };
 constexpr int PIECES = 4; // of 16 bytes a lane copies in a step
 
@@ -21,16 +23,19 @@ __device__ __forceinline__ uint32_t high(uint32_t x, uint32_t y) { return x >> 1
 
 constexpr int stages(int nt) { return nt > 4 ? 4 : 5; }
 
+template <int NT> __device__ __forceinline__ int held_rows(int batch) { return NT == 1 ? batch + 1 : NT * 8; }
+
 struct Share {
     int batch, total, k, width; // sequences; rows of W; columns of W, and of a share
     int split, shares;
 };
 
-// work[block] = {first row, rows, input, share}, blocks of a share after each other. `fill` puts x of the share into shared memory [8 NT, stride].
+// work[block] = {first row, rows, input, share}, blocks of a share after each other. `fill` puts x of the share into shared memory [8 NT, stride],
+// or [batch + 1, stride] with NT = 1, the last row zeros.
 // y [batch, total]: f32, or T with RELU_SQUARED; ADD: y +=. parts [shares, batch, total] f32; ended [blocks / shares] zeros before and after.
 template <class T, int NT, int FINISH, bool BY_INPUTS, class Fill>
 __device__ __forceinline__ void tiles(const T* w, void* y, float* parts, unsigned* ended, int4 mine, Share s, Fill fill) {
-    using W = Tile<BY_INPUTS>;
+    using W = Tile<BY_INPUTS, NT>;
     constexpr int STAGES = stages(NT);
     DYNAMIC_SHARED(dynamic);
     __shared__ unsigned last;
@@ -39,7 +44,7 @@ __device__ __forceinline__ void tiles(const T* w, void* y, float* parts, unsigne
     T* ring = reinterpret_cast<T*>(dynamic) + threadIdx.x * 8;
     T* held = reinterpret_cast<T*>(dynamic) + size_t(STAGES) * PIECES * threads * 8;
     const int stride = (s.width + 63) / 64 * 64 + W::PAD;
-    float* sums = reinterpret_cast<float*>(held + NT * 8 * stride) + group * (W::ROWS * NT * 8) + lane;
+    float* sums = reinterpret_cast<float*>(held + held_rows<NT>(s.batch) * stride) + group * (W::ROWS * NT * 8) + lane;
     const int k0 = mine.w * s.width, kn = min(s.width, s.k - k0), steps = (kn + W::STEP - 1) / W::STEP;
     const int rounds = (mine.y + W::ROWS * groups - 1) / (W::ROWS * groups), per_warp = (steps + s.split - 1) / s.split;
     // Rows of a group in a round: as even as may be, so that no warp ends long after the others.
@@ -50,7 +55,8 @@ __device__ __forceinline__ void tiles(const T* w, void* y, float* parts, unsigne
             const int first = (ahead_round * groups + group) * rows, end = min(mine.y, first + rows), step = ahead_step * s.split + part;
 #pragma unroll
             for (int p = 0; p < PIECES; p++) {
-                const int row = first + (BY_INPUTS ? g * 8 : p * 8 + g), col = step * W::STEP + (BY_INPUTS ? q * 4 + p : q * 8);
+                const int row = first + (BY_INPUTS ? g * 8 : p % (2 * W::HIGH) * 8 + g);
+                const int col = step * W::STEP + (BY_INPUTS ? q * 4 + p : p / (2 * W::HIGH) * 32 + q * 8);
                 const bool valid = row < end && col < kn;
                 const size_t at = BY_INPUTS ? size_t(k0 + col) * s.total + mine.x + row : size_t(mine.x + row) * s.k + k0 + col;
                 copy_async(ring + (ahead_slot * PIECES + p) * threads * 8, valid ? w + at : w, valid);
@@ -93,7 +99,7 @@ __device__ __forceinline__ void tiles(const T* w, void* y, float* parts, unsigne
             begin();
             const int step = i * s.split + part;
             if (step >= steps) continue;
-            const T* x = held + g * stride + step * W::STEP;
+            const T* x = held + (NT == 1 ? min(g, s.batch) : g) * stride + step * W::STEP;
             if (BY_INPUTS) {
                 uint2 b[NT];
 #pragma unroll
@@ -107,15 +113,17 @@ __device__ __forceinline__ void tiles(const T* w, void* y, float* parts, unsigne
                 }
             } else {
 #pragma unroll
-                for (int n = 0; n < NT; n++) {
-                    const uint4 b = *reinterpret_cast<const uint4*>(x + n * 8 * stride + q * 8);
+                for (int d = 0; d < W::DEEP; d++)
 #pragma unroll
-                    for (int m = 0; m < W::HIGH; m++) {
-                        const uint4 &lo = a[m * 2], &hi = a[m * 2 + 1];
-                        mma<T>(sum[m][n], {lo.x, hi.x, lo.y, hi.y}, b.x, b.y);
-                        mma<T>(sum[m][n], {lo.z, hi.z, lo.w, hi.w}, b.z, b.w);
+                    for (int n = 0; n < NT; n++) {
+                        const uint4 b = *reinterpret_cast<const uint4*>(x + n * 8 * stride + d * 32 + q * 8);
+#pragma unroll
+                        for (int m = 0; m < W::HIGH; m++) {
+                            const uint4 &lo = a[(d * W::HIGH + m) * 2], &hi = a[(d * W::HIGH + m) * 2 + 1];
+                            mma<T>(sum[m][n], {lo.x, hi.x, lo.y, hi.y}, b.x, b.y);
+                            mma<T>(sum[m][n], {lo.z, hi.z, lo.w, hi.w}, b.z, b.w);
+                        }
                     }
-                }
             }
         }
         if (round && s.split > 1) __syncthreads();
@@ -176,11 +184,59 @@ __device__ void product(const T* w, const T* x, void* y, float* parts, unsigned*
     tiles<T, NT, FINISH, BY_INPUTS>(w, y, parts, ended, mine, s, [&](T* held, int stride, int k0, int kn) {
         x += (size_t(mine.z) * batch + b0) * s.k + k0;
         const int pieces = (s.width + 63) / 64 * 8;
-        for (int i = threadIdx.x; i < NT * 8 * pieces; i += blockDim.x) {
+        for (int i = threadIdx.x; i < held_rows<NT>(s.batch) * pieces; i += blockDim.x) {
             const int b = i / pieces, col = i % pieces * 8;
             const bool valid = b < s.batch && col < kn;
             copy_async(held + b * stride + col, valid ? x + size_t(b) * s.k + col : x, valid);
         }
+    });
+}
+
+// y = m W^T for interpolations m between h = norm(x) and `last`, or for h itself without `last`, which every block makes itself. The first writes h to `now`
+// [batch, C], from where a later kernel, when all have read `last`, puts it there.
+template <class T, int FINISH>
+__device__ void mixed_product(const T* w, const float* x, void* y, const int4* work, Norm norm, Mixes mu, const T* last, const int* slots, T* now,
+                              Share s) {
+    let_next_start();
+    const int4 mine = work[blockIdx.x];
+    const int c = s.k;
+    const float* m = mu.p[mine.z];
+    for (int i = threadIdx.x * 8; i < c; i += blockDim.x * 8) {
+        prefetch(norm.p[0] + i);
+        prefetch(norm.p[1] + i);
+        if (!last) continue;
+        prefetch(m + i);
+        for (int b = 0; b < s.batch; b++) prefetch(last + size_t(slots[b]) * c + i);
+    }
+    tiles<T, 1, FINISH, false>(w, y, nullptr, nullptr, mine, s, [&](T* held, int stride, int, int) {
+        const auto at = [&](int i) { return (i * blockDim.x + threadIdx.x) * 8; };
+        Vec next[HELD];
+#pragma unroll
+        for (int i = 0; i < HELD; i++)
+            if (at(i) < c) next[i] = load_fresh(x + at(i));
+        for (int b = 0; b < s.batch; b++) {
+            Vec h[HELD];
+#pragma unroll
+            for (int i = 0; i < HELD; i++) {
+                h[i] = next[i];
+                if (b + 1 < s.batch && at(i) < c) next[i] = load_fresh(x + size_t(b + 1) * c + at(i));
+            }
+            normalise(h, norm.p[0], norm.p[1], c);
+#pragma unroll
+            for (int i = 0; i < HELD; i++) {
+                if (at(i) >= c) continue;
+                if (last) {
+                    for (int j = 0; j < 8; j++) h[i][j] = to_f32(from_f32<T>(h[i][j]));
+                    if (blockIdx.x == 0) store(now + size_t(b) * c + at(i), h[i]);
+                    const Vec before = load_fresh(last + size_t(slots[b]) * c + at(i)), f = load(m + at(i));
+                    for (int j = 0; j < 8; j++) h[i][j] += (before[j] - h[i][j]) * f[j];
+                }
+                store(held + b * stride + at(i), h[i]);
+            }
+        }
+        // Zeros: the columns behind the last, and the row that stands for no sequence.
+        for (int b = 0; b <= s.batch; b++)
+            for (int i = (b < s.batch ? c : 0) + threadIdx.x; i < stride; i += blockDim.x) held[b * stride + i] = from_f32<T>(0.f);
     });
 }
 
@@ -197,7 +253,7 @@ __device__ void ups(const float* proj, int stride, Maps maps, Ranks ranks, float
         proj += size_t(b0) * stride + ranks.at[m];
         const int columns = (rank + 63) / 64 * 64;
 #pragma unroll 4
-        for (int i = threadIdx.x; i < NT * 8 * columns; i += blockDim.x) {
+        for (int i = threadIdx.x; i < held_rows<NT>(s.batch) * columns; i += blockDim.x) {
             const int b = i / columns, col = i % columns;
             float v = 0.f;
             if (b < s.batch && col < rank) {

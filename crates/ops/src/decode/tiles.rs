@@ -1,6 +1,6 @@
 //! Products of a step on tensor cores (`tiles.cuh`): how their work is shared, and their launches.
 
-use super::{Finish, Step};
+use super::{BATCH, Finish, Norm, Step};
 use crate::gpu::{int, kernel, pointers};
 use anser_tensor::cuda::{Arg, DevicePtr};
 use anser_tensor::{Buf, Context};
@@ -11,12 +11,17 @@ pub const TILE_BATCH: usize = 64;
 pub const MOST: usize = 1024;
 /// Bytes that a warp copies in a step.
 const STEP_BYTES: usize = 2048;
-/// Bytes of shared memory for sums on their way between warps.
+/// Bytes of shared memory for sums on their way between warps, about.
 const SUMS: usize = 16 << 10;
 
-/// Columns of tiles for a batch, in eights: the kernels that there are.
+/// Columns of tiles for a batch, in eights: the kernels that there are. Those of one plan sum alike.
 fn eights(batch: usize) -> usize {
-    batch.min(TILE_BATCH).div_ceil(8).next_power_of_two()
+    if batch <= BATCH { 1 } else { batch.min(TILE_BATCH).div_ceil(8).next_power_of_two().max(2) }
+}
+
+/// Rows of x that a block holds.
+fn held_rows(batch: usize) -> usize {
+    if batch <= BATCH { batch + 1 } else { eights(batch) * 8 }
 }
 
 /// Copies ahead, as in the kernel.
@@ -33,7 +38,13 @@ fn limits(ctx: &Context) -> (usize, usize) {
     }
 }
 
-/// How the rows and columns of a matrix are shared among blocks, for products with up to 32 or up to 64 sequences.
+/// Whether a block holds interpolations of a few vectors of width `c`; see [`Step::mixed`].
+pub(super) fn holds(ctx: &Context, c: usize) -> bool {
+    let (most, warps) = limits(ctx);
+    shared(ctx.dtype().size(), BATCH, warps, c, SUMS) <= most
+}
+
+/// How the rows and columns of a matrix are shared among blocks, for products with up to 4, 32 or 64 sequences.
 pub struct Tiles {
     work: Buf,
     ended: Buf,
@@ -45,6 +56,8 @@ pub struct Tiles {
     shares: usize,
     split: usize,
     warps: usize,
+    /// Bytes for sums on their way between warps.
+    sums: usize,
     by_inputs: bool,
 }
 
@@ -60,7 +73,7 @@ impl Tiles {
         let left = most_shared - stages(eights) * warps * STEP_BYTES - SUMS;
         let rows: usize = runs.iter().map(|r| r.0).sum();
         // x of a share with padding.
-        let fits = (left / (eights * 16) - 32) / 64 * 64;
+        let fits = (left / (held_rows(batch) * 2) - 32) / 64 * 64;
         let wanted = if by_inputs { 1024 } else { (k / 4).clamp(512, 1024) };
         let most = if shared { fits.min(wanted) } else { fits };
         let shares = k.div_ceil(most);
@@ -81,10 +94,15 @@ impl Tiles {
         let all = (0..shares).flat_map(|s| work.iter().flat_map(move |&[a, n, i]| [a, n, i, s].map(|v| v as i32)));
         let all: Vec<i32> = all.collect();
         // Groups of warps with different rows, the warps of one sharing the steps of k; their sums pass through shared memory.
-        let tile = if by_inputs { 64 } else { 32 };
+        let tile = match (by_inputs, eights) {
+            (true, _) => 64,
+            (false, 1) => 16,
+            (false, _) => 32,
+        };
         let wanted = most.div_ceil(tile).next_power_of_two().min(warps);
         let bytes = tile * eights * 8 * 4;
         let groups = if wanted == warps { warps } else { wanted.min((SUMS / bytes).max(1)) };
+        let sums = if groups == warps { 0 } else { groups * bytes };
         Some(Tiles {
             work: ctx.upload_i32(&all)?,
             ended: ctx.zeros_f32(work.len() * MOST.div_ceil(TILE_BATCH)),
@@ -95,6 +113,7 @@ impl Tiles {
             shares,
             split: warps / groups,
             warps,
+            sums,
             by_inputs,
         })
     }
@@ -111,8 +130,9 @@ impl Tiles {
 }
 
 /// Bytes of shared memory of a launch.
-fn shared(size: usize, eights: usize, warps: usize, width: usize) -> usize {
-    stages(eights) * warps * STEP_BYTES + eights * 8 * (width.next_multiple_of(64) + 32) * size + SUMS
+fn shared(size: usize, batch: usize, warps: usize, width: usize, sums: usize) -> usize {
+    let held = held_rows(batch) * (width.next_multiple_of(64) + 32) * size;
+    stages(eights(batch)) * warps * STEP_BYTES + held + sums
 }
 
 /// The second halves of low-rank maps as one product, for any number of sequences.
@@ -135,8 +155,23 @@ impl Ups {
 }
 
 impl Step<'_> {
-    /// [`Step::product`] on tensor cores, which reads every weight once for every [`TILE_BATCH`] sequences: x [inputs, batch, k] in the type of activations, f16 or bf16; y as there, but
-    /// with [`Finish::ReluSquared`] in the type of activations. `parts` holds [`Tiles::parts`] f32 for every sequence.
+    /// The plan as the kernels have it.
+    fn share(&self, plan: &Tiles) -> Arg {
+        let share = [self.batch, plan.rows, plan.k, plan.width, plan.split, plan.shares];
+        let mut words = [0; 8];
+        words.iter_mut().zip(share).for_each(|(to, v)| *to = v as i32);
+        Arg::Words(words)
+    }
+
+    fn launch_tiles(&self, name: &str, plan: &Tiles, args: &[Arg]) {
+        let shared = shared(self.ctx.dtype().size(), self.batch, plan.warps, plan.width, plan.sums);
+        let grid = [plan.blocks, self.batch.div_ceil(TILE_BATCH), 1];
+        self.launch(&kernel(self.ctx, name), grid, plan.warps * 32, shared, true, args);
+    }
+
+    /// y [batch, rows] = x W^T finished as `finish` says, for W [rows, k] and x [inputs, batch, k] in the type of activations, of which a row of W takes the
+    /// one that its run names. Every weight is read once for every [`TILE_BATCH`] sequences. y is f32, but in the type of activations
+    /// with [`Finish::ReluSquared`]. `parts` holds [`Tiles::parts`] f32 for every sequence.
     pub fn tiles(&self, finish: Finish, plan: &Tiles, w: DevicePtr, x: DevicePtr, y: DevicePtr, parts: DevicePtr) {
         let name = match finish {
             Finish::Store => "rows",
@@ -144,16 +179,21 @@ impl Step<'_> {
             Finish::Add if plan.by_inputs => "value",
             Finish::Add => "output",
         };
-        let eights = eights(self.batch);
-        let name = kernel(self.ctx, &format!("decode_tiles_{name}_{eights}"));
-        let share = [self.batch, plan.rows, plan.k, plan.width, plan.split, plan.shares];
-        let mut words = [0; 8];
-        words.iter_mut().zip(share).for_each(|(to, v)| *to = v as i32);
-        let mut args: Vec<Arg> =
-            [w, x, y, parts, plan.ended.ptr(), plan.work.ptr()].map(Arg::from).into_iter().collect();
-        args.push(Arg::Words(words));
-        let shared = shared(self.ctx.dtype().size(), eights, plan.warps, plan.width);
-        self.launch(&name, [plan.blocks, self.batch.div_ceil(TILE_BATCH), 1], plan.warps * 32, shared, true, &args);
+        let args = [w, x, y, parts, plan.ended.ptr(), plan.work.ptr()].map(Arg::from).into_iter();
+        let args: Vec<Arg> = args.chain([self.share(plan)]).collect();
+        self.launch_tiles(&format!("decode_tiles_{name}_{}", eights(self.batch)), plan, &args);
+    }
+
+    /// The same for up to [`BATCH`] sequences and inputs that are interpolations of LayerNorm(x), x [batch, C] f32, and the rows of `mix.last`, or
+    /// LayerNorm(x) itself: [`Step::mix`] within the product.
+    pub fn mixed(&self, finish: Finish, plan: &Tiles, w: DevicePtr, x: DevicePtr, y: DevicePtr, norm: Norm, mix: Mix) {
+        assert!(self.batch <= BATCH && plan.shares == 1 && finish != Finish::Add);
+        let name = if finish == Finish::Store { "rows" } else { "key" };
+        let mut args: Vec<Arg> = [w, x, y, plan.work.ptr()].map(Arg::from).into();
+        args.extend([pointers(norm), pointers(mix.mu)]);
+        args.extend([mix.last, mix.slots, mix.now].map(Arg::from));
+        args.push(self.share(plan));
+        self.launch_tiles(&format!("decode_mixed_{name}"), plan, &args);
     }
 
     /// y [4, batch, C] f32: the second halves `up` [rank, C] of the low-rank maps, of the first halves at `proj` + `at`, `stride` f32 from one sequence
@@ -162,14 +202,26 @@ impl Step<'_> {
         &self, plan: &Ups, proj: DevicePtr, stride: usize, up: [DevicePtr; 4], ranks: [usize; 4], at: [usize; 4],
         y: DevicePtr,
     ) {
-        let eights = eights(self.batch);
-        let name = kernel(self.ctx, &format!("decode_ups_{eights}"));
         let mut words = [0; 8];
         words.iter_mut().zip(ranks.into_iter().chain(at)).for_each(|(to, v)| *to = v as i32);
         let args = [proj.into(), int(stride), pointers(up), Arg::Words(words), y.into(), plan.work.ptr().into()];
         let args: Vec<Arg> = args.into_iter().chain([int(self.batch), int(self.c)]).collect();
-        let shared = shared(self.ctx.dtype().size(), eights, plan.warps, plan.most);
+        let eights = eights(self.batch);
+        let shared = shared(self.ctx.dtype().size(), self.batch, plan.warps, plan.most, 64 * eights * 8 * 4);
         let grid = [plan.blocks, self.batch.div_ceil(TILE_BATCH), 1];
-        self.launch(&name, grid, plan.warps * 32, shared, true, &args);
+        self.launch(&kernel(self.ctx, &format!("decode_ups_{eights}")), grid, plan.warps * 32, shared, true, &args);
     }
+}
+
+/// What [`Step::mixed`] interpolates with.
+#[derive(Clone, Copy)]
+pub struct Mix {
+    /// Weights of the interpolations, in the order of the inputs that runs name.
+    pub mu: [DevicePtr; 6],
+    /// Rows [slots, C] of the token before, which stay; null: no interpolation.
+    pub last: DevicePtr,
+    /// Which of them the sequences have.
+    pub slots: DevicePtr,
+    /// Where LayerNorm(x) [batch, C] goes, for a later kernel to put into `last`.
+    pub now: DevicePtr,
 }

@@ -170,7 +170,8 @@ impl Cuda {
             return;
         }
         let Some(function) = self.function(module, name) else { return };
-        if how.shared > super::DEFAULT_SHARED {
+        // The limit counts what the kernel declares too.
+        if how.shared > super::DEFAULT_SHARED / 2 {
             let most = cu::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: a loaded function.
             let code = unsafe { cu::cuFuncSetAttribute(function, most, how.shared as i32) };
