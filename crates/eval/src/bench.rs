@@ -21,8 +21,8 @@ pub struct Train {
     pub peak: f64,
     /// The same by the data sheet, where known.
     pub nominal: Option<f64>,
-    /// Share of the step that one WKV-7 forward and backward pass a layer takes, measured alone.
-    pub wkv_share: f64,
+    /// Share of the step that one WKV-7 forward and backward pass a layer takes, measured alone; on a GPU the profile says it.
+    pub wkv_share: Option<f64>,
     /// Most bytes of the context's memory in use at a time.
     pub peak_bytes: usize,
     /// What was forecast, and is checked against free memory before the first step.
@@ -75,7 +75,7 @@ pub fn train(
         recompute: recompute.least(),
         bptt: Bptt::Whole,
     };
-    let mut trainer = Trainer::new(ctx, Model::init(ctx, &config, Init::Current, 1)?, settings);
+    let mut trainer = Trainer::new(ctx, Model::init(ctx, &config, Init::Noise, 1)?, settings);
     let room = match ctx.cuda() {
         Some(gpu) => Some(gpu.free_memory() as u64),
         None => memory::available(),
@@ -115,13 +115,13 @@ pub fn train(
     drop(trainer);
     ctx.trim();
     let tokens_per_second = n as f64 / step;
-    let wkv = wkv(ctx, rows, t, config.heads(), config.head_size).both * layers as f64;
+    let wkv = || wkv(ctx, rows, t, config.heads(), config.head_size).both * layers as f64;
     Ok(Train {
         tokens_per_second,
         flops: config.train_flops_per_token() * tokens_per_second,
         peak: bench::gemm_peak(ctx),
         nominal: bench::nominal_peak(ctx),
-        wkv_share: wkv / step,
+        wkv_share: ctx.cuda().is_none().then(|| wkv() / step),
         peak_bytes,
         forecast_bytes: forecast,
         recompute,

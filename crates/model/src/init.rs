@@ -19,6 +19,9 @@ pub enum Init {
     Current,
     /// The official trainer when the paper appeared (March 2025).
     Paper,
+    /// For measurements: the official vectors, and matrices of uniform noise that keep a signal's size, none of them zero. Made in
+    /// seconds at any size, which orthogonal matrices are not.
+    Noise,
 }
 
 /// How one tensor is filled.
@@ -49,7 +52,7 @@ fn rule(c: &Config, init: Init, name: &str) -> Rule {
         let z = ((n % size) as f64 - half) / half;
         z * z.abs()
     };
-    let current = init == Init::Current;
+    let current = init != Init::Paper;
     match part {
         "emb.weight" => Rule::Uniform(1e-4),
         "head.weight" => {
@@ -102,6 +105,15 @@ fn stream(seed: u64, name: &str) -> ChaCha8Rng {
 /// Uniform in (0, 1).
 fn unit(rng: &mut ChaCha8Rng) -> f64 {
     ((rng.next_u64() >> 11) as f64 + 0.5) / (1u64 << 53) as f64
+}
+
+/// Fills `out` with noise in (-bound, bound), of which pieces repeat.
+fn noise(rng: &mut ChaCha8Rng, bound: f32, out: &mut [f32]) {
+    let table: Vec<f32> = (0..1 << 16).map(|_| (2.0 * unit(rng) - 1.0) as f32 * bound).collect();
+    for piece in out.chunks_mut(table.len() / 2) {
+        let at = rng.next_u64() as usize % (table.len() / 2);
+        piece.copy_from_slice(&table[at..at + piece.len()]);
+    }
 }
 
 /// Fills `out` with standard normal values (Box-Muller).
@@ -186,6 +198,10 @@ impl Model {
         for &p in &handles {
             let name = params.specs()[p.id].name.clone();
             let out = params.get_mut(p);
+            if init == Init::Noise && p.rows > 1 && p.cols > 1 {
+                noise(&mut stream(seed, &name), (3.0 / p.cols as f64).sqrt() as f32, out);
+                continue;
+            }
             match rule(config, init, &name) {
                 Rule::Each(f) => out.iter_mut().enumerate().for_each(|(i, o)| *o = f(i) as f32),
                 Rule::Uniform(bound) => {

@@ -19,8 +19,10 @@ fn best(n: usize, mut f: impl FnMut()) -> f64 {
 pub fn gemm_peak(ctx: &Context) -> f64 {
     if let Some(gpu) = ctx.cuda() {
         let (n, t) = (8192, ctx.dtype());
-        let values: Vec<f32> = (0..n * n).map(|i| (i as f32 * 0.7).sin()).collect();
-        let (a, b, c) = (ctx.copy_of(&values), ctx.copy_of(&values), ctx.alloc(n * n));
+        let row: Vec<f32> = (0..n + 64).map(|i| (i as f32 * 0.7).sin()).collect();
+        let values: Vec<f32> = (0..n).flat_map(|i| row[i % 61..][..n].iter().copied()).collect();
+        let a = ctx.copy_of(&values);
+        let (b, c) = (a.duplicate(), ctx.alloc(n * n));
         let seconds = best(8, || {
             gpu.gemm(Trans::N, Trans::T, n, n, n, a.ptr(), b.ptr(), t, false, c.ptr(), t);
             gpu.synchronize();

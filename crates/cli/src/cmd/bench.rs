@@ -117,7 +117,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             });
             global.result(json, || {
                 format!(
-                    "training L{layers} D{width} V{vocab} B{rows} T{t}, {}, {} threads: {:.0} tokens/s, {:.1} GFLOP/s = {:.1}% of the measured GEMM peak {:.0}{}; WKV-7 {:.1}% of the step; {:.1} GB, {:.1} forecast, recompute {}\n",
+                    "training L{layers} D{width} V{vocab} B{rows} T{t}, {}, {} threads: {:.0} tokens/s, {:.1} GFLOP/s = {:.1}% of the measured GEMM peak {:.0}{}{}; {:.1} GB, {:.1} forecast, recompute {}\n",
                     ctx.dtype(),
                     ctx.threads().len(),
                     r.tokens_per_second,
@@ -125,7 +125,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                     100.0 * r.flops / r.peak,
                     r.peak / 1e9,
                     r.nominal.map_or(String::new(), |p| format!(" (at the nominal clock {:.0})", p / 1e9)),
-                    100.0 * r.wkv_share,
+                    r.wkv_share.map_or(String::new(), |s| format!("; WKV-7 {:.1}% of the step", 100.0 * s)),
                     r.peak_bytes as f64 / 1e9,
                     r.forecast_bytes as f64 / 1e9,
                     format!("{:?}", r.recompute).to_lowercase(),
