@@ -111,27 +111,31 @@ template <class T> __device__ __forceinline__ void keep_result(T* to, int pitch,
         *reinterpret_cast<uint32_t*>(row + 8) = pack<T>(c[1][2 * half], c[1][2 * half + 1]);
     }
 }
-// Stores it to device memory without rows from `rows` on; with `add`, its sum with what is there.
-template <class T> __device__ __forceinline__ void store_result(T* to, size_t pitch, const float (&c)[2][4], int rows, bool add = false) {
+// Stores it to device memory without rows from `rows` on.
+template <class T> __device__ __forceinline__ void store_result(T* to, size_t pitch, const float (&c)[2][4], int rows) {
     const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int row = g + i / 2 * 8;
-        if (row >= rows) continue;
-        uint32_t* place = reinterpret_cast<uint32_t*>(to + row * pitch + 8 * (i % 2) + 2 * q);
-        float2 x = make_float2(c[i % 2][i / 2 * 2], c[i % 2][i / 2 * 2 + 1]);
-        if (add) {
-            const float2 prior = unpack<T>(*place);
-            x = make_float2(x.x + prior.x, x.y + prior.y);
-        }
-        *place = pack<T>(x.x, x.y);
+        if (row < rows) *reinterpret_cast<uint32_t*>(to + row * pitch + 8 * (i % 2) + 2 * q) = pack<T>(c[i % 2][i / 2 * 2], c[i % 2][i / 2 * 2 + 1]);
     }
 }
-
-// Brings the first rows of a tile in device memory into the second-level cache.
-template <int N> __device__ __forceinline__ void prefetch_rows(const bf16* from, size_t pitch, int rows) {
-    const int row = threadIdx.x / (N / 64);
-    if (row < rows) prefetch(from + row * pitch + threadIdx.x % (N / 64) * 64);
+// What is there before, if wanted; and its addition to a result. The load is far from the addition: it takes long.
+__device__ __forceinline__ void load_prior(uint32_t (&prior)[4], const bf16* from, size_t pitch, int rows, bool wanted) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int row = g + i / 2 * 8;
+        prior[i] = wanted && row < rows ? *reinterpret_cast<const uint32_t*>(from + row * pitch + 8 * (i % 2) + 2 * q) : 0;
+    }
+}
+__device__ __forceinline__ void add_prior(float (&c)[2][4], const uint32_t (&prior)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 p = unpack(prior[i]);
+        c[i % 2][i / 2 * 2] += p.x;
+        c[i % 2][i / 2 * 2 + 1] += p.y;
+    }
 }
 
 // A state [N, N] by value and channel, f32, to and from the warp's fragments.
@@ -590,10 +594,9 @@ __device__ void backward(const Inputs<bf16>& in, const Piece* pieces, const Save
         __syncthreads();
         if (chunk > 0) fetch_chunk(chunk - 1);
         copy_commit();
-        if constexpr (!SCAN)
-#pragma unroll
-            for (int i = R; i <= V; i++)
-                if (i != W && add >> i & 1) prefetch_rows<N>(out.p[i] + origin + size_t(first) * c, c, rows);
+        const size_t at0 = origin + size_t(first) * c + 16 * warp;
+        uint32_t prior[2][4];
+        if constexpr (!SCAN) load_prior(prior[0], out.p[V] + at0, c, rows, add >> V & 1);
         uint4 s[SCAN ? 1 : WARPS<N>]; // the state before the chunk: all values, the warp's channels
         if constexpr (!SCAN) {
 #pragma unroll
@@ -624,6 +627,7 @@ __device__ void backward(const Inputs<bf16>& in, const Piece* pieces, const Save
         float du[2][4], dv[2][4];
         clear(du);
         clear(dv);
+        if constexpr (!SCAN) add_prior(dv, prior[0]);
         times_state<N, bf16>(du, m.tiles[BH], m.tiles[HL], d, nullptr, dv, SCAN ? nullptr : m.tiles[KH]);
         // By channels of the warp: V D, U D, dY S, and the sum over values of S D.
         float vd[2][4], ud[2][4], ys[2][4], zs[2][4], along[2][2] = {};
@@ -674,7 +678,7 @@ __device__ void backward(const Inputs<bf16>& in, const Piece* pieces, const Save
             mma2(dv, a, b);
             load_tiles_transposed(a, by_columns<SMALL>(m.m[0], 0));
             mma2(dv, a, t);
-            store_result(out.p[V] + origin + size_t(first) * c + 16 * warp, c, dv, rows, add >> V & 1);
+            store_result(out.p[V] + at0, c, dv, rows);
         }
         decay_state<N>(d, m.whole);
         as_a(x, b);
@@ -698,6 +702,8 @@ __device__ void backward(const Inputs<bf16>& in, const Piece* pieces, const Save
                 load_tiles(a, by_rows<PITCH<N>>(z, 16 * w));
                 mma2(zs, a, turned);
             }
+            load_prior(prior[0], out.p[R] + at0, c, rows, add >> R & 1);
+            load_prior(prior[1], out.p[K] + at0, c, rows, add >> K & 1);
             __syncthreads();
             // Within the chunk, by channels of the warp.
             float ir[2][4], ia[2][4], ik[2][4], ib[2][4];
@@ -786,10 +792,11 @@ __device__ void backward(const Inputs<bf16>& in, const Piece* pieces, const Save
                         dw[j][i] *= -0.60653066f * __fdividef(1.f, 1.f + exp2_fast(-1.44269504f * logit)) * __fdividef(1.f, 1.f + exp2_fast(1.44269504f * logit));
                     }
                 }
-            const size_t at0 = origin + size_t(first) * c + 16 * warp;
-            store_result(out.p[R] + at0, c, dr, rows, add >> R & 1);
+            add_prior(dr, prior[0]);
+            add_prior(ik, prior[1]);
+            store_result(out.p[R] + at0, c, dr, rows);
             store_result(out.p[W] + at0, c, dw, rows);
-            store_result(out.p[K] + at0, c, ik, rows, add >> K & 1);
+            store_result(out.p[K] + at0, c, ik, rows);
             store_result(out.p[A] + at0, c, da, rows);
             store_result(out.p[B] + at0, c, ib, rows);
         }
