@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Flags that every subcommand takes, before or after its name.
 #[derive(clap::Args)]
 pub struct Global {
-    /// Where to compute: cpu, cuda or cuda:N [default: the best there is; cpu for debug]
+    /// Where to compute: cpu, cuda, cuda:N, or best: the first NVIDIA GPU that can be used, else the CPU [default: best; cpu for debug]
     #[arg(long, global = true)]
-    device: Option<Device>,
+    device: Option<Place>,
     /// CPU threads [default: as many as this process may use]
     #[arg(long, global = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -22,6 +22,24 @@ pub struct Global {
     /// No progress and no remarks
     #[arg(long, short, global = true)]
     pub quiet: bool,
+}
+
+/// Where to compute.
+#[derive(Clone, Copy)]
+enum Place {
+    /// The first GPU if it can be used, else the CPU.
+    Best,
+    On(Device),
+}
+
+impl std::str::FromStr for Place {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Place, String> {
+        match s {
+            "best" => Ok(Place::Best),
+            _ => s.parse().map(Place::On).map_err(|_| format!("unknown device {s:?}: use best, cpu, cuda or cuda:N")),
+        }
+    }
 }
 
 /// A type that files hold weights in.
@@ -59,17 +77,26 @@ impl Global {
 
     /// The device and threads asked for; activations on a GPU are of `--dtype`, or bf16.
     pub fn context(&self) -> anyhow::Result<Context> {
-        self.open(self.dtype()?.unwrap_or(DType::BF16))
+        self.open(self.device.unwrap_or(Place::Best), self.dtype()?.unwrap_or(DType::BF16))
     }
 
-    /// The same with activations in f32, whatever `--dtype` says.
+    /// The same with activations in f32, whatever `--dtype` says, and on the CPU unless another device is asked for.
     pub fn exact_context(&self) -> anyhow::Result<Context> {
-        self.open(DType::F32)
+        self.open(self.device.unwrap_or(Place::On(Device::Cpu)), DType::F32)
     }
 
-    fn open(&self, activations: DType) -> anyhow::Result<Context> {
+    fn open(&self, place: Place, activations: DType) -> anyhow::Result<Context> {
         let threads = self.threads.unwrap_or(0) as usize;
-        Ok(Context::with_activations(self.device.unwrap_or(Device::Cpu), activations, threads)?)
+        match place {
+            Place::On(device) => Ok(Context::with_activations(device, activations, threads)?),
+            Place::Best => Ok(Context::with_activations(Device::Cuda(0), activations, threads).unwrap_or_else(|why| {
+                // Without a driver there is nothing to remark unless it was asked for.
+                if self.device.is_some() || anser_tensor::cuda::driver_found() {
+                    self.note(format!("computing on the CPU: {why}"));
+                }
+                Context::cpu(threads)
+            })),
+        }
     }
 
     /// A remark on stderr.

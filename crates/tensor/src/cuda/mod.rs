@@ -151,6 +151,12 @@ unsafe impl Send for Cuda {}
 // SAFETY: as above; the maps are behind mutexes.
 unsafe impl Sync for Cuda {}
 
+/// Whether the NVIDIA driver's library is there, which says nothing about whether it can be used.
+pub fn driver_found() -> bool {
+    // SAFETY: opens a library by name and looks at nothing in it.
+    unsafe { cu::is_culib_present() }
+}
+
 /// The text of a driver error.
 fn text(code: cu::CUresult) -> String {
     let mut p = std::ptr::null();
