@@ -89,6 +89,7 @@ const TIMED: u64 = 8;
 const RECIPE: &str = "anser.recipe";
 const TOTAL: &str = "anser.total_steps";
 const TOKENIZER: &str = "anser.tokenizer";
+const PRODUCTS: &str = "anser.products";
 
 /// Trains as `config` says, in its folder; goes on from the newest checkpoint there, to the bit. When `stop` becomes true
 /// it saves and returns after the running step.
@@ -144,8 +145,13 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
         0 => config.train.rows,
         n => n.min(config.train.rows),
     };
-    if let Some(gpu) = ctx.cuda().filter(|_| config.train.tune) {
-        gpu.tune_products();
+    let tuned = ctx.cuda().filter(|_| config.train.tune);
+    if let Some(gpu) = tuned
+        && !gpu.tune_products(trainer.description(PRODUCTS).unwrap_or_default())
+    {
+        let what =
+            "matrix products are timed anew, as the GPU or its library is another than before: last bits may differ";
+        on(Event::Warning(what.into()));
     }
     // What is there already counts as room.
     let room = available(ctx).map(|free| free + trainer.resident() as u64);
@@ -240,6 +246,9 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
         {
             let text = write_text(ctx, trainer.model(), t, &out.sample_prompt, config.model.seed, out.sample_tokens)?;
             on(Event::Sample { step: done, text });
+        }
+        if let Some(gpu) = tuned {
+            trainer.describe(PRODUCTS, gpu.chosen_products());
         }
         if out.save_every > 0 && (every(out.save_every, done) || last) {
             on(Event::Saved(trainer.save(folder, out.keep)?));
