@@ -9,8 +9,10 @@ use anser_tokenizer::{StreamDecoder, Tokenizer};
 use serde_json::{Value, json};
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Instant;
 
 /// What happens in a run, for whoever watches it.
@@ -206,12 +208,20 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
     }
     let (out, mut interrupted) = (&config.output, false);
     let every = |n: u64, step: u64| n > 0 && step.is_multiple_of(n);
+    // The next batch is read while one is computed.
+    let read = |step: u64| micro_batches(data.train(step, config.train.rows), config.train.ctx, micro);
+    let mut batch = read(trainer.steps());
     while total.is_none_or(|n| trainer.steps() < n) {
         let timer = Instant::now();
+        let step = trainer.steps();
         settings.schedule.total = total.unwrap_or(u64::MAX);
         trainer.settings_mut().schedule = settings.schedule;
-        let batch = data.train(trainer.steps(), config.train.rows);
-        let info = trainer.step(&micro_batches(batch, config.train.ctx, micro))?;
+        let info = thread::scope(|s| {
+            let following = s.spawn(|| read(step + 1));
+            let info = trainer.step(&batch);
+            batch = following.join().unwrap_or_else(|panic| resume_unwind(panic));
+            info
+        })?;
         computing += timer.elapsed().as_secs_f64();
         let done = info.step + 1;
         let speed = (done - first) as f64 * per_step / computing;
