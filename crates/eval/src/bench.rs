@@ -60,7 +60,7 @@ pub fn train(
     recompute: RecomputeMode, tune: bool,
 ) -> Result<Train, crate::Error> {
     if let Some(gpu) = ctx.cuda().filter(|_| tune) {
-        gpu.tune_products();
+        gpu.tune_products("");
     }
     let config = Config::new(layers, width, vocab);
     let schedule = Schedule { init: 1e-4, last: 1e-4, warmup: 0, total: 1 };

@@ -1,7 +1,7 @@
 //! What the operations' GPU sides share: names of kernels by type, runs of rows, sums over rows, segment tables.
 
-use crate::{Backward, Param, Segment};
-use anser_tensor::cuda::{Arg, Cuda, DevicePtr};
+use crate::Segment;
+use anser_tensor::cuda::{Arg, DevicePtr};
 use anser_tensor::{Buf, Context};
 use std::sync::Arc;
 
@@ -11,17 +11,17 @@ pub(crate) fn kernel(ctx: &Context, base: &str) -> String {
 }
 
 /// An `int` argument.
-pub(crate) fn int(n: usize) -> Arg {
+pub(crate) fn int(n: usize) -> Arg<'static> {
     Arg::I32(n as i32)
 }
 
 /// A `size_t` argument.
-pub(crate) fn size(n: usize) -> Arg {
+pub(crate) fn size(n: usize) -> Arg<'static> {
     Arg::Size(n as u64)
 }
 
 /// A struct of addresses.
-pub(crate) fn pointers<const K: usize>(p: [DevicePtr; K]) -> Arg {
+pub(crate) fn pointers<const K: usize>(p: [DevicePtr; K]) -> Arg<'static> {
     let mut all = [DevicePtr::NULL; 6];
     all[..K].copy_from_slice(&p);
     Arg::Ptrs(all)
@@ -44,14 +44,6 @@ pub(crate) fn channels(c: usize) -> (usize, usize) {
     let vectors = c.div_ceil(8);
     let blocks = vectors.div_ceil(128);
     (vectors.div_ceil(blocks).next_multiple_of(32), blocks)
-}
-
-/// Adds partial sums [count, K, size] to the gradients of K parameters.
-pub(crate) fn add_param_sums<const K: usize>(
-    b: &Backward<'_>, gpu: &Cuda, params: [Param; K], parts: &Buf, count: usize, size: usize,
-) {
-    let to = params.map(|p| b.param_grad_ptr(p).unwrap_or(DevicePtr::NULL));
-    gpu.add_partial_sums(to, parts.ptr(), count, size);
 }
 
 /// The segments as the kernels have them: {start, len, state_in, state_out}, -1 for none.

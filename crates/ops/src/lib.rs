@@ -36,7 +36,7 @@ pub mod wkv7;
 pub use again::{Kept, Output, Recompute};
 pub use params::{Group, Param, ParamSet, ParamSpec};
 pub use segment::{Segment, batch};
-pub use tape::{Backward, GradSlot, Tape, Var};
+pub use tape::{Backward, GradSlot, Tape, Var, Written};
 
 pub use cross_entropy::{CrossEntropy, Loss};
 pub use linear::Weight;

@@ -10,7 +10,7 @@
 
 use crate::again::{Output, Recompute};
 use crate::{Kept, Param, ParamSet};
-use anser_tensor::cuda::DevicePtr;
+use anser_tensor::cuda::{DevicePtr, PartialSum};
 use anser_tensor::{Buf, Context, DType};
 use std::sync::{Arc, Mutex};
 
@@ -179,11 +179,32 @@ fn lock(slot: &Slot) -> std::sync::MutexGuard<'_, Option<Arc<Buf>>> {
     slot.lock().unwrap_or_else(|e| e.into_inner())
 }
 
+/// Which parameters have a gradient so far. On a GPU the first of a step overwrites what the arena holds, which need not be cleared.
+pub struct Written(Vec<bool>);
+
+impl Written {
+    /// None yet.
+    pub fn nothing(params: &ParamSet) -> Written {
+        Written(vec![false; params.specs().len()])
+    }
+
+    /// At the end of a step on a GPU: zeros for the parameters to which no gradient came.
+    pub fn clear_others(&self, ctx: &Context, params: &ParamSet, grads: &Buf) {
+        let Some(gpu) = ctx.cuda() else { return };
+        for (s, _) in params.specs().iter().zip(&self.0).filter(|(s, written)| s.trainable && !**written) {
+            gpu.clear(grads.ptr().offset(s.range.start, DType::F32), s.range.len() * DType::F32.size());
+        }
+    }
+}
+
 /// What a backward closure works with.
 pub struct Backward<'a> {
     ctx: &'a Context,
     params: &'a ParamSet,
     grads: &'a mut Buf,
+    written: Option<&'a mut Written>,
+    /// Partial sums that wait to be added up in one launch, with their parameters and their memory.
+    sums: Vec<(Param, PartialSum, Arc<Buf>)>,
 }
 
 impl<'a> Backward<'a> {
@@ -214,10 +235,37 @@ impl<'a> Backward<'a> {
         self.params.get(p)
     }
 
-    /// Where the gradient of a parameter is on the GPU; `None` if it is frozen.
-    pub fn param_grad_ptr(&self, p: Param) -> Option<DevicePtr> {
+    /// Where the gradient of a parameter is on the GPU, and whether the caller adds to it or, being the first of the step, overwrites
+    /// it; `None` if it is frozen.
+    pub fn param_grad_ptr(&mut self, p: Param) -> Option<(DevicePtr, bool)> {
         let s = &self.params.specs()[p.id];
-        s.trainable.then(|| self.grads.ptr().offset(s.range.start, DType::F32))
+        let add = |w: &mut Written| std::mem::replace(&mut w.0[p.id], true);
+        s.trainable
+            .then(|| (self.grads.ptr().offset(s.range.start, DType::F32), self.written.as_deref_mut().is_none_or(add)))
+    }
+
+    /// Adds partial sums [count, K, size] on the GPU to the gradients of K parameters, later, many in one launch.
+    pub(crate) fn add_param_sums<const K: usize>(&mut self, params: [Param; K], parts: Buf, count: usize, size: usize) {
+        let again = params.iter().any(|p| self.sums.iter().any(|s| s.0.id == p.id));
+        if again || self.sums.len() + K > PartialSum::MOST {
+            self.flush();
+        }
+        let parts = Arc::new(parts);
+        for (k, p) in params.into_iter().enumerate() {
+            let Some((to, add)) = self.param_grad_ptr(p) else { continue };
+            let from = parts.ptr().offset(k * size, DType::F32);
+            let sum = PartialSum { to, add, parts: from, count, stride: K * size, cols: size };
+            self.sums.push((p, sum, parts.clone()));
+        }
+    }
+
+    /// Adds up the partial sums that wait.
+    fn flush(&mut self) {
+        let sums: Vec<PartialSum> = self.sums.iter().map(|s| s.1).collect();
+        if let Some(gpu) = self.ctx.cuda() {
+            gpu.add_partial_sums(&sums);
+        }
+        self.sums.clear();
     }
 
     /// The gradient of a parameter, to be added to; `None` if it is frozen.
@@ -234,6 +282,7 @@ pub struct Tape<'p> {
     ctx: Context,
     params: &'p ParamSet,
     grads: Option<&'p mut Buf>,
+    written: Option<&'p mut Written>,
     steps: Vec<Step<'p>>,
     recompute: Recompute,
 }
@@ -241,13 +290,19 @@ pub struct Tape<'p> {
 impl<'p> Tape<'p> {
     /// A tape that only computes: inference.
     pub fn inference(ctx: &Context, params: &'p ParamSet) -> Tape<'p> {
-        Tape { ctx: ctx.clone(), params, grads: None, steps: Vec::new(), recompute: Recompute::Nothing }
+        Tape { ctx: ctx.clone(), params, grads: None, written: None, steps: Vec::new(), recompute: Recompute::Nothing }
     }
 
     /// A tape that records; parameter gradients are added to `grads`, laid out like the arena of `params`.
     pub fn recording(ctx: &Context, params: &'p ParamSet, grads: &'p mut Buf) -> Tape<'p> {
         assert!(ctx.is_dry() || grads.len() == params.values().len());
-        Tape { ctx: ctx.clone(), params, grads: Some(grads), steps: Vec::new(), recompute: Recompute::Nothing }
+        Tape { grads: Some(grads), ..Tape::inference(ctx, params) }
+    }
+
+    /// The tape with a note of what has been written to the gradients in this step, which saves clearing them on a GPU; on the CPU
+    /// gradients are always added.
+    pub fn noting(self, written: Option<&'p mut Written>) -> Tape<'p> {
+        Tape { written, ..self }
     }
 
     /// The tape with the choice of what is computed again going back.
@@ -319,17 +374,22 @@ impl<'p> Tape<'p> {
     /// Parameter gradients during the forward pass, for an operation at the root (the loss) that makes its gradients at once.
     pub fn with_backward<R>(&mut self, f: impl FnOnce(&mut Backward<'_>) -> R) -> Option<R> {
         let grads = self.grads.as_deref_mut()?;
-        Some(f(&mut Backward { ctx: &self.ctx, params: self.params, grads }))
+        let written = self.written.as_deref_mut();
+        let mut b = Backward { ctx: &self.ctx, params: self.params, grads, written, sums: Vec::new() };
+        let result = f(&mut b);
+        b.flush();
+        Some(result)
     }
 
     /// Back-propagates from the gradients already placed (by a loss, or with [`Var::add_grad`]).
     pub fn backward(self) {
-        let Tape { ctx, params, grads, steps, .. } = self;
+        let Tape { ctx, params, grads, written, steps, .. } = self;
         let Some(grads) = grads else { return };
-        let mut b = Backward { ctx: &ctx, params, grads };
+        let mut b = Backward { ctx: &ctx, params, grads, written, sums: Vec::new() };
         for step in steps.into_iter().rev() {
             step(&mut b);
         }
+        b.flush();
     }
 
     /// Runs `f` without keeping anything but its inputs and outputs, and runs it again when going back
@@ -349,7 +409,8 @@ impl<'p> Tape<'p> {
             }
             let leaves: Vec<Var> =
                 inputs.iter().map(|v| if v.needs_grad() { v.detached() } else { v.clone() }).collect();
-            let mut tape = Tape::recording(b.ctx, b.params, b.grads);
+            b.flush();
+            let mut tape = Tape::recording(b.ctx, b.params, b.grads).noting(b.written.as_deref_mut());
             for (out, g) in f(&mut tape, &leaves).iter().zip(grads) {
                 if let Some(g) = g {
                     out.add_grad(g);

@@ -9,9 +9,9 @@ struct Verdict {
     int finite;
 };
 
-// Gradients are cleared for the next step; if their norm is not finite, nothing is touched.
+// If the norm of the gradients is not finite, nothing is touched.
 template <class T>
-__device__ void adamw(float* p, T* rounded, float* g, float* m, float* v, const int* pieces, const Verdict* verdict, float b1,
+__device__ void adamw(float* p, T* rounded, const float* g, float* m, float* v, const int* pieces, const Verdict* verdict, float b1,
                       float b2, float n1, float n2, float root, float eps, float keep, float rate, float rate2) {
     if (!verdict->finite) return;
     const float scale = verdict->scale;
@@ -32,13 +32,12 @@ __device__ void adamw(float* p, T* rounded, float* g, float* m, float* v, const 
         store(p + at, pp);
         store(m + at, mm);
         store(v + at, vv);
-        store(g + at, zeros());
         if (rounded) store(rounded + at, pp);
     }
 }
 
 #define ADAMW(T, name)                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(256) adamw_##name(float* p, T* rounded, float* g, float* m, float* v,        \
+    extern "C" __global__ void __launch_bounds__(256) adamw_##name(float* p, T* rounded, const float* g, float* m, float* v,        \
         const int* pieces, const Verdict* verdict, float b1, float b2, float n1, float n2, float root, float eps, float keep, \
         float rate, float rate2) {                                                                                            \
         adamw(p, rounded, g, m, v, pieces, verdict, b1, b2, n1, n2, root, eps, keep, rate, rate2);                            \

@@ -65,10 +65,8 @@ impl AdamW {
 
     /// One step with learning rate `lr` (2x for the `Double` group), gradients multiplied by what `norm` says (clipping). Frozen
     /// parameters and their moments stay as they are; so does everything if the norm is not finite, but for the number of steps,
-    /// which on a GPU is counted before the norm is known. A GPU leaves zeros in `grads`.
-    pub fn step(
-        &mut self, ctx: &Context, params: &mut ParamSet, grads: &mut Buf, hyper: Hyper, lr: f64, norm: &GradNorm,
-    ) {
+    /// which on a GPU is counted before the norm is known.
+    pub fn step(&mut self, ctx: &Context, params: &mut ParamSet, grads: &Buf, hyper: Hyper, lr: f64, norm: &GradNorm) {
         assert!(grads.len() == self.m.len() && params.values().len() == self.m.len());
         self.steps += 1;
         let t = self.steps.min(i32::MAX as u64) as i32;
@@ -204,10 +202,10 @@ mod tests {
         let run = |threads| {
             let (ctx, mut p) = (Context::cpu(threads), set());
             let mut adam = AdamW::new(&ctx, 120_000);
-            let mut grads = ctx.copy_of(&grads);
+            let grads = ctx.copy_of(&grads);
             let norm = GradNorm::new(&ctx, &p, &grads, 1.0);
             for _ in 0..3 {
-                adam.step(&ctx, &mut p, &mut grads, hyper, 1e-2, &norm);
+                adam.step(&ctx, &mut p, &grads, hyper, 1e-2, &norm);
             }
             (p, norm.norm())
         };
@@ -235,10 +233,10 @@ mod tests {
     fn frozen_parameters_stay() {
         let (ctx, mut p) = (Context::cpu(1), set());
         p.set_trainable(|n| n != "b");
-        let mut grads = ctx.copy_of(&[1.0; 120_000]);
+        let grads = ctx.copy_of(&[1.0; 120_000]);
         let norm = GradNorm::new(&ctx, &p, &grads, 0.0);
         assert!((norm.norm() - 80_000f64.sqrt()).abs() < 1e-9);
-        AdamW::new(&ctx, 120_000).step(&ctx, &mut p, &mut grads, Hyper::default(), 1e-2, &norm);
+        AdamW::new(&ctx, 120_000).step(&ctx, &mut p, &grads, Hyper::default(), 1e-2, &norm);
         let start = set();
         for s in p.specs() {
             let same = p.values()[s.range.clone()] == start.values()[s.range.clone()];

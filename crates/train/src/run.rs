@@ -9,8 +9,10 @@ use anser_tokenizer::{StreamDecoder, Tokenizer};
 use serde_json::{Value, json};
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Instant;
 
 /// What happens in a run, for whoever watches it.
@@ -89,6 +91,7 @@ const TIMED: u64 = 8;
 const RECIPE: &str = "anser.recipe";
 const TOTAL: &str = "anser.total_steps";
 const TOKENIZER: &str = "anser.tokenizer";
+const PRODUCTS: &str = "anser.products";
 
 /// Trains as `config` says, in its folder; goes on from the newest checkpoint there, to the bit. When `stop` becomes true
 /// it saves and returns after the running step.
@@ -144,8 +147,13 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
         0 => config.train.rows,
         n => n.min(config.train.rows),
     };
-    if let Some(gpu) = ctx.cuda().filter(|_| config.train.tune) {
-        gpu.tune_products();
+    let tuned = ctx.cuda().filter(|_| config.train.tune);
+    if let Some(gpu) = tuned
+        && !gpu.tune_products(trainer.description(PRODUCTS).unwrap_or_default())
+    {
+        let what =
+            "matrix products are timed anew, as the GPU or its library is another than before: last bits may differ";
+        on(Event::Warning(what.into()));
     }
     // What is there already counts as room.
     let room = available(ctx).map(|free| free + trainer.resident() as u64);
@@ -200,12 +208,20 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
     }
     let (out, mut interrupted) = (&config.output, false);
     let every = |n: u64, step: u64| n > 0 && step.is_multiple_of(n);
+    // The next batch is read while one is computed.
+    let read = |step: u64| micro_batches(data.train(step, config.train.rows), config.train.ctx, micro);
+    let mut batch = read(trainer.steps());
     while total.is_none_or(|n| trainer.steps() < n) {
         let timer = Instant::now();
+        let step = trainer.steps();
         settings.schedule.total = total.unwrap_or(u64::MAX);
         trainer.settings_mut().schedule = settings.schedule;
-        let batch = data.train(trainer.steps(), config.train.rows);
-        let info = trainer.step(&micro_batches(batch, config.train.ctx, micro))?;
+        let info = thread::scope(|s| {
+            let following = s.spawn(|| read(step + 1));
+            let info = trainer.step(&batch);
+            batch = following.join().unwrap_or_else(|panic| resume_unwind(panic));
+            info
+        })?;
         computing += timer.elapsed().as_secs_f64();
         let done = info.step + 1;
         let speed = (done - first) as f64 * per_step / computing;
@@ -240,6 +256,9 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
         {
             let text = write_text(ctx, trainer.model(), t, &out.sample_prompt, config.model.seed, out.sample_tokens)?;
             on(Event::Sample { step: done, text });
+        }
+        if let Some(gpu) = tuned {
+            trainer.describe(PRODUCTS, gpu.chosen_products());
         }
         if out.save_every > 0 && (every(out.save_every, done) || last) {
             on(Event::Saved(trainer.save(folder, out.keep)?));

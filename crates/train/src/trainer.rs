@@ -2,7 +2,7 @@ use crate::{AdamW, Error, GradNorm, Hyper, Schedule};
 use anser_data::Batch;
 use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
 use anser_model::{Config, Load, Model, State};
-use anser_ops::{CrossEntropy, Loss, Recompute, Segment, Tape, batch};
+use anser_ops::{CrossEntropy, Loss, Recompute, Segment, Tape, Written, batch};
 use anser_tensor::{Buf, Context, DType};
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -70,8 +70,6 @@ pub struct Trainer {
     model: Model,
     adam: AdamW,
     grads: Buf,
-    /// Whether there may be something in `grads`.
-    used: bool,
     settings: Settings,
     metadata: BTreeMap<String, String>,
 }
@@ -134,7 +132,6 @@ impl Trainer {
             model,
             adam: AdamW::new(ctx, n),
             grads: ctx.zeros_f32(n),
-            used: false,
             settings,
             metadata: BTreeMap::new(),
         }
@@ -167,18 +164,22 @@ impl Trainer {
     pub fn step(&mut self, micro: &[Batch]) -> Result<StepInfo, Error> {
         let targets: usize = micro.iter().flat_map(|b| &b.targets).filter(|t| **t >= 0).count();
         let opts = CrossEntropy { divisor: targets.max(1) as f64, l2wrap: self.settings.l2wrap };
-        if self.used {
+        // A GPU overwrites them with the first gradients of the step.
+        let mut written = self.ctx.cuda().map(|_| Written::nothing(self.model.params()));
+        if written.is_none() {
             self.grads.clear();
         }
-        self.used = true;
         let mut losses = Vec::new();
         for b in micro {
-            self.back_propagate(b, opts, &mut losses)?;
+            self.back_propagate(b, opts, written.as_mut(), &mut losses)?;
+        }
+        if let Some(w) = written {
+            w.clear_others(&self.ctx, self.model.params(), &self.grads);
         }
         let (step, settings) = (self.adam.steps, self.settings);
         let lr = settings.schedule.at(step);
         let norm = GradNorm::new(&self.ctx, self.model.params(), &self.grads, settings.grad_clip);
-        self.adam.step(&self.ctx, self.model.params_mut(), &mut self.grads, settings.hyper, lr, &norm);
+        self.adam.step(&self.ctx, self.model.params_mut(), &self.grads, settings.hyper, lr, &norm);
         // All work is under way; here the device is waited for.
         let (norm, loss) = (norm.norm(), losses.iter().map(Loss::loss).sum::<f64>());
         self.ctx.check()?;
@@ -192,19 +193,20 @@ impl Trainer {
             };
             return Err(Error::NotFinite { step, what });
         }
-        // A GPU's optimiser cleared them.
-        self.used = self.ctx.cuda().is_none();
         Ok(StepInfo { step, loss, lr, grad_norm: norm })
     }
 
     /// Adds the gradients of a micro-batch, and its parts of the loss to `losses`.
-    fn back_propagate(&mut self, b: &Batch, opts: CrossEntropy, losses: &mut Vec<Loss>) -> Result<(), Error> {
+    fn back_propagate(
+        &mut self, b: &Batch, opts: CrossEntropy, mut written: Option<&mut Written>, losses: &mut Vec<Loss>,
+    ) -> Result<(), Error> {
         let Settings { ctx: t, checkpointing, recompute, bptt, .. } = self.settings;
         let pieces = pieces(b, t, bptt.piece(t));
         let slots = if pieces.len() > 1 { b.len(t) } else { 0 };
         let mut state = State::zeros(&self.ctx, self.model.config(), slots);
         let mut record = |piece: &Piece, state: &State, from_next: Vec<Option<Buf>>| -> Result<State, Error> {
-            let mut tape = Tape::recording(&self.ctx, self.model.params(), &mut self.grads).recomputing(recompute);
+            let tape = Tape::recording(&self.ctx, self.model.params(), &mut self.grads);
+            let mut tape = tape.noting(written.as_deref_mut()).recomputing(recompute);
             let (hidden, next) = self.model.forward(&mut tape, &piece.tokens, &piece.segments, state, checkpointing)?;
             losses.push(self.model.loss(&mut tape, &hidden, &piece.targets, None, opts));
             for (v, g) in next.vars().zip(from_next) {

@@ -43,7 +43,7 @@ pub fn trajectory(
         tape.backward();
         let norm = GradNorm::new(ctx, model.params(), &grads, grad_clip);
         let lr = schedule.at(step as u64);
-        adam.step(ctx, model.params_mut(), &mut grads, hyper, lr, &norm);
+        adam.step(ctx, model.params_mut(), &grads, hyper, lr, &norm);
         out.losses.push(loss.loss());
         out.lrs.push(lr);
         out.grad_norms.push(norm.norm());

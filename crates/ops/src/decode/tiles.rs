@@ -156,7 +156,7 @@ impl Ups {
 
 impl Step<'_> {
     /// The plan as the kernels have it.
-    fn share(&self, plan: &Tiles) -> Arg {
+    fn share(&self, plan: &Tiles) -> Arg<'static> {
         let share = [self.batch, plan.rows, plan.k, plan.width, plan.split, plan.shares];
         let mut words = [0; 8];
         words.iter_mut().zip(share).for_each(|(to, v)| *to = v as i32);

@@ -32,7 +32,10 @@ impl<'p> Tape<'p> {
             let (dy, tokens) = (out.slot(), tokens.to_vec());
             self.record(move |b| {
                 let Some(dy) = dy.take() else { return };
-                if let (Some(gpu), Some(g)) = (b.ctx().cuda(), b.param_grad_ptr(table)) {
+                if let (Some(gpu), Some((g, add))) = (b.ctx().cuda(), b.param_grad_ptr(table)) {
+                    if !add {
+                        gpu.clear(g, table.rows * c * 4);
+                    }
                     cuda::backward(b.ctx(), gpu, g, &dy, &tokens, table.rows, c);
                 }
                 b.run(|b| {

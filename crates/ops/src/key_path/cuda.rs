@@ -1,6 +1,6 @@
 //! Keys on a GPU.
 
-use crate::gpu::{add_param_sums, channels, int, kernel, runs, size};
+use crate::gpu::{channels, int, kernel, runs, size};
 use crate::{Backward, Param, Tape};
 use anser_tensor::Buf;
 use anser_tensor::cuda::{Arg, Cuda, Module};
@@ -19,7 +19,7 @@ pub(super) fn forward(
 }
 
 pub(super) fn backward(
-    b: &Backward<'_>, gpu: &Cuda, k: &Buf, rate: &Buf, d: &[Buf; 3], params: [Param; 2], grads: [&Buf; 2],
+    b: &mut Backward<'_>, gpu: &Cuda, k: &Buf, rate: &Buf, d: &[Buf; 3], params: [Param; 2], grads: [&Buf; 2],
     heads: usize, scale: f32,
 ) {
     let c = params[0].cols;
@@ -48,5 +48,5 @@ pub(super) fn backward(
     ];
     let name = kernel(b.ctx(), "key_path_back");
     gpu.launch(&KERNELS, &name, [count, blocks, 1], [threads, 1, 1], &args);
-    add_param_sums(b, gpu, params, &parts, count, c);
+    b.add_param_sums(params, parts, count, c);
 }

@@ -1,6 +1,6 @@
 //! LayerNorm on a GPU.
 
-use crate::gpu::{add_param_sums, int, kernel};
+use crate::gpu::{int, kernel};
 use crate::{Backward, Param, ParamSet};
 use anser_tensor::cuda::{Arg, Cuda, DevicePtr, Module};
 use anser_tensor::{Buf, Context};
@@ -26,7 +26,7 @@ fn block(w: usize) -> (usize, usize) {
     if w == 1 { (4, 128) } else { (1, 32 * w) }
 }
 
-fn at(b: Option<&Buf>) -> Arg {
+fn at(b: Option<&Buf>) -> Arg<'static> {
     Arg::Ptr(b.map_or(DevicePtr::NULL, Buf::ptr))
 }
 
@@ -45,8 +45,8 @@ pub(super) fn forward(
 
 /// The gradient of x plus `prior` into `dx`, and the gradients of weight and bias.
 pub(super) fn backward(
-    b: &Backward<'_>, gpu: &Cuda, x: &Buf, dy: &Buf, prior: Option<&Buf>, dx: Option<&Buf>, weight: Param, bias: Param,
-    c: usize,
+    b: &mut Backward<'_>, gpu: &Cuda, x: &Buf, dy: &Buf, prior: Option<&Buf>, dx: Option<&Buf>, weight: Param,
+    bias: Param, c: usize,
 ) {
     let (ctx, rows, shape) = (b.ctx(), x.len() / c, shape(c));
     let (each, threads) = block(shape.0);
@@ -55,5 +55,5 @@ pub(super) fn backward(
     let w = b.params().master(weight);
     let args = [x.ptr().into(), dy.ptr().into(), at(prior), at(dx), w.into(), parts.ptr().into(), int(rows), int(c)];
     gpu.launch(&KERNELS, &name(ctx, "layer_norm_back", shape), [count, 1, 1], [threads, 1, 1], &args);
-    add_param_sums(b, gpu, [weight, bias], &parts, count, c);
+    b.add_param_sums([weight, bias], parts, count, c);
 }

@@ -138,12 +138,14 @@ impl Weight {
         gpu.gemm(Trans::N, self.stored().1, rows, k, n, dy, self.device(params), t, add, dx, t);
     }
 
-    pub(crate) fn add_weight_grad_cuda(&self, b: &Backward<'_>, gpu: &Cuda, x: DevicePtr, dy: DevicePtr, rows: usize) {
+    pub(crate) fn add_weight_grad_cuda(
+        &self, b: &mut Backward<'_>, gpu: &Cuda, x: DevicePtr, dy: DevicePtr, rows: usize,
+    ) {
         let (n, k, t) = (self.outputs(), self.inputs(), b.ctx().dtype());
-        let Some(dw) = self.param().and_then(|p| b.param_grad_ptr(p)) else { return };
+        let Some((dw, add)) = self.param().and_then(|p| b.param_grad_ptr(p)) else { return };
         match self {
-            Weight::OutIn(_) => gpu.gemm(Trans::T, Trans::N, n, k, rows, dy, x, t, true, dw, DType::F32),
-            Weight::InOut(_) => gpu.gemm(Trans::T, Trans::N, k, n, rows, x, dy, t, true, dw, DType::F32),
+            Weight::OutIn(_) => gpu.gemm(Trans::T, Trans::N, n, k, rows, dy, x, t, add, dw, DType::F32),
+            Weight::InOut(_) => gpu.gemm(Trans::T, Trans::N, k, n, rows, x, dy, t, add, dw, DType::F32),
             Weight::Packed(_) | Weight::Device(_) => {}
         }
     }

@@ -1,7 +1,7 @@
 //! The function, the bias and its gradient of a low-rank map on a GPU.
 
 use super::Activation;
-use crate::gpu::{add_param_sums, channels, int, kernel, runs, size};
+use crate::gpu::{channels, int, kernel, runs, size};
 use crate::{Backward, Param};
 use anser_tensor::cuda::{Cuda, Module};
 use anser_tensor::{Buf, Context};
@@ -29,12 +29,12 @@ pub(super) fn scale_by_derivative(ctx: &Context, gpu: &Cuda, a: Activation, h: &
     gpu.launch(&KERNELS, &kernel(ctx, "activate_back"), grid, block, &args);
 }
 
-pub(super) fn add_bias_grad(b: &Backward<'_>, gpu: &Cuda, dy: &Buf, bias: Param, c: usize) {
+pub(super) fn add_bias_grad(b: &mut Backward<'_>, gpu: &Cuda, dy: &Buf, bias: Param, c: usize) {
     let ctx = b.ctx();
     let (run, count) = runs(dy.len() / c, 1);
     let (threads, blocks) = channels(c);
     let parts = ctx.alloc_f32(count * c);
     let args = [dy.ptr().into(), parts.ptr().into(), int(dy.len() / c), int(c), int(run)];
     gpu.launch(&KERNELS, &kernel(ctx, "column_sums"), [count, blocks, 1], [threads, 1, 1], &args);
-    add_param_sums(b, gpu, [bias], &parts, count, c);
+    b.add_param_sums([bias], parts, count, c);
 }

@@ -1,6 +1,6 @@
 //! Read-out on a GPU.
 
-use crate::gpu::{add_param_sums, channels, int, kernel, runs, size};
+use crate::gpu::{channels, int, kernel, runs, size};
 use crate::{Backward, Param, Tape, Var};
 use anser_tensor::Buf;
 use anser_tensor::cuda::{Arg, Cuda, Module};
@@ -18,7 +18,7 @@ pub(super) fn forward(t: &Tape<'_>, gpu: &Cuda, inputs: [&Var; 5], params: [Para
 }
 
 pub(super) fn backward(
-    b: &Backward<'_>, gpu: &Cuda, d: &Buf, inputs: [&Buf; 5], params: [Param; 3], grads: [&Buf; 5], heads: usize,
+    b: &mut Backward<'_>, gpu: &Cuda, d: &Buf, inputs: [&Buf; 5], params: [Param; 3], grads: [&Buf; 5], heads: usize,
 ) {
     let c = params[1].cols;
     let rows = d.len() / c;
@@ -32,5 +32,5 @@ pub(super) fn backward(
     args.extend([parts.ptr().into(), int(c / heads), int(rows), int(c), int(run)]);
     let name = kernel(b.ctx(), "read_out_back");
     gpu.launch(&KERNELS, &name, [count, blocks, 1], [threads, 1, 1], &args);
-    add_param_sums(b, gpu, params, &parts, count, c);
+    b.add_param_sums(params, parts, count, c);
 }

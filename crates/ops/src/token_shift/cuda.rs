@@ -1,6 +1,6 @@
 //! Token shift on a GPU.
 
-use crate::gpu::{add_param_sums, channels, int, kernel, pointers, runs};
+use crate::gpu::{channels, int, kernel, pointers, runs};
 use crate::{Backward, GradSlot, Param, Segment, Tape, Var};
 use anser_tensor::cuda::{Arg, Cuda, DevicePtr, Module};
 use anser_tensor::{Buf, Context};
@@ -55,7 +55,7 @@ pub(super) fn keep_last(ctx: &Context, gpu: &Cuda, x: &Var, segments: &Arc<[Segm
 }
 
 pub(super) fn backward<const K: usize>(
-    b: &Backward<'_>, gpu: &Cuda, x: &Buf, last: &Buf, segments: &Arc<[Segment]>, mu: [Param; K],
+    b: &mut Backward<'_>, gpu: &Cuda, x: &Buf, last: &Buf, segments: &Arc<[Segment]>, mu: [Param; K],
     dy: &[Option<Buf>; K], dnew: Option<&Buf>, dx: &GradSlot, dlast: &GradSlot,
 ) {
     let (ctx, c) = (b.ctx(), mu[0].cols);
@@ -81,7 +81,7 @@ pub(super) fn backward<const K: usize>(
     ];
     let name = kernel(ctx, &format!("token_shift{K}_back"));
     gpu.launch(&KERNELS, &name, [count, blocks, 1], [threads, 1, 1], &args);
-    add_param_sums(b, gpu, mu, &parts, count, c);
+    b.add_param_sums(mu, parts, count, c);
     if let Some(g) = g {
         dx.add(g);
     }

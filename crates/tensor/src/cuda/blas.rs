@@ -4,7 +4,7 @@ use super::{Cuda, DevicePtr, lock};
 use crate::DType;
 use crate::gemm::Trans;
 use cudarc::cublaslt::sys as lt;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,6 +25,15 @@ struct Shape {
     bias: bool,
 }
 
+impl Shape {
+    /// What a profile and a list of choices call it.
+    fn name(&self) -> String {
+        let ([m, n, k], [ta, tb], [input, output]) =
+            (self.size, self.trans.map(|t| if t { 't' } else { 'n' }), self.types);
+        format!("{m}x{n}x{k} {ta}{tb} {input}>{output}{}", if self.bias { " +bias" } else { "" })
+    }
+}
+
 /// A chosen algorithm with its descriptors, which live as long as the process.
 #[derive(Clone, Copy)]
 struct Plan {
@@ -41,6 +50,8 @@ pub(super) struct Blas {
     plans: Mutex<HashMap<Shape, Plan>>,
     workspace: Mutex<Option<DevicePtr>>,
     tuned: AtomicBool,
+    /// What timing chose: the place of an algorithm among those of its shape, by the shape's name.
+    chosen: Mutex<BTreeMap<String, usize>>,
 }
 
 /// What one product reads and writes.
@@ -70,8 +81,13 @@ fn ok(code: lt::cublasStatus_t) -> Result<(), String> {
 
 impl Default for Blas {
     fn default() -> Blas {
-        let handle = std::ptr::null_mut();
-        Blas { handle, plans: Mutex::default(), workspace: Mutex::default(), tuned: AtomicBool::new(false) }
+        Blas {
+            handle: std::ptr::null_mut(),
+            plans: Mutex::default(),
+            workspace: Mutex::default(),
+            tuned: AtomicBool::new(false),
+            chosen: Mutex::default(),
+        }
     }
 }
 
@@ -272,13 +288,10 @@ impl Cuda {
         let p = match algos.len() {
             0 => p,
             1 => *plans.entry(shape).or_insert(p),
-            _ => *plans.entry(shape).or_insert(self.fastest(p, &algos, call, m * n * output.size())),
+            _ => *plans.entry(shape).or_insert(self.choose(shape, p, &algos, call)),
         };
         let what = || {
-            let letter = |t| if t == Trans::T { 't' } else { 'n' };
-            let add = if accumulate { " +=" } else { "" };
-            let add = if bias.is_some() { " +bias" } else { add };
-            let name = format!("gemm {m}x{n}x{k} {}{} {input}>{output}{add}", letter(ta), letter(tb));
+            let name = format!("gemm {}{}", shape.name(), if accumulate { " +=" } else { "" });
             let bytes = (m * k + k * n) * input.size() + m * n * output.size() * (1 + accumulate as usize);
             (name, bytes, 2.0 * (m * n * k) as f64)
         };
@@ -289,30 +302,76 @@ impl Cuda {
         });
     }
 
-    /// From now on times the algorithms for each new shape once and takes the fastest, instead of the one that cuBLASLt thinks best. Two
-    /// runs of a process then compute the same bits as long as they choose alike, which timing doesn't promise.
-    pub fn tune_products(&self) {
+    /// From now on times the algorithms for each new shape once and takes the fastest, instead of the one that cuBLASLt thinks best;
+    /// where `before`, which [`Cuda::chosen_products`] gave, says what to take, it is taken. Two runs compute the same bits as long as they
+    /// choose alike, which timing doesn't promise. False if `before` is of another GPU or another version of cuBLASLt: nothing is taken from it.
+    pub fn tune_products(&self, before: &str) -> bool {
         self.blas.tuned.store(true, Ordering::Relaxed);
         lock(&self.blas.plans).clear();
+        let mut lines = before.lines();
+        let same = lines.next().is_none_or(|device| device == self.chooser());
+        let choice =
+            |line: &str| line.split_once(" = ").and_then(|(shape, at)| Some((shape.to_string(), at.parse().ok()?)));
+        *lock(&self.blas.chosen) = lines.filter(|_| same).filter_map(choice).collect();
+        same
     }
 
-    /// The plan with the fastest of `algos`, if products are tuned. They write to a buffer of their own of `bytes` bytes; without
-    /// memory for it, the first is taken.
-    fn fastest(&self, p: Plan, algos: &[lt::cublasLtMatmulAlgo_t], call: Call, bytes: usize) -> Plan {
+    /// What timing chose so far: a line for what chose, and one for every shape. Empty if products are not tuned.
+    pub fn chosen_products(&self) -> String {
+        let chosen = lock(&self.blas.chosen);
+        let lines = chosen.iter().map(|(shape, at)| format!("\n{shape} = {at}"));
+        if chosen.is_empty() { String::new() } else { self.chooser() + &lines.collect::<String>() }
+    }
+
+    /// What a place among algorithms depends on.
+    fn chooser(&self) -> String {
+        // SAFETY: returns a number.
+        let version = if self.dry { 0 } else { unsafe { lt::cublasLtGetVersion() } };
+        format!("{}, cuBLASLt {version}", self.info.name)
+    }
+
+    /// The plan with one of `algos`: the first or, if products are tuned, the one that was chosen for its shape or is the fastest now.
+    fn choose(&self, shape: Shape, p: Plan, algos: &[lt::cublasLtMatmulAlgo_t], call: Call) -> Plan {
         if !self.blas.tuned.load(Ordering::Relaxed) {
             return p;
         }
-        let Some(scratch) = self.take(bytes) else { return p };
+        let mut chosen = lock(&self.blas.chosen);
+        let before = chosen.get(&shape.name()).copied().filter(|&at| at < algos.len());
+        let Some(at) = before.or_else(|| self.fastest(shape, &p, algos, call)) else { return p };
+        chosen.insert(shape.name(), at);
+        Plan { algo: algos[at], ..p }
+    }
+
+    /// The fastest of `algos`. They write to a buffer of their own; without memory for it there is no answer.
+    fn fastest(&self, shape: Shape, p: &Plan, algos: &[lt::cublasLtMatmulAlgo_t], call: Call) -> Option<usize> {
+        let bytes = shape.size[0] * shape.size[1] * shape.types[1].size();
+        let scratch = self.take(bytes)?;
         self.clear(scratch, bytes);
         let call = Call { c: scratch, ..call };
-        let time = |algo: &&lt::cublasLtMatmulAlgo_t| {
-            let run = || self.blas.run(&p, algo, call, self.stream.cast()).is_ok();
+        let time = |algo: &lt::cublasLtMatmulAlgo_t| {
+            let run = || self.blas.run(p, algo, call, self.stream.cast()).is_ok();
             // An algorithm that fails is never chosen.
             if run() { self.milliseconds(|| (0..TIMED).for_each(|_| _ = run())) } else { f32::MAX }
         };
-        let times: Vec<f32> = algos.iter().map(|a| time(&a)).collect();
-        let best = (0..algos.len()).min_by(|&a, &b| times[a].total_cmp(&times[b])).unwrap_or(0);
+        let times: Vec<f32> = algos.iter().map(time).collect();
         self.give_back(scratch);
-        Plan { algo: algos[best], ..p }
+        (0..algos.len()).min_by(|&a, &b| times[a].total_cmp(&times[b]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::Info;
+
+    #[test]
+    fn choices_are_taken_up_on_the_same_gpu_only() {
+        let gpu =
+            |name: &str| Cuda::dry(Info { name: name.into(), capability: (9, 0), multiprocessors: 132, memory: 0 });
+        let before = "A, cuBLASLt 0\n64x32x768 nn bf16>bf16 +bias = 3\n768x768x8192 tn bf16>f32 = 5";
+        let (a, b) = (gpu("A"), gpu("B"));
+        assert!(a.tune_products("") && a.chosen_products().is_empty());
+        assert!(a.tune_products(before) && a.chosen_products() == before);
+        assert!(!b.tune_products(before) && b.chosen_products().is_empty());
     }
 }

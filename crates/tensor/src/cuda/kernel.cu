@@ -29,28 +29,33 @@ template <class A, class B> __device__ void convert(const A* x, B* y, size_t n) 
 CONVERT(bf16, bf16)
 CONVERT(f16, f16)
 
-struct Pointers {
-    float* p[6];
+// to[c] (+)= sum over p < count of parts[p * stride + c], for c < cols.
+struct PartialSum {
+    float* to;
+    const float* parts;
+    int count, stride, cols, add;
 };
 
-// to_k[c] += sum over p of parts[p][k][c], for c < cols and those of the K = gridDim.y pointers that are not null; in the order of p
-// within each of 32 groups and then over the groups. Grid: columns / 32, K; block: 32 x 32.
-extern "C" __global__ void __launch_bounds__(1024) add_partial_sums(Pointers to, const float* parts, int count, int cols) {
+struct PartialSums {
+    PartialSum of[32];
+};
+
+// In the order of p within each of 32 groups and then over the groups. Grid: most columns / 32, sums; block: 32 x 32.
+extern "C" __global__ void __launch_bounds__(1024) add_partial_sums(const __grid_constant__ PartialSums sums) {
     __shared__ float group[32][33];
+    const PartialSum& sum = sums.of[blockIdx.y];
+    if (blockIdx.x * 32 >= sum.cols) return;
     const int c = blockIdx.x * 32 + threadIdx.x;
-    float* sum = to.p[blockIdx.y];
-    if (!sum) return;
     float s = 0.f;
-    if (c < cols) {
-        const float* mine = parts + size_t(blockIdx.y) * cols + c;
-        const size_t stride = size_t(gridDim.y) * cols;
+    if (c < sum.cols) {
+        const float* mine = sum.parts + c;
 #pragma unroll 4
-        for (int p = threadIdx.y; p < count; p += 32) s += mine[p * stride];
+        for (int p = threadIdx.y; p < sum.count; p += 32) s += mine[size_t(p) * sum.stride];
     }
     group[threadIdx.y][threadIdx.x] = s;
     __syncthreads();
     // A warp sums the groups of one column.
     s = warp_sum(group[threadIdx.x][threadIdx.y]);
     const int column = blockIdx.x * 32 + threadIdx.y;
-    if (threadIdx.x == 0 && column < cols) sum[column] += s;
+    if (threadIdx.x == 0 && column < sum.cols) sum.to[column] = sum.add ? sum.to[column] + s : s;
 }

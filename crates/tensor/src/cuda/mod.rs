@@ -43,7 +43,7 @@ impl DevicePtr {
 
 /// One argument of a kernel.
 #[derive(Clone, Copy, Debug)]
-pub enum Arg {
+pub enum Arg<'a> {
     /// A device address.
     Ptr(DevicePtr),
     /// `int`.
@@ -56,9 +56,11 @@ pub enum Arg {
     Ptrs([DevicePtr; 6]),
     /// A struct of up to eight `int`, of which the kernel reads as many as it has.
     Words([i32; 8]),
+    /// A struct of words of eight bytes.
+    Struct(&'a [u64]),
 }
 
-impl Arg {
+impl Arg<'_> {
     /// Where the value is, as the driver wants it.
     fn pointer(&self) -> *mut c_void {
         match self {
@@ -68,26 +70,51 @@ impl Arg {
             Arg::Size(v) => (&raw const *v).cast_mut().cast(),
             Arg::Ptrs(p) => p.as_ptr().cast_mut().cast(),
             Arg::Words(p) => p.as_ptr().cast_mut().cast(),
+            Arg::Struct(p) => p.as_ptr().cast_mut().cast(),
         }
     }
 }
 
-impl From<DevicePtr> for Arg {
-    fn from(p: DevicePtr) -> Arg {
+impl From<DevicePtr> for Arg<'_> {
+    fn from(p: DevicePtr) -> Self {
         Arg::Ptr(p)
     }
 }
 
-impl From<f32> for Arg {
-    fn from(v: f32) -> Arg {
+impl From<f32> for Arg<'_> {
+    fn from(v: f32) -> Self {
         Arg::F32(v)
     }
 }
 
-impl From<i32> for Arg {
-    fn from(v: i32) -> Arg {
+impl From<i32> for Arg<'_> {
+    fn from(v: i32) -> Self {
         Arg::I32(v)
     }
+}
+
+/// `to[c] = sum over p < count of parts[p * stride + c]` for c < cols, or, with `add`, `+=`; all f32.
+#[derive(Clone, Copy, Debug)]
+pub struct PartialSum {
+    /// The sums.
+    pub to: DevicePtr,
+    /// Whether they are added to what is there.
+    pub add: bool,
+    /// The first part.
+    pub parts: DevicePtr,
+    /// Parts of a sum.
+    pub count: usize,
+    /// Elements from a part to the next.
+    pub stride: usize,
+    /// Sums.
+    pub cols: usize,
+}
+
+impl PartialSum {
+    /// As many as one launch takes.
+    pub const MOST: usize = 32;
+    /// Words of eight bytes that the kernel has of each.
+    const WORDS: usize = 4;
 }
 
 /// The kernels of one folder: a fatbin embedded with `include_bytes!`, loaded at its first launch.
@@ -481,12 +508,17 @@ impl Cuda {
         self.launch(&FLAT, &format!("add_{dtype}"), grid, block, &[x.into(), y.into(), Arg::Size(n as u64)]);
     }
 
-    /// `to_k[c] += parts[p][k][c]` summed over p < count, for c < cols and K addresses `to` (null: not wanted), all f32, in a fixed order.
-    pub fn add_partial_sums<const K: usize>(&self, to: [DevicePtr; K], parts: DevicePtr, count: usize, cols: usize) {
-        let mut all = [DevicePtr::NULL; 6];
-        all[..K].copy_from_slice(&to);
-        let args = [Arg::Ptrs(all), parts.into(), (count as i32).into(), (cols as i32).into()];
-        self.launch(&FLAT, "add_partial_sums", [cols.div_ceil(32), K, 1], [32, 32, 1], &args);
+    /// Adds partial sums up, each in a fixed order, all in one launch; at most [`PartialSum::MOST`].
+    pub fn add_partial_sums(&self, sums: &[PartialSum]) {
+        assert!(sums.len() <= PartialSum::MOST);
+        let mut words = [0; PartialSum::MOST * PartialSum::WORDS];
+        for (to, s) in words.chunks_exact_mut(PartialSum::WORDS).zip(sums) {
+            let pair = |low: usize, high: usize| low as u64 | (high as u64) << 32;
+            to.copy_from_slice(&[s.to.0, s.parts.0, pair(s.count, s.stride), pair(s.cols, s.add.into())]);
+        }
+        let cols = sums.iter().map(|s| s.cols).max().unwrap_or(0);
+        let grid = [cols.div_ceil(32), sums.len(), 1];
+        self.launch(&FLAT, "add_partial_sums", grid, [32, 32, 1], &[Arg::Struct(&words)]);
     }
 
     /// Rounds `n` f32 to `dtype`.
