@@ -4,11 +4,12 @@
 //! zig = z |z|. Matrices are orthogonal with a gain, or zero; see [`Rule`].
 
 use crate::{Architecture, Config, Error, Model};
-use anser_ops::ParamSet;
+use anser_ops::{Param, ParamSet};
 use anser_tensor::Context;
 use anser_tensor::gemm::{Trans, gemm};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+use std::sync::Mutex;
 
 /// Which initialisation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -187,6 +188,22 @@ fn inverse_upper_cholesky(gram: &[f32], n: usize) -> Vec<f32> {
     (0..n * n).map(|i| inv[(i % n) * n + i / n] as f32).collect()
 }
 
+/// Fills one tensor, seen as a matrix [rows, cols].
+fn fill(config: &Config, init: Init, seed: u64, name: &str, [rows, cols]: [usize; 2], out: &mut [f32]) {
+    let mut rng = stream(seed, name);
+    if init == Init::Noise && rows > 1 && cols > 1 {
+        return noise(&mut rng, (3.0 / cols as f64).sqrt() as f32, out);
+    }
+    match rule(config, init, name) {
+        Rule::Each(f) => out.iter_mut().enumerate().for_each(|(i, o)| *o = f(i) as f32),
+        Rule::Uniform(bound) => out.iter_mut().for_each(|o| *o = ((2.0 * unit(&mut rng) - 1.0) * bound) as f32),
+        Rule::Orthogonal(gain) => {
+            orthogonal(&Context::cpu(1), &mut rng, rows, cols, out);
+            out.iter_mut().for_each(|o| *o *= gain as f32);
+        }
+    }
+}
+
 impl Model {
     /// A new model; the same seed gives the same values on any number of threads.
     ///
@@ -195,25 +212,25 @@ impl Model {
     pub fn init(ctx: &Context, config: &Config, init: Init, seed: u64) -> Result<Model, Error> {
         config.validate()?;
         let (mut params, handles) = ParamSet::new(config.tensors());
-        for &p in &handles {
-            let name = params.specs()[p.id].name.clone();
-            let out = params.get_mut(p);
-            if init == Init::Noise && p.rows > 1 && p.cols > 1 {
-                noise(&mut stream(seed, &name), (3.0 / p.cols as f64).sqrt() as f32, out);
-                continue;
-            }
-            match rule(config, init, &name) {
-                Rule::Each(f) => out.iter_mut().enumerate().for_each(|(i, o)| *o = f(i) as f32),
-                Rule::Uniform(bound) => {
-                    let mut rng = stream(seed, &name);
-                    out.iter_mut().for_each(|o| *o = ((2.0 * unit(&mut rng) - 1.0) * bound) as f32);
-                }
-                Rule::Orthogonal(gain) => {
-                    orthogonal(ctx, &mut stream(seed, &name), p.rows, p.cols, out);
-                    out.iter_mut().for_each(|o| *o *= gain as f32);
-                }
-            }
+        let specs = params.specs().to_vec();
+        let mut order: Vec<Param> = handles;
+        order.sort_by_key(|p| specs[p.id].range.start);
+        // Every tensor is one thread's work: a wide model has hundreds of orthogonal matrices, each a chain of small steps.
+        let mut rest = params.values_mut();
+        let mut tasks = Vec::new();
+        for p in order {
+            let (mine, more) = rest.split_at_mut(specs[p.id].range.len());
+            tasks.push(Mutex::new((p, mine)));
+            rest = more;
         }
+        tasks.sort_by_key(|t| std::cmp::Reverse(t.lock().map_or(0, |t| t.1.len())));
+        ctx.threads().run(tasks.len(), |i| {
+            if let Ok(mut task) = tasks[i].lock() {
+                let (p, out) = &mut *task;
+                fill(config, init, seed, &specs[p.id].name, [p.rows, p.cols], out);
+            }
+        });
+        drop(tasks);
         params.to_device(ctx);
         Ok(Model::assemble(config.clone(), params))
     }
