@@ -36,20 +36,18 @@ struct Piece {
     last: bool,
 }
 
-/// Cuts sequences into pieces of whole chunks, so that pieces times heads fill the GPU.
+/// Cuts long sequences into pieces of whole chunks, so that pieces times heads fill the GPU.
 fn pieces(segments: &[Segment], heads: usize) -> Vec<Piece> {
     let chunks = |len: usize| len.div_ceil(CHUNK);
     let all: usize = segments.iter().map(|s| chunks(s.len)).sum();
-    let enough = segments.len() * heads >= BLOCKS / 2;
-    let longest = if enough { usize::MAX } else { (all * heads).div_ceil(BLOCKS).max(PIECE) };
+    let balanced = (all * heads).div_ceil(BLOCKS).max(PIECE);
     let (mut list, mut base) = (Vec::new(), 0);
     for (segment, s) in segments.iter().enumerate() {
         let total = chunks(s.len);
-        let count = total.div_ceil(longest).max(1);
-        let each = total.div_ceil(count).max(1);
+        // A cut costs as much as it gains where a sequence is not much longer than a balanced piece.
+        let count = if total > 2 * balanced { total / balanced } else { 1 };
         for number in 0..count {
-            let from = (number * each).min(total);
-            let to = ((number + 1) * each).min(total);
+            let [from, to] = [number, number + 1].map(|n| n * total / count);
             let (start, end) = ((from * CHUNK).min(s.len), (to * CHUNK).min(s.len));
             list.push(Piece {
                 segment,
