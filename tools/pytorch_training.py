@@ -103,6 +103,9 @@ class L2Wrap(torch.autograd.Function):
         return grad, extra * grad
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def batches(path, ctx, rows, steps, held_out):
     """The official order over the part of the data that is trained on."""
     tokens = np.fromfile(path + ".bin", dtype=np.uint16)
@@ -112,7 +115,7 @@ def batches(path, ctx, rows, steps, held_out):
     factor = int(prime * (math.sqrt(5) - 1) / 2)
     for step in range(steps):
         starts = [factor * (i**3 % prime) % prime * ctx for i in range(1 + step * rows, 1 + (step + 1) * rows)]
-        yield torch.from_numpy(np.stack([tokens[s:s + ctx + 1] for s in starts]).astype(np.int64)).to("cuda")
+        yield torch.from_numpy(np.stack([tokens[s:s + ctx + 1] for s in starts]).astype(np.int64)).to(DEVICE)
 
 
 def main():
@@ -126,7 +129,7 @@ def main():
     a.add_argument("--f32", action="store_true")
     a = a.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
-    p = {n: t.float().cuda().requires_grad_() for n, t in load_file(a.model).items()}
+    p = {n: t.float().to(DEVICE).requires_grad_() for n, t in load_file(a.model).items()}
     group = lambda n: 2 if n.endswith("att.w0") else 0 if p[n].squeeze().dim() >= 2 and ".weight" in n else 1
     groups = [{"params": [p[n] for n in p if group(n) == i], "weight_decay": a.weight_decay if i == 0 else 0.0} for i in range(3)]
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-18)

@@ -128,7 +128,7 @@ fn what_cannot_be_trained_is_said_in_one_line() {
         (train(&["data.path=nowhere"]), "nowhere.idx"),
         (train(&["data.tokenizer=world"]), "the data set was built with \"bytes\""),
         (train(&[&load, "data.path=", "data.tokenizer=world"]), "the model has 300 tokens"),
-        (train(&["data.path=", "train.ctx=2000000", "model.n_layer=6", "model.n_embd=256"]), "set train.micro_rows"),
+        (train(&["data.path=", "train.ctx=2000000", "model.n_layer=6", "model.n_embd=256"]), "train.micro_rows = 1"),
         (train(&["model.n_layer=10000", "model.n_embd=8192"]), "train a smaller model"),
         (train(&["model.train_only=[\"haed*\"]"]), "no parameter is named"),
         (train(&["train.lr_init=1e30", "train.steps=30", "train.grad_clip=0"]), "is not finite"),
