@@ -63,7 +63,7 @@ fn tokens_and_back() {
     let (code, _, err) = anser(&f.0, &["detokenize", "65535"]);
     assert!(code == 1 && err.contains("token 65535"), "{err}");
     let (code, _, err) = anser(&f.0, &["tokenize", "x", "--tokenizer", "gpt2"]);
-    assert!(code == 1 && err.contains("world or bytes"), "{err}");
+    assert!(code == 1 && err.contains("world, world-4096 or bytes"), "{err}");
 }
 
 #[test]

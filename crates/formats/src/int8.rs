@@ -16,10 +16,9 @@ pub const GROUP: usize = 64;
 pub const INT8: &str = "anser.int8";
 const SCALE: &str = ".scale";
 
-/// Whether a tensor of this name and shape is stored in 8 bits: the matrices of a model but for the embedding, of which a token reads one row, and the
-/// low-rank ones.
+/// Whether a tensor of this name and shape is stored in 8 bits: the matrices of a model, the embedding too, but for the low-rank ones.
 pub fn is_large(name: &str, shape: &[usize]) -> bool {
-    shape.len() == 2 && shape[1] >= GROUP && name.ends_with(".weight") && name != "emb.weight"
+    shape.len() == 2 && shape[1] >= GROUP && name.ends_with(".weight")
 }
 
 /// Rounds a matrix [out, inputs]: q as whole numbers, and the scales.

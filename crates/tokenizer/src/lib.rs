@@ -1,4 +1,4 @@
-//! Tokenizers: RWKV World (greedy longest match over bytes) and bytes; a streaming decoder.
+//! Tokenizers: RWKV World (greedy longest match over bytes), a subset of it for small models, and bytes; a streaming decoder.
 
 mod literal;
 mod stream;
@@ -20,7 +20,7 @@ pub enum Error {
     #[error("vocabulary line {0}: {1}")]
     Vocabulary(usize, String),
     /// The name of no tokenizer.
-    #[error("unknown tokenizer {0:?}: use world or bytes")]
+    #[error("unknown tokenizer {0:?}: use world, world-4096 or bytes")]
     Name(String),
 }
 
@@ -42,6 +42,11 @@ enum Kind {
 }
 
 struct World {
+    name: &'static str,
+    /// Tokens of a model.
+    size: usize,
+    /// Bytes of the longest token.
+    longest: usize,
     trie: Trie,
     /// Bytes of every id; id 0 (end of document) has none.
     tokens: Vec<Vec<u8>>,
@@ -56,7 +61,23 @@ static WORLD: LazyLock<World> = LazyLock::new(|| {
     world.unwrap_or_else(|e| unreachable!("bundled vocabulary: {e}"))
 });
 
+static WORLD_4096: LazyLock<World> = LazyLock::new(|| {
+    let ids = include_str!("../vocab/world-4096.txt").lines().map(|l| l.parse().unwrap_or(usize::MAX));
+    let chosen = (1..=256).chain(ids).filter_map(|id| WORLD.tokens.get(id).cloned());
+    let tokens: Vec<Vec<u8>> = std::iter::once(Vec::new()).chain(chosen).collect();
+    let world = World::new("world-4096", tokens.len(), tokens);
+    // As above.
+    world.unwrap_or_else(|e| unreachable!("bundled vocabulary: {e}"))
+});
+
 impl World {
+    fn new(name: &'static str, size: usize, tokens: Vec<Vec<u8>>) -> Result<World, Error> {
+        let trie = Trie::new(tokens.iter().enumerate().skip(1).map(|(i, t)| (&t[..], i as u32)));
+        let trie = trie.ok_or_else(|| Error::Vocabulary(0, "a token occurs twice".into()))?;
+        let longest = tokens.iter().map(Vec::len).max().unwrap_or(0);
+        Ok(World { name, size, longest, trie, tokens })
+    }
+
     /// Parses the official text format: lines of `ID LITERAL NBYTES`.
     fn parse(text: &str) -> Result<World, Error> {
         let mut tokens = vec![Vec::new()];
@@ -73,8 +94,7 @@ impl World {
             }
             tokens.push(bytes);
         }
-        let trie = Trie::new(tokens.iter().enumerate().skip(1).map(|(i, t)| (&t[..], i as u32)));
-        Ok(World { trie: trie.ok_or_else(|| Error::Vocabulary(0, "a token occurs twice".into()))?, tokens })
+        World::new("world", 65536, tokens)
     }
 }
 
@@ -84,18 +104,25 @@ impl Tokenizer {
         Tokenizer(Kind::World(&WORLD))
     }
 
+    /// The 4,096 tokens of World that occur most in English books and Rust code, numbered in the same order: id 0 for the end of a document, then
+    /// the single bytes, so that any text can be written. `examples/world_subset.rs` chose them.
+    pub fn world_4096() -> Tokenizer {
+        Tokenizer(Kind::World(&WORLD_4096))
+    }
+
     /// One token a byte. Byte 0, which text doesn't contain, ends a document.
     pub fn bytes() -> Tokenizer {
         Tokenizer(Kind::Bytes)
     }
 
-    /// By name: `world` or `bytes`.
+    /// By name: `world`, `world-4096` or `bytes`.
     ///
     /// # Errors
     /// For another name.
     pub fn from_name(name: &str) -> Result<Tokenizer, Error> {
         match name {
             "world" => Ok(Tokenizer::world()),
+            "world-4096" => Ok(Tokenizer::world_4096()),
             "bytes" => Ok(Tokenizer::bytes()),
             _ => Err(Error::Name(name.into())),
         }
@@ -104,7 +131,7 @@ impl Tokenizer {
     /// Its name.
     pub fn name(&self) -> &'static str {
         match self.0 {
-            Kind::World(_) => "world",
+            Kind::World(w) => w.name,
             Kind::Bytes => "bytes",
         }
     }
@@ -112,7 +139,7 @@ impl Tokenizer {
     /// The vocabulary size of models that use it.
     pub fn vocab_size(&self) -> usize {
         match self.0 {
-            Kind::World(_) => 65536,
+            Kind::World(w) => w.size,
             Kind::Bytes => 256,
         }
     }
@@ -120,7 +147,7 @@ impl Tokenizer {
     /// Bytes of the longest token.
     pub fn max_token_len(&self) -> usize {
         match self.0 {
-            Kind::World(_) => 128,
+            Kind::World(w) => w.longest,
             Kind::Bytes => 1,
         }
     }

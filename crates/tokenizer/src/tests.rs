@@ -32,11 +32,15 @@ fn official_vectors() {
 
 #[test]
 fn equals_naive_longest_match_on_random_bytes_and_tokens() {
-    let t = Tokenizer::world();
-    assert_eq!(WORLD.tokens.len(), 65530);
+    equals_naive_longest_match(Tokenizer::world(), &WORLD.tokens, 65530);
+    equals_naive_longest_match(Tokenizer::world_4096(), &WORLD_4096.tokens, 4096);
+}
+
+fn equals_naive_longest_match(t: Tokenizer, tokens: &[Vec<u8>], size: usize) {
+    assert_eq!(tokens.len(), size);
     let set: std::collections::HashMap<&[u8], u32> =
-        WORLD.tokens.iter().enumerate().skip(1).map(|(i, b)| (&b[..], i as u32)).collect();
-    assert_eq!(set.len(), 65529);
+        tokens.iter().enumerate().skip(1).map(|(i, b)| (&b[..], i as u32)).collect();
+    assert_eq!(set.len(), size - 1);
     let naive = |text: &[u8]| {
         let (mut out, mut at) = (Vec::new(), 0);
         while at < text.len() {
@@ -51,15 +55,24 @@ fn equals_naive_longest_match_on_random_bytes_and_tokens() {
         let text: Vec<u8> = match round % 3 {
             0 => (0..noise.next() % 200).map(|_| noise.next() as u8).collect(),
             1 => (0..noise.next() % 200).map(|_| b" aeinrst\n"[noise.next() % 9]).collect(),
-            _ => (0..noise.next() % 40).flat_map(|_| &WORLD.tokens[noise.next() % 65530]).copied().collect(),
+            _ => (0..noise.next() % 40).flat_map(|_| &tokens[noise.next() % size]).copied().collect(),
         };
         let ids = t.encode(&text);
         assert_eq!(ids, naive(&text));
         assert_eq!(t.decode(&ids).unwrap(), text);
     }
-    for (i, token) in WORLD.tokens.iter().enumerate().skip(1) {
+    for (i, token) in tokens.iter().enumerate().skip(1) {
         assert_eq!(t.encode(token), [i as u32]);
     }
+}
+
+#[test]
+fn the_subset_is_of_world() {
+    let (world, subset) = (Tokenizer::world(), Tokenizer::world_4096());
+    let ids: Vec<u32> = (1..4096).map(|id| world.encode(subset.token(id).unwrap())[0]).collect();
+    assert!(ids.is_sorted() && ids[..256].iter().copied().eq(1..=256));
+    assert_eq!(subset.decode(&[4096]), Err(Error::UnknownToken(4096, "world-4096")));
+    assert_eq!(Tokenizer::from_name("world-4096").unwrap().vocab_size(), 4096);
 }
 
 #[test]
@@ -99,7 +112,7 @@ fn streaming_equals_lossy_decoding() {
 
 #[test]
 fn the_longest_token_is_as_long_as_said() {
-    for t in [Tokenizer::world(), Tokenizer::bytes()] {
+    for t in [Tokenizer::world(), Tokenizer::world_4096(), Tokenizer::bytes()] {
         let longest = (0..t.vocab_size() as u32).filter_map(|i| t.token(i).ok()).map(<[u8]>::len).max();
         assert_eq!(longest, Some(t.max_token_len()));
     }

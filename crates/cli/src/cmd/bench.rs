@@ -83,7 +83,7 @@ enum What {
     },
     /// Encoding the bundled text on one core
     Tokenizer {
-        /// world or bytes
+        /// world, world-4096 or bytes
         #[arg(long, default_value = "world")]
         tokenizer: String,
     },

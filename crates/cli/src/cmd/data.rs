@@ -26,7 +26,7 @@ enum What {
         /// Writes PREFIX.bin, PREFIX.idx and PREFIX.json
         #[arg(long, value_name = "PREFIX")]
         out: PathBuf,
-        /// world or bytes
+        /// world, world-4096 or bytes
         #[arg(long, default_value = "world")]
         tokenizer: String,
     },

@@ -65,7 +65,7 @@ enum Task {
         /// Checkpoint or Hugging Face folder
         #[arg(long)]
         model: PathBuf,
-        /// Tokenizer: world or bytes [default: what the model file says, else world]
+        /// Tokenizer: world, world-4096 or bytes [default: what the model file says, else world]
         #[arg(long)]
         tokenizer: Option<String>,
         /// Text and .jsonl files (also .xz, .zst, .gz)

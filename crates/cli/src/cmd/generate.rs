@@ -42,7 +42,7 @@ pub struct Common {
     /// Checkpoint or Hugging Face folder [default: what quickstart trained]
     #[arg(long)]
     model: Option<PathBuf>,
-    /// Tokenizer: world or bytes [default: what the model file says, else world]
+    /// Tokenizer: world, world-4096 or bytes [default: what the model file says, else world]
     #[arg(long)]
     tokenizer: Option<String>,
     /// 0: always the most probable token

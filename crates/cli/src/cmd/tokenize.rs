@@ -9,7 +9,7 @@ use std::io::Read;
 pub struct Tokenize {
     /// Text; - reads it from stdin
     text: String,
-    /// world or bytes
+    /// world, world-4096 or bytes
     #[arg(long, default_value = "world")]
     tokenizer: String,
 }
@@ -20,7 +20,7 @@ pub struct Detokenize {
     /// Token ids
     #[arg(required = true)]
     ids: Vec<u32>,
-    /// world or bytes
+    /// world, world-4096 or bytes
     #[arg(long, default_value = "world")]
     tokenizer: String,
 }
