@@ -295,8 +295,8 @@ fn wkv7_in_chunks() {
     let s = |start, len, state_in, state_out| Segment { start, len, state_in, state_out };
     // Long enough to be cut into pieces; a piece of a chunk at the ends; one that is not cut.
     let segments: Arc<[Segment]> =
-        vec![s(0, 1100, Some(0), Some(1)), s(1100, 37, None, Some(2)), s(1137, 563, Some(2), None)].into();
-    let rows = 1700;
+        vec![s(0, 2070, Some(0), Some(1)), s(2070, 37, None, Some(2)), s(2107, 563, Some(2), None)].into();
+    let rows = 2670;
     for (heads, n) in [(2, 64), (1, 128)] {
         let c = heads * n;
         for repeated in [false, true] {

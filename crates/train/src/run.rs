@@ -85,8 +85,9 @@ pub struct Summary {
     pub interrupted: bool,
 }
 
-/// Steps that are timed to find how many fit `minutes`; they are in the warm-up, which doesn't depend on the total.
-const TIMED: u64 = 8;
+/// Steps that are timed to find how many fit `minutes`; they are in the warm-up, which doesn't depend on the total. The first ones take memory and
+/// choose algorithms, so the median counts.
+const TIMED: usize = 9;
 /// Metadata of the files of a run.
 const RECIPE: &str = "anser.recipe";
 const TOTAL: &str = "anser.total_steps";
@@ -195,6 +196,7 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
     let mut log = Log::open(folder, trainer.steps())?;
     let start = Instant::now();
     let (mut computing, first) = (0.0, trainer.steps());
+    let mut times = Vec::new();
     let held = |trainer: &Trainer, log: &mut Log, on: &mut dyn FnMut(Event)| -> Result<(), Error> {
         if held_out.tokens.is_empty() {
             return Ok(());
@@ -222,7 +224,8 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
             batch = following.join().unwrap_or_else(|panic| resume_unwind(panic));
             info
         })?;
-        computing += timer.elapsed().as_secs_f64();
+        let time = timer.elapsed().as_secs_f64();
+        computing += time;
         let done = info.step + 1;
         let speed = (done - first) as f64 * per_step / computing;
         let mfu = flops * speed / peak;
@@ -239,11 +242,16 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
             ("speed/mfu", mfu),
         ];
         log.add(info.step, line, &scalars)?;
-        if total.is_none() && done - first >= TIMED.min(config.train.warmup.max(1)) {
-            let fit = (config.train.minutes * 60.0 / (computing / (done - first) as f64)) as u64;
-            total = Some(fit.max(done + 1));
-            trainer.describe(TOTAL, fit.max(done + 1).to_string());
-            on(Event::Planned(fit.max(done + 1)));
+        if total.is_none() {
+            times.push(time);
+            if times.len() >= TIMED.min(config.train.warmup.max(1) as usize) {
+                times.sort_by(f64::total_cmp);
+                let rest = (config.train.minutes * 60.0 - computing) / times[times.len() / 2];
+                let steps = done + (rest as u64).max(1);
+                total = Some(steps);
+                trainer.describe(TOTAL, steps.to_string());
+                on(Event::Planned(steps));
+            }
         }
         interrupted = stop.load(Ordering::SeqCst);
         let last = interrupted || total == Some(done);
