@@ -13,8 +13,11 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::io::Write;
+use std::panic::resume_unwind;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::Instant;
 
 /// What is compared.
@@ -141,11 +144,11 @@ pub struct Task {
     /// Numbers of answers from a row's start that are tested, increasing; more than `answers` tests longer rows.
     pub tested: Vec<usize>,
     /// Gives rows of one length: (seed, stream, rows, answers).
-    pub rows: Box<dyn Fn(u64, u64, usize, usize) -> Batch>,
+    pub rows: Box<dyn Fn(u64, u64, usize, usize) -> Batch + Send + Sync>,
 }
 
 /// Section `[task]` of an experiment.
-pub trait Tasks: Serialize + DeserializeOwned {
+pub trait Tasks: Serialize + DeserializeOwned + Sync {
     /// The tasks that models are trained for, one after the other.
     ///
     /// # Errors
@@ -184,13 +187,14 @@ impl<T: Tasks> Experiment<T> {
         Ok(e)
     }
 
-    /// Trains and tests every model on every task. `note` gets lines of progress. With `out`, results are written there after
-    /// every run and runs that are there already are not done again. When `stop` becomes true, the runs done so far come back.
+    /// Trains and tests every model on every task, one at a time on each context: a small model leaves a GPU mostly idle, so several contexts on one are
+    /// faster. `note` gets lines of progress. With `out`, results are written there after every run and runs that are there already are not
+    /// done again. When `stop` becomes true, the runs done so far come back.
     ///
     /// # Errors
     /// When `out` cannot be written, or holds the results of another experiment.
     pub fn run(
-        &self, ctx: &Context, out: Option<&Path>, stop: &AtomicBool, note: &mut dyn FnMut(String),
+        &self, contexts: &[Context], out: Option<&Path>, stop: &AtomicBool, note: &(dyn Fn(String) + Sync),
     ) -> Result<Vec<Run>, Error> {
         let mut results = Results { experiment: json(self)?, runs: Vec::new() };
         if let Some(path) = out.filter(|p| p.exists()) {
@@ -204,23 +208,57 @@ impl<T: Tasks> Experiment<T> {
         }
         // What cannot be written is said before the work.
         results.save(out)?;
-        for task in self.task.tasks()? {
+        let (tasks, mut plan) = (self.task.tasks()?, Vec::new());
+        for task in &tasks {
             for (width, layers, kind, lr, seed) in self.grid() {
                 let config = self.models.config(kind, layers, width, task.vocab)?;
                 let (parameters, task_name) = (config.parameters(), task.name.clone());
-                let mut run = Run { task: task_name, kind, layers, width, parameters, lr, seed, ..Run::default() };
-                if results.runs.iter().any(|r| r.same(&run)) {
-                    continue;
-                }
-                self.one(ctx, &task, &config, &mut run, stop, note)?;
-                if stop.load(Ordering::SeqCst) {
-                    return Ok(results.runs);
-                }
-                results.runs.push(run);
-                results.save(out)?;
+                plan.push((
+                    task,
+                    config,
+                    Run { task: task_name, kind, layers, width, parameters, lr, seed, ..Run::default() },
+                ));
             }
         }
-        Ok(results.runs)
+        // Where a run stands in the plan, so that results are in that order whichever ends first.
+        let place = |run: &Run| plan.iter().position(|(.., p)| p.same(run));
+        let (next, results) = (AtomicUsize::new(0), Mutex::new(results));
+        let locked = || results.lock().unwrap_or_else(PoisonError::into_inner);
+        let work = |ctx: &Context| -> Result<(), Error> {
+            while let Some((task, config, run)) = plan.get(next.fetch_add(1, Ordering::SeqCst)) {
+                let mut run = run.clone();
+                if locked().runs.iter().any(|r| r.same(&run)) {
+                    continue;
+                }
+                self.one(ctx, task, config, &mut run, stop, note)?;
+                if stop.load(Ordering::SeqCst) {
+                    break;
+                }
+                let mut results = locked();
+                results.runs.push(run);
+                results.runs.sort_by_key(place);
+                results.save(out)?;
+            }
+            Ok(())
+        };
+        let done: Vec<Result<(), Error>> = thread::scope(|s| {
+            let threads: Vec<_> = contexts
+                .iter()
+                .map(|ctx| {
+                    s.spawn(|| {
+                        let done = work(ctx);
+                        if done.is_err() {
+                            // The others end with the run they are at.
+                            next.store(plan.len(), Ordering::SeqCst);
+                        }
+                        done
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|t| t.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+        });
+        done.into_iter().collect::<Result<(), Error>>()?;
+        Ok(results.into_inner().unwrap_or_else(PoisonError::into_inner).runs)
     }
 
     /// All (width, layers, kind, learning rate, seed).
@@ -240,7 +278,7 @@ impl<T: Tasks> Experiment<T> {
 
     fn one(
         &self, ctx: &Context, task: &Task, config: &Config, run: &mut Run, stop: &AtomicBool,
-        note: &mut dyn FnMut(String),
+        note: &(dyn Fn(String) + Sync),
     ) -> Result<(), Error> {
         let (recipe, start) = (&self.train, Instant::now());
         let rows = |seed, stream, count, answers| (task.rows)(seed, stream, count, answers);

@@ -86,7 +86,7 @@ mod tests {
     use super::*;
     use crate::experiment::{Experiment, Kind};
     use anser_tensor::Context;
-    use std::sync::atomic::AtomicBool;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
     #[test]
     fn configurations_are_whole() {
@@ -111,22 +111,26 @@ mod tests {
              grad_clip = 1.0\nseeds = [1]\neval_every = 20\nstop_at = 2.0\ntest_rows = 100\n",
         )
         .unwrap();
-        let (ctx, go) = (Context::cpu(2), AtomicBool::new(false));
+        let go = AtomicBool::new(false);
         let path = std::env::temp_dir().join(format!("anser-states-{}.json", std::process::id()));
-        let mut notes = 0;
-        let runs = e.run(&ctx, Some(&path), &go, &mut |_| notes += 1).unwrap();
-        assert_eq!((runs.len(), notes, runs[1].kind), (2, 6, Kind::Transformer));
+        let notes = AtomicUsize::new(0);
+        let note = |_| {
+            notes.fetch_add(1, Ordering::SeqCst);
+        };
+        let contexts = [Context::cpu(1), Context::cpu(1)];
+        let runs = e.run(&contexts, Some(&path), &go, &note).unwrap();
+        assert_eq!((runs.len(), notes.load(Ordering::SeqCst), runs[1].kind), (2, 6, Kind::Transformer));
         for r in &runs {
             // The first product is the element itself: any model can learn that, and none can by chance.
             assert!(r.at(1).unwrap().last > 0.9, "{r}: {:?}", r.accuracy);
             assert!(r.error.is_none() && r.steps == 60 && r.curve.len() == 3);
         }
         // What is done is not done again, and another experiment's file is left alone.
-        let again = e.run(&ctx, Some(&path), &go, &mut |_| notes += 1).unwrap();
-        assert!(notes == 6 && again[0].accuracy == runs[0].accuracy);
+        let again = e.run(&contexts[..1], Some(&path), &go, &note).unwrap();
+        assert!(notes.load(Ordering::SeqCst) == 6 && again[0].accuracy == runs[0].accuracy);
         let mut other = e.clone();
         other.train.steps = 61;
-        assert!(other.run(&ctx, Some(&path), &go, &mut |_| ()).unwrap_err().to_string().contains("another experiment"));
+        assert!(other.run(&contexts, Some(&path), &go, &note).unwrap_err().to_string().contains("another experiment"));
         std::fs::remove_file(path).unwrap();
         assert_eq!(table(&e.task, &runs).lines().count(), 4);
         assert!(pictures(&e.task, &runs)[0].1.contains("Transformer, 1 layers"));

@@ -1,9 +1,10 @@
 use crate::global::{Global, Interrupted, stop};
 use anser_eval::experiment::{Experiment, Run, Tasks};
 use anser_eval::text::{Prediction, predict};
-use anser_eval::{digits, recall, states};
+use anser_eval::{digits, pairs, recall, states};
 use anser_formats::{Checkpoint, write_atomic};
 use anser_model::{Load, Model};
+use anser_tensor::Context;
 use anser_tokenizer::Tokenizer;
 use anser_train::Trainer;
 use anyhow::{Context as _, ensure};
@@ -51,6 +52,9 @@ enum Task {
         /// Results, from which an interrupted experiment goes on; pictures (SVG) beside it
         #[arg(long, default_value = "states.json")]
         out: PathBuf,
+        /// Models trained at the same time; on a GPU several small ones take little longer than one
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+        jobs: u8,
     },
     /// Associative recall: many keys and values, then the keys again (MQAR)
     Recall {
@@ -59,6 +63,9 @@ enum Task {
         /// Results, from which an interrupted experiment goes on; a picture (SVG) beside it
         #[arg(long, default_value = "recall.json")]
         out: PathBuf,
+        /// Models trained at the same time; on a GPU several small ones take little longer than one
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+        jobs: u8,
     },
     /// How well a model predicts text files: cross entropy per token, bits per byte
     Text {
@@ -72,35 +79,75 @@ enum Task {
         #[arg(required = true)]
         files: Vec<PathBuf>,
     },
+    /// Minimal pairs (BLiMP): how often the right sentence of two is the more probable one
+    Pairs {
+        /// Checkpoint or Hugging Face folder
+        #[arg(long)]
+        model: PathBuf,
+        /// Tokenizer: world, world-4096 or bytes [default: what the model file says, else world]
+        #[arg(long)]
+        tokenizer: Option<String>,
+        /// .jsonl files, a line an object with "sentence_good" and "sentence_bad"
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
 }
 
 /// Runs the subcommand.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     match &args.task {
         Task::Digits { .. } => reversal(&args.task, global),
-        Task::States { config, out } => {
-            let (e, runs) = experiment(global, config.as_deref(), states::SMALL, out)?;
+        Task::States { config, out, jobs } => {
+            let (e, runs) = experiment(global, config.as_deref(), states::SMALL, out, *jobs)?;
             for (group, svg) in states::pictures(&e.task, &runs) {
                 picture(out, &format!("-{group}"), &svg)?;
             }
             global.result(json!({ "runs": runs }), || states::table(&e.task, &runs))
         }
-        Task::Recall { config, out } => {
-            let (e, runs) = experiment(global, config.as_deref(), recall::SMALL, out)?;
+        Task::Recall { config, out, jobs } => {
+            let (e, runs) = experiment(global, config.as_deref(), recall::SMALL, out, *jobs)?;
             picture(out, "", &recall::picture(&runs))?;
             global.result(json!({ "runs": runs }), || recall::table(&e.task, &runs))
         }
         Task::Text { model, tokenizer, files } => text(model, tokenizer.as_deref(), files, global),
+        Task::Pairs { model, tokenizer, files } => pairs(model, tokenizer.as_deref(), files, global),
     }
+}
+
+/// The model of a file and its tokenizer.
+fn load(ctx: &Context, model: &Path, tokenizer: Option<&str>) -> anyhow::Result<(Model, Tokenizer)> {
+    let file = Checkpoint::open(model)?;
+    let name = tokenizer.or(file.metadata().get("anser.tokenizer").map(String::as_str));
+    let tokenizer = Tokenizer::from_name(name.unwrap_or("world"))?;
+    let mut model = Model::load(ctx, &file, Load::Train)?;
+    model.params_mut().to_device(ctx);
+    Ok((model, tokenizer))
+}
+
+fn pairs(model: &Path, tokenizer: Option<&str>, files: &[PathBuf], global: &Global) -> anyhow::Result<()> {
+    let ctx = global.context()?;
+    let (model, tokenizer) = load(&ctx, model, tokenizer)?;
+    let mut all = Vec::new();
+    for path in files {
+        let name = path.display().to_string();
+        let text = std::fs::read_to_string(path).with_context(|| name.clone())?;
+        let pairs = pairs::parse(&text).with_context(|| name.clone())?;
+        all.push((name.clone(), pairs.len(), pairs::accuracy(&ctx, &model, &tokenizer, &pairs).with_context(|| name)?));
+    }
+    // As BLiMP does, over all pairs.
+    let count: usize = all.iter().map(|(_, n, _)| n).sum();
+    let mean = all.iter().map(|(_, n, right)| *n as f64 * right).sum::<f64>() / count as f64;
+    let files: Vec<_> =
+        all.iter().map(|(name, n, right)| json!({ "file": name, "pairs": n, "accuracy": right })).collect();
+    global.result(json!({ "accuracy": mean, "pairs": count, "files": files }), || {
+        let line = |(name, n, right): &(String, usize, f64)| format!("{name}: {:.1}% of {n}\n", 100.0 * right);
+        all.iter().map(line).collect::<String>() + &format!("{:.2}% of {count} pairs\n", 100.0 * mean)
+    })
 }
 
 fn text(model: &Path, tokenizer: Option<&str>, files: &[PathBuf], global: &Global) -> anyhow::Result<()> {
     let ctx = global.context()?;
-    let file = Checkpoint::open(model)?;
-    let name = tokenizer.or(file.metadata().get("anser.tokenizer").map(String::as_str));
-    let tokenizer = Tokenizer::from_name(name.unwrap_or("world"))?;
-    let mut model = Model::load(&ctx, &file, Load::Train)?;
-    model.params_mut().to_device(&ctx);
+    let (model, tokenizer) = load(&ctx, model, tokenizer)?;
     let mut all = Vec::new();
     for path in files {
         let name = path.display().to_string();
@@ -178,7 +225,7 @@ fn reversal(task: &Task, global: &Global) -> anyhow::Result<()> {
 
 /// Runs the experiment of a file, or the one that comes with the program.
 fn experiment<T: Tasks>(
-    global: &Global, config: Option<&Path>, built_in: &str, out: &Path,
+    global: &Global, config: Option<&Path>, built_in: &str, out: &Path, jobs: u8,
 ) -> anyhow::Result<(Experiment<T>, Vec<Run>)> {
     let text = match config {
         Some(path) => std::fs::read_to_string(path).with_context(|| path.display().to_string())?,
@@ -186,7 +233,8 @@ fn experiment<T: Tasks>(
     };
     let name = config.map_or("built-in configuration".into(), |p| p.display().to_string());
     let e = Experiment::<T>::parse(&text).context(name)?;
-    let runs = e.run(&global.context()?, Some(out), stop(), &mut |line| global.note(line))?;
+    let contexts = (0..jobs).map(|_| global.context()).collect::<anyhow::Result<Vec<_>>>()?;
+    let runs = e.run(&contexts, Some(out), stop(), &|line| global.note(line))?;
     if stop().load(Ordering::SeqCst) {
         global.note(format!("stopped; finished runs are in {}, the same command goes on from there", out.display()));
         return Err(Interrupted.into());
