@@ -81,10 +81,27 @@ impl Entry {
     }
 }
 
-/// A memory-mapped checkpoint: named tensors and metadata.
+/// The bytes of a file.
+enum Bytes {
+    Mapped(Mmap),
+    /// Part of the program.
+    Static(&'static [u8]),
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            Bytes::Mapped(map) => map,
+            Bytes::Static(bytes) => bytes,
+        }
+    }
+}
+
+/// A checkpoint, memory-mapped or part of the program: named tensors and metadata.
 pub struct Checkpoint {
     path: PathBuf,
-    maps: Vec<Mmap>,
+    maps: Vec<Bytes>,
     entries: BTreeMap<String, Entry>,
     /// Scales of the matrices in 8 bits.
     scales: BTreeMap<String, Entry>,
@@ -113,33 +130,60 @@ impl Checkpoint {
     pub fn open(path: &Path) -> Result<Checkpoint, Error> {
         let folder = path.is_dir();
         let files = if folder { shards(path)? } else { vec![path.to_path_buf()] };
-        let mut ckpt = Checkpoint {
+        let mut ckpt = Checkpoint::empty(path);
+        for file in &files {
+            ckpt.add(file, map(file)?)?;
+        }
+        if folder && let Some(text) = read_text(&path.join(CONFIG_JSON))? {
+            ckpt.metadata.insert(CONFIG_JSON.into(), text);
+        }
+        ckpt.finish()
+    }
+
+    /// A `.pth` or safetensors file that is part of the program; `name` stands for it in messages.
+    ///
+    /// # Errors
+    /// When it is damaged.
+    pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Checkpoint, Error> {
+        let path = Path::new(name);
+        let mut ckpt = Checkpoint::empty(path);
+        ckpt.add(path, Bytes::Static(bytes))?;
+        ckpt.finish()
+    }
+
+    fn empty(path: &Path) -> Checkpoint {
+        Checkpoint {
             path: path.into(),
             maps: Vec::new(),
             entries: BTreeMap::new(),
             scales: BTreeMap::new(),
             metadata: BTreeMap::new(),
             naming: Naming::Official,
-        };
-        for file in &files {
-            let (map, entries, metadata) = open_file(file)?;
-            for (name, entry) in entries {
-                if ckpt.entries.insert(name.clone(), Entry { file: ckpt.maps.len(), ..entry }).is_some() {
-                    return Err(malformed(file, format!("tensor {name} is also in another file of this folder")));
-                }
+        }
+    }
+
+    /// Adds a file's tensors and metadata.
+    fn add(&mut self, file: &Path, bytes: Bytes) -> Result<(), Error> {
+        let (entries, metadata) = read(file, &bytes)?;
+        for (name, entry) in entries {
+            if self.entries.insert(name.clone(), Entry { file: self.maps.len(), ..entry }).is_some() {
+                return Err(malformed(file, format!("tensor {name} is also in another file of this folder")));
             }
-            ckpt.metadata.extend(metadata);
-            ckpt.maps.push(map);
         }
-        if folder && let Some(text) = read_text(&path.join(CONFIG_JSON))? {
-            ckpt.metadata.insert(CONFIG_JSON.into(), text);
+        self.metadata.extend(metadata);
+        self.maps.push(bytes);
+        Ok(())
+    }
+
+    /// Sees what is in the files under the official names.
+    fn finish(mut self) -> Result<Checkpoint, Error> {
+        let wrong = |reason| malformed(&self.path, reason);
+        self.scales = int8::scales(&mut self.entries, &self.metadata).map_err(wrong)?;
+        if huggingface::is(&self.entries) {
+            self.naming = Naming::HuggingFace;
+            self.entries = huggingface::to_official(self.entries).map_err(wrong)?;
         }
-        ckpt.scales = int8::scales(&mut ckpt.entries, &ckpt.metadata).map_err(|reason| malformed(path, reason))?;
-        if huggingface::is(&ckpt.entries) {
-            ckpt.naming = Naming::HuggingFace;
-            ckpt.entries = huggingface::to_official(ckpt.entries).map_err(|reason| malformed(path, reason))?;
-        }
-        Ok(ckpt)
+        Ok(self)
     }
 
     /// The file or folder.
@@ -217,22 +261,23 @@ fn shards(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     }
 }
 
-type Opened = (Mmap, BTreeMap<String, Entry>, BTreeMap<String, String>);
-
-fn open_file(path: &Path) -> Result<Opened, Error> {
+fn map(path: &Path) -> Result<Bytes, Error> {
     let file = File::open(path).map_err(|e| Error::io(path, "open", e))?;
     // SAFETY: the map is read-only. Another process that truncates the file under us can kill this one with a bus
     // error, as with every memory-mapped reader; our own writers replace files instead of changing them.
     let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, "memory-map", e))?;
-    let (entries, metadata) = if map.starts_with(b"PK") {
-        (pth::read(&map).map_err(|reason| malformed(path, reason))?, BTreeMap::new())
-    } else {
-        safetensors::read(&map).map_err(|reason| {
-            // A pickle at the top is the format that PyTorch wrote before 1.6.
-            let old = matches!(map[..], [0x80, 2..=5, ..]);
-            let advice = "this is PyTorch's old format (before 1.6); load and save it again with a current torch";
-            malformed(path, if old { advice.into() } else { reason })
-        })?
-    };
-    Ok((map, entries, metadata))
+    Ok(Bytes::Mapped(map))
+}
+
+/// Tensors and metadata of a file.
+fn read(path: &Path, bytes: &[u8]) -> Result<safetensors::Contents, Error> {
+    if bytes.starts_with(b"PK") {
+        return Ok((pth::read(bytes).map_err(|reason| malformed(path, reason))?, BTreeMap::new()));
+    }
+    safetensors::read(bytes).map_err(|reason| {
+        // A pickle at the top is the format that PyTorch wrote before 1.6.
+        let old = matches!(bytes, [0x80, 2..=5, ..]);
+        let advice = "this is PyTorch's old format (before 1.6); load and save it again with a current torch";
+        malformed(path, if old { advice.into() } else { reason })
+    })
 }

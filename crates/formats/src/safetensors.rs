@@ -9,7 +9,7 @@ use std::path::Path;
 /// The format's own limit.
 const MAX_HEADER: usize = 100_000_000;
 
-type Contents = (BTreeMap<String, Entry>, BTreeMap<String, String>);
+pub(crate) type Contents = (BTreeMap<String, Entry>, BTreeMap<String, String>);
 
 /// Reads and checks the header.
 pub(crate) fn read(file: &[u8]) -> Result<Contents, String> {

@@ -1,7 +1,6 @@
-use crate::{Entry, Error, int8};
+use crate::{Bytes, Entry, Error, int8};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use memmap2::Mmap;
 use std::fmt;
 
 /// Element types that files hold.
@@ -73,7 +72,7 @@ impl fmt::Display for Dtype {
 pub struct TensorView<'a> {
     pub(crate) name: &'a str,
     pub(crate) entry: &'a Entry,
-    pub(crate) map: &'a Mmap,
+    pub(crate) map: &'a Bytes,
     /// Scales of a matrix in 8 bits.
     pub(crate) scale: Option<&'a [u8]>,
 }
@@ -212,11 +211,12 @@ impl<'a> TensorView<'a> {
             // Whole pages inside the tensor only; the edges belong to neighbours too.
             const PAGE: usize = 4096;
             let (start, end) = (self.entry.start.next_multiple_of(PAGE), self.entry.end / PAGE * PAGE);
-            if start < end {
+            if let Bytes::Mapped(map) = self.map
+                && start < end
+            {
                 // SAFETY: the map is read-only and backed by a file: dropped pages are read again if touched. Failure
                 // only means that they stay, which is no error.
-                let _ =
-                    unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
+                let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
             }
         }
     }
