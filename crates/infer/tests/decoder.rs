@@ -124,8 +124,11 @@ fn any_number_of_sequences() {
             let order: Vec<usize> = if n % 7 == 0 { (0..n).collect() } else { (0..n).map(slot).collect() };
             for t in 0..3 {
                 let inputs: Vec<(usize, u32)> = (0..n).map(|i| (order[i], tokens[i][t])).collect();
-                logits = decoder.step(&inputs).unwrap();
+                logits = decoder.step(&inputs).unwrap().to_vec();
             }
+            assert!(
+                decoder.logits(n - 1..n).unwrap() == &logits[(n - 1) * vocab..] && decoder.logits(n..n + 1).is_err()
+            );
             let mut worst: f64 = 0.0;
             for i in 0..n {
                 worst = worst.max(error(&logits[i * vocab..][..vocab], &want[(i * 3 + 2) * vocab..][..vocab]));
@@ -160,7 +163,7 @@ fn prompts_then_steps_and_the_same_bits_whatever_the_neighbours() {
     let fork = decoder.state(2).unwrap();
     let mut alone = Vec::new();
     for &t in &tokens[5..] {
-        alone = decoder.step(&[(2, t)]).unwrap();
+        alone = decoder.step(&[(2, t)]).unwrap().to_vec();
     }
     assert!(error(&alone, &want[8 * 200..]) < 5e-3);
     // Again: among others of its batch, and through recorded work.
