@@ -2,9 +2,10 @@ use crate::Error;
 use crate::session::{piece, read};
 use anser_model::{DecodeStep, LayerState, Model, Part, State};
 use anser_ops::Var;
-use anser_tensor::Context;
 use anser_tensor::cuda::{Cuda, Graph, Pinned};
+use anser_tensor::{Context, DType};
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Many sequences decoded together on a GPU: every slot holds one, whose state is advanced in place.
@@ -19,6 +20,8 @@ pub struct Decoder<'m> {
     state: State,
     input: Pinned,
     output: Pinned,
+    /// Sequences of the last step.
+    last: usize,
     /// Steps of so few sequences that rows under zeros are skipped.
     few_steps: usize,
     cuda: Arc<Cuda>,
@@ -46,7 +49,19 @@ impl<'m> Decoder<'m> {
         let output = Pinned::new(&cuda, step.most() * model.config().vocab_size)?;
         ctx.check()?;
         let (graphs, warm) = (HashMap::new(), HashSet::new());
-        Ok(Some(Decoder { graphs, warm, step, state, input, output, few_steps: 0, cuda, ctx: ctx.clone(), model }))
+        Ok(Some(Decoder {
+            graphs,
+            warm,
+            step,
+            state,
+            input,
+            output,
+            last: 0,
+            few_steps: 0,
+            cuda,
+            ctx: ctx.clone(),
+            model,
+        }))
     }
 
     /// Number of slots.
@@ -57,41 +72,58 @@ impl<'m> Decoder<'m> {
     /// Reads one token for each of some sequences, given as (slot, token): their logits [n, V], in that order.
     ///
     /// # Errors
+    /// As [`Decoder::feed`].
+    pub fn step(&mut self, sequences: &[(usize, u32)]) -> Result<&[f32], Error> {
+        self.feed(sequences)?;
+        self.logits(0..sequences.len())
+    }
+
+    /// The same, leaving the logits on the device until some are asked for.
+    ///
+    /// # Errors
     /// When a token or slot doesn't exist or a slot is named twice; nothing has happened then.
-    pub fn step(&mut self, sequences: &[(usize, u32)]) -> Result<Vec<f32>, Error> {
+    pub fn feed(&mut self, sequences: &[(usize, u32)]) -> Result<(), Error> {
         self.check_inputs(sequences)?;
-        let vocab = self.model.config().vocab_size;
-        let mut logits = Vec::with_capacity(sequences.len() * vocab);
-        for part in sequences.chunks(self.step.most()) {
-            self.begin(part);
-            self.run(part.len());
-            self.output.receive(self.step.logits(), part.len() * vocab);
-            self.cuda.synchronize();
-            self.ctx.check()?;
-            logits.extend_from_slice(&self.output.floats()[..part.len() * vocab]);
+        self.last = sequences.len();
+        if !sequences.is_empty() {
+            self.begin(sequences);
+            self.run(sequences.len());
         }
-        Ok(logits)
+        Ok(())
+    }
+
+    /// Logits of some of the sequences of the last step, by their places in it.
+    ///
+    /// # Errors
+    /// When there were not as many, or the device has failed.
+    pub fn logits(&mut self, of: Range<usize>) -> Result<&[f32], Error> {
+        if of.start > of.end || of.end > self.last {
+            return Err(Error::State(format!("logits {of:?} of a step of {} sequences", self.last)));
+        }
+        let (vocab, n) = (self.model.config().vocab_size, of.len());
+        self.output.receive(self.step.logits().offset(of.start * vocab, DType::F32), n * vocab);
+        self.cuda.synchronize();
+        self.ctx.check()?;
+        Ok(&self.output.floats()[..n * vocab])
     }
 
     /// Goes on with the most probable token `steps` times without waiting for the host, from the (slot, token) given: the last tokens.
     ///
     /// # Errors
-    /// As [`Decoder::step`].
+    /// As [`Decoder::feed`].
     pub fn greedy(&mut self, sequences: &[(usize, u32)], steps: usize) -> Result<Vec<u32>, Error> {
         self.check_inputs(sequences)?;
-        if steps == 0 {
+        let n = sequences.len();
+        if steps == 0 || n == 0 {
             return Ok(sequences.iter().map(|s| s.1).collect());
         }
-        let mut last = Vec::with_capacity(sequences.len());
-        for part in sequences.chunks(self.step.most()) {
-            self.begin(part);
-            (0..steps).for_each(|_| self.run(part.len()));
-            self.output.receive(self.step.tokens(), part.len());
-            self.cuda.synchronize();
-            self.ctx.check()?;
-            last.extend(self.output.integers()[..part.len()].iter().map(|&t| t as u32));
-        }
-        Ok(last)
+        self.begin(sequences);
+        (0..steps).for_each(|_| self.run(n));
+        self.last = n;
+        self.output.receive(self.step.tokens(), n);
+        self.cuda.synchronize();
+        self.ctx.check()?;
+        Ok(self.output.integers()[..n].iter().map(|&t| t as u32).collect())
     }
 
     fn check_inputs(&self, sequences: &[(usize, u32)]) -> Result<(), Error> {
@@ -113,6 +145,8 @@ impl<'m> Decoder<'m> {
     /// Sends tokens and slots.
     fn begin(&mut self, sequences: &[(usize, u32)]) {
         let n = sequences.len();
+        // Until the step before has taken its own.
+        self.cuda.synchronize();
         let words = self.input.integers_mut();
         for (i, &(slot, token)) in sequences.iter().enumerate() {
             (words[i], words[n + i]) = (token as i32, slot as i32);

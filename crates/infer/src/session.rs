@@ -38,7 +38,7 @@ impl<'m> Session<'m> {
                 self.decoder = Some(decoder);
             }
             if let Some(decoder) = &mut self.decoder {
-                self.logits = decoder.step(&[(0, token)])?;
+                self.logits = decoder.step(&[(0, token)])?.to_vec();
                 return Ok(());
             }
         }

@@ -95,13 +95,13 @@ fn steps_equal_the_forward_pass() {
     }
 }
 
-/// One batch through each way that products go, against operation by operation, and the first sequence among fewer neighbours of the same way.
+/// Steps of more sequences than the kernels for few serve, against operation by operation.
 #[test]
 #[ignore = "needs a GPU"]
 fn any_number_of_sequences() {
     let configs = [
-        (config(64, 128, 2), DType::F16, 5e-3, vec![5, 8, 33, 64, 65, 200]),
-        (config(16, 48, 2), DType::BF16, 4e-2, vec![9, 32, 70]),
+        (config(64, 128, 2), DType::F16, 5e-3, vec![5, 64, 65, 200]),
+        (config(16, 48, 2), DType::BF16, 4e-2, vec![9, 70]),
         (config(32, 320, 1), DType::F16, 5e-3, vec![6, 20]),
     ];
     for (config, dtype, tolerance, batches) in configs {
@@ -117,7 +117,6 @@ fn any_number_of_sequences() {
         let want = device.logits(&mut tape, &hidden).to_vec();
         let states: Vec<Vec<f32>> = state.vars().map(|v| v.to_vec()).collect();
         let mut decoder = Decoder::new(&ctx, &device, most).unwrap().unwrap();
-        let mut before: Option<(usize, Vec<f32>)> = None;
         for n in batches {
             (0..most).for_each(|slot| decoder.clear(slot).unwrap());
             let mut logits = Vec::new();
@@ -125,8 +124,11 @@ fn any_number_of_sequences() {
             let order: Vec<usize> = if n % 7 == 0 { (0..n).collect() } else { (0..n).map(slot).collect() };
             for t in 0..3 {
                 let inputs: Vec<(usize, u32)> = (0..n).map(|i| (order[i], tokens[i][t])).collect();
-                logits = decoder.step(&inputs).unwrap();
+                logits = decoder.step(&inputs).unwrap().to_vec();
             }
+            assert!(
+                decoder.logits(n - 1..n).unwrap() == &logits[(n - 1) * vocab..] && decoder.logits(n..n + 1).is_err()
+            );
             let mut worst: f64 = 0.0;
             for i in 0..n {
                 worst = worst.max(error(&logits[i * vocab..][..vocab], &want[(i * 3 + 2) * vocab..][..vocab]));
@@ -136,11 +138,6 @@ fn any_number_of_sequences() {
             }
             println!("C {} {dtype} B {n}: from operation by operation {worst:.1e}", config.n_embd);
             assert!(worst < tolerance, "{worst:.1e}");
-            let way = |n: usize| [4, 32, 64, 1024].iter().position(|&m| n <= m);
-            if let Some((other, bits)) = before.filter(|b| way(b.0) == way(n) && n <= 64) {
-                assert!(logits[..vocab] == bits[..], "{other} and {n} sequences differ");
-            }
-            before = Some((n, logits[..vocab].to_vec()));
         }
         // Going on without the host is the same, in every number of sequences.
         let inputs: Vec<(usize, u32)> = (0..most).map(|i| (i, tokens[i][0])).collect();
@@ -166,7 +163,7 @@ fn prompts_then_steps_and_the_same_bits_whatever_the_neighbours() {
     let fork = decoder.state(2).unwrap();
     let mut alone = Vec::new();
     for &t in &tokens[5..] {
-        alone = decoder.step(&[(2, t)]).unwrap();
+        alone = decoder.step(&[(2, t)]).unwrap().to_vec();
     }
     assert!(error(&alone, &want[8 * 200..]) < 5e-3);
     // Again: among others of its batch, and through recorded work.

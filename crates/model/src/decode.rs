@@ -3,7 +3,7 @@
 
 use crate::rwkv7::{Block, Rwkv7Block};
 use crate::{Model, State};
-use anser_ops::decode::{BATCH, Finish, Heads, MOST, Mix, Norm, Projected, Skip, Step, TILE_BATCH, Tiles, Ups, fits};
+use anser_ops::decode::{BATCH, Finish, Heads, LowRanks, MOST, Mix, Norm, Projected, Skip, Step, Tiles, fits};
 use anser_ops::{LowRank, Param, Weight};
 use anser_tensor::cuda::DevicePtr;
 use anser_tensor::gemm::Trans;
@@ -34,43 +34,32 @@ impl Part {
         [Part::Mix, Part::Projections, Part::Heads, Part::Output, Part::Key, Part::Value, Part::Head];
 }
 
-/// Work plans of products on tensor cores, for up to so many sequences.
-struct TilePlans {
-    batch: usize,
+/// Work plans for up to [`BATCH`] sequences.
+struct Few {
     /// Projections of the first layer, and of the others.
     projections: [Tiles; 2],
-    /// Of these the first halves of the low-rank maps alone.
-    downs: [Tiles; 2],
     output: Tiles,
     key: Tiles,
-    value: Tiles,
     head: Tiles,
-}
-
-impl TilePlans {
-    fn all(&self) -> impl Iterator<Item = &Tiles> {
-        let singles = [&self.output, &self.key, &self.value, &self.head];
-        self.projections.iter().chain(&self.downs).chain(singles)
-    }
 }
 
 /// Memory and work plans for steps of up to [`DecodeStep::most`] sequences, in f16 or bf16.
 ///
-/// Products go one of four ways, by the number of sequences: 1 to 4, 5 to 32, 33 to 64, more. The bits of a sequence's result depend on its neighbours
-/// only in which of these ways it goes.
+/// Products go one of two ways: with 1 to 4 sequences through kernels made for it, where the bits of a sequence's result don't depend on its neighbours; with
+/// more through the matrix library, where they depend on how many there are.
 pub struct DecodeStep<'m> {
     ctx: Context,
     model: &'m Model,
     blocks: Vec<&'m Rwkv7Block>,
     most: usize,
-    /// For up to 4, 32 and 64 sequences.
-    tiles: Vec<TilePlans>,
+    few: Few,
     skip: Skip,
-    ups: [Ups; 2],
+    /// Of the first layer, and of the others.
+    low_ranks: [LowRanks; 2],
     tokens: Buf,
     slots: Buf,
     x: Buf,
-    /// Interpolated inputs [6, batch, C]; the first of them also holds what goes to the output matrix and to the head.
+    /// Inputs [6, batch, C] of r, k, v, decay, in-context rate and gate; the first of them also holds what goes to the output matrix and to the head.
     mixed: Buf,
     projected: Buf,
     mapped: Buf,
@@ -79,7 +68,6 @@ pub struct DecodeStep<'m> {
     first: Buf,
     hidden: Buf,
     logits: Buf,
-    parts: Buf,
 }
 
 impl<'m> DecodeStep<'m> {
@@ -109,45 +97,36 @@ impl<'m> DecodeStep<'m> {
         if !(0..config.n_layer.min(2)).all(|i| ranks(i).is_some_and(|r| fits(ctx, c, config.head_size, r))) {
             return None;
         }
-        // The order of `load::STACK`; inputs in the order r, w, k, v, a, g.
-        let runs = |[w, a, v, g]: [usize; 4]| [(c, 0), (c, 2), (c + v, 3), (w, 1), (a, 4), (g, 5)];
-        let downs = |[w, a, v, g]: [usize; 4]| [(v, 3), (w, 1), (a, 4), (g, 5)];
-        let plans = |batch: usize| {
-            let plan = |k, runs: &[_], shared| Tiles::new(ctx, batch, k, runs, false, shared);
-            Some(TilePlans {
-                batch,
-                projections: [plan(c, &runs(ranks(0)?), false)?, plan(c, &runs(ranks(1)?), false)?],
-                downs: [plan(c, &downs(ranks(0)?), false)?, plan(c, &downs(ranks(1)?), false)?],
-                output: plan(c, &[(c, 0)], batch > BATCH)?,
-                key: plan(c, &[(hidden, 0)], false)?,
-                value: Tiles::new(ctx, batch, hidden, &[(c, 0)], true, true)?,
-                head: plan(c, &[(vocab, 0)], false)?,
-            })
+        // In the order of `load::STACK`; the value gate has the input of v.
+        let projections = |layer| {
+            let [w, a, v, g] = ranks(layer)?;
+            Tiles::new(ctx, c, &[(c, 0), (c, 1), (c + v, 2), (w, 3), (a, 4), (g, 5)])
         };
-        let sizes = [(0, BATCH), (BATCH, 32), (32, TILE_BATCH)].into_iter().filter(|s| most > s.0);
-        let tiles = sizes.map(|s| plans(s.1)).collect::<Option<Vec<TilePlans>>>()?;
-        let widest = tiles.iter().flat_map(|t| &t.projections).map(Tiles::rows).max()?;
-        // Beyond TILE_BATCH only the first halves of low-rank maps go through tiles.
-        let parts_of = |p: &TilePlans| {
-            let of = |t: &Tiles| t.parts() * p.batch.min(most);
-            p.all().map(of).chain(p.downs.iter().map(|t| t.parts() * most)).max().unwrap_or(0)
+        let low_ranks = |layer| {
+            let [w, a, v, g] = ranks(layer)?;
+            LowRanks::new(ctx, most, c, [(2, v, 2), (0, w, 3), (1, a, 4), (3, g, 5)])
         };
-        let parts = tiles.iter().map(parts_of).max().unwrap_or(0);
+        let few = Few {
+            projections: [projections(0)?, projections(1)?],
+            output: Tiles::new(ctx, c, &[(c, 0)])?,
+            key: Tiles::new(ctx, c, &[(hidden, 0)])?,
+            head: Tiles::new(ctx, c, &[(vocab, 0)])?,
+        };
+        let widest = few.projections.iter().map(Tiles::rows).max()?;
         Some(DecodeStep {
-            tiles,
+            few,
             skip: Skip::new(ctx, most.min(BATCH), hidden, c)?,
-            ups: [Ups::new(ctx, ranks(0)?, c)?, Ups::new(ctx, ranks(1)?, c)?],
+            low_ranks: [low_ranks(0)?, low_ranks(1)?],
             tokens: ctx.zeros_f32(most),
             slots: ctx.zeros_f32(most),
             x: ctx.zeros_f32(most * c),
             mixed: ctx.zeros(6 * most * c),
-            projected: ctx.zeros_f32(most * widest),
+            projected: ctx.zeros_f32((most.min(BATCH) * widest).max(most * 3 * c)),
             mapped: ctx.zeros_f32(4 * most * c),
             now: ctx.zeros(most.min(BATCH) * c),
             first: ctx.zeros_f32(most * c),
             hidden: ctx.zeros(most * hidden),
             logits: ctx.zeros_f32(most * vocab),
-            parts: ctx.alloc_f32(parts),
             ctx: ctx.clone(),
             model,
             blocks,
@@ -201,10 +180,8 @@ impl<'m> DecodeStep<'m> {
         let (c, wide) = (config.n_embd, config.n_hidden);
         let step = Step { ctx: &self.ctx, gpu, batch, c, n: config.head_size };
         let (x, mixed, projected, slots) = (self.x.ptr(), self.mixed.ptr(), self.projected.ptr(), self.slots.ptr());
-        let (mapped, hidden, logits, parts) =
-            (self.mapped.ptr(), self.hidden.ptr(), self.logits.ptr(), self.parts.ptr());
-        let (few, now) = (batch <= BATCH, self.now.ptr());
-        let tiles = self.tiles.iter().find(|t| batch <= t.batch);
+        let (mapped, hidden, logits) = (self.mapped.ptr(), self.hidden.ptr(), self.logits.ptr());
+        let (few, now) = (Some(&self.few).filter(|_| batch <= BATCH), self.now.ptr());
         // By the matrix library: y [batch, n] (+)= x W^T, or x W for W [k, n].
         let library = |w, trans, n, k, x, add, y, to| gpu.gemm(Trans::N, trans, batch, n, k, x, w, dtype, add, y, to);
         if on(Part::Mix) {
@@ -212,9 +189,12 @@ impl<'m> DecodeStep<'m> {
         }
         for (i, (block, s)) in self.blocks.iter().zip(&state.layers).enumerate() {
             let (att, kind) = (&block.att, i.min(1));
+            // In the order of inputs.
+            let [mr, mw, mk, mv, ma, mg] = att.mix.map(p);
+            let mu = [mr, mk, mv, mw, ma, mg];
             // With few sequences the products do this, and leave what is kept of this token to a kernel after them.
-            if on(Part::Mix) && !few {
-                step.mix(x, mixed, s.att_x.buf().ptr(), slots, norm(&block.ln1), att.mix.map(p));
+            if on(Part::Mix) && few.is_none() {
+                step.mix(x, mixed, s.att_x.buf().ptr(), slots, norm(&block.ln1), mu);
             }
             let maps = [Some(&att.decay), Some(&att.rate), att.value_gate.as_ref(), Some(&att.gate)];
             let rank = |l: Option<&LowRank>| l.map_or(0, |l| l.down.outputs());
@@ -230,70 +210,43 @@ impl<'m> DecodeStep<'m> {
                 ln_x: norm(&att.ln_x),
             };
             let stacked = w(&att.receptance);
-            let rows = 3 * c + dw + da + dv + dg;
-            // First halves, their distance from one sequence to the next, and where r, k and v are.
-            let (downs, stride, from) = if few || tiles.is_some() {
-                let from = Projected { at: projected, stride: rows, apart: c, mapped: (!few).then_some(mapped) };
-                (projected.offset(3 * c, DType::F32), rows, from)
-            } else {
-                let from = Projected { at: projected, stride: c, apart: batch * c, mapped: Some(mapped) };
-                (projected.offset(3 * batch * c, DType::F32), dw + da + dv + dg, from)
+            let (stride, apart, mapped) = match few {
+                Some(_) => (3 * c + dw + da + dv + dg, c, None),
+                None => (c, batch * c, Some(mapped)),
             };
+            let from = Projected { at: projected, stride, apart, mapped };
             if on(Part::Projections) {
-                match tiles {
-                    Some(t) if few => {
-                        let mix = Mix { mu: att.mix.map(p), last: s.att_x.buf().ptr(), slots, now };
-                        step.mixed(Finish::Store, &t.projections[kind], stacked, x, projected, norm(&block.ln1), mix);
-                    }
-                    Some(t) => step.tiles(Finish::Store, &t.projections[kind], stacked, mixed, projected, parts),
-                    None => {
-                        for (j, (weight, input)) in
-                            [(&att.receptance, 0), (&att.key, 2), (&att.value, 3)].iter().enumerate()
-                        {
-                            let (from, to) = (mixed.offset(input * batch * c, dtype), j * batch * c);
-                            library(
-                                w(weight),
-                                Trans::T,
-                                c,
-                                c,
-                                from,
-                                false,
-                                projected.offset(to, DType::F32),
-                                DType::F32,
-                            );
-                        }
-                        if let Some(t) = self.tiles.last() {
-                            let w = stacked.offset(3 * c * c, dtype);
-                            step.tiles(Finish::Store, &t.downs[kind], w, mixed, downs, parts);
-                        }
-                    }
+                if let Some(few) = few {
+                    let mix = Mix { mu, last: s.att_x.buf().ptr(), slots, now };
+                    step.mixed(Finish::Store, &few.projections[kind], stacked, x, projected, norm(&block.ln1), mix);
                 }
-                if !few {
-                    step.ups(&self.ups[kind], downs, stride, heads.up, heads.ranks, at, mapped);
+                if let Some(mapped) = mapped {
+                    gpu.gemms(3, batch, c, c, mixed, stacked, dtype, projected, DType::F32);
+                    let down = stacked.offset(3 * c * c, dtype);
+                    step.low_rank(&self.low_ranks[kind], down, heads.up, mixed, mapped);
                 }
             }
             if on(Part::Heads) {
                 step.heads(from, &heads, self.first.ptr(), s.wkv.buf().ptr(), slots, [now, s.att_x.buf().ptr()], mixed);
             }
             if on(Part::Output) {
-                match tiles {
-                    Some(t) => step.tiles(Finish::Add, &t.output, w(&att.output), mixed, x, parts),
+                match few {
+                    Some(few) => step.add(&few.output, w(&att.output), mixed, x),
                     None => library(w(&att.output), Trans::T, c, c, mixed, true, x, DType::F32),
                 }
             }
-            if on(Part::Mix) && !few {
+            if on(Part::Mix) && few.is_none() {
                 step.mix(x, mixed, s.ffn_x.buf().ptr(), slots, norm(&block.ln2), [p(block.ffn.mix)]);
             }
             let ffn = &block.ffn;
             if on(Part::Key) {
-                match tiles {
-                    Some(t) if few => {
+                match few {
+                    Some(few) => {
                         let mut mu = [DevicePtr::NULL; 6];
                         mu[0] = p(ffn.mix);
                         let mix = Mix { mu, last: s.ffn_x.buf().ptr(), slots, now };
-                        step.mixed(Finish::ReluSquared, &t.key, w(&ffn.key), x, hidden, norm(&block.ln2), mix);
+                        step.mixed(Finish::ReluSquared, &few.key, w(&ffn.key), x, hidden, norm(&block.ln2), mix);
                     }
-                    Some(t) => step.tiles(Finish::ReluSquared, &t.key, w(&ffn.key), mixed, hidden, parts),
                     None => {
                         library(w(&ffn.key), Trans::T, wide, c, mixed, false, hidden, dtype);
                         step.relu_squared(hidden, batch * wide);
@@ -301,28 +254,26 @@ impl<'m> DecodeStep<'m> {
                 }
             }
             if on(Part::Value) {
-                match tiles {
-                    Some(_) if few => {
+                match few {
+                    Some(_) => {
                         let shift = [now, s.ffn_x.buf().ptr()];
                         step.skip(w(&ffn.value), hidden, x, &self.skip, shift, slots);
                     }
-                    Some(t) => step.tiles(Finish::Add, &t.value, w(&ffn.value), hidden, x, parts),
                     None => library(w(&ffn.value), Trans::N, c, wide, hidden, true, x, DType::F32),
                 }
             }
         }
-        if on(Part::Mix) && !few {
+        if on(Part::Mix) && few.is_none() {
             step.mix(x, mixed, DevicePtr::NULL, slots, norm(&m.ln_out), []);
         }
         if on(Part::Head) {
             let vocab = config.vocab_size;
-            match tiles {
-                Some(t) if few => {
+            match few {
+                Some(few) => {
                     let none = [DevicePtr::NULL; 6];
                     let mix = Mix { mu: none, last: DevicePtr::NULL, slots, now };
-                    step.mixed(Finish::Store, &t.head, w(&m.head), x, logits, norm(&m.ln_out), mix);
+                    step.mixed(Finish::Store, &few.head, w(&m.head), x, logits, norm(&m.ln_out), mix);
                 }
-                Some(t) => step.tiles(Finish::Store, &t.head, w(&m.head), mixed, logits, parts),
                 None => library(w(&m.head), Trans::T, vocab, c, mixed, false, logits, DType::F32),
             }
             step.argmax(logits, self.tokens.ptr(), vocab);
@@ -334,7 +285,7 @@ impl<'m> DecodeStep<'m> {
     pub fn bytes(&self, batch: usize, zero: f64, part: Option<Part>) -> f64 {
         let config = self.model.config();
         let (c, h, layers) = (config.n_embd, config.n_hidden, config.n_layer);
-        let down = self.tiles.first().map_or(0, |t| t.projections[0].rows() + (layers - 1) * t.projections[1].rows());
+        let down = self.few.projections[0].rows() + layers.saturating_sub(1) * self.few.projections[1].rows();
         let elements = |part| match part {
             Part::Mix => 0,
             // The second halves of the low-rank maps are in the heads' kernel, or a product of their own before it.

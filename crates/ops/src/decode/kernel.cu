@@ -1,6 +1,7 @@
 // One decoding step of RWKV-7 for a few sequences; mod.rs says how the kernels follow each other.
 // may spill: decode_heads_(64|128)_\w+.\(sm_80\)
 #include "heads.cuh"
+#include "low_rank.cuh"
 #include "mix.cuh"
 #include "skip.cuh"
 #include "tiles.cuh"
@@ -45,31 +46,29 @@ FOR_BOTH_TYPES(SKIP)
 #define HEADS(T, name) HEADS_FOR(T, name, 16) HEADS_FOR(T, name, 32) HEADS_FOR(T, name, 64) HEADS_FOR(T, name, 128)
 FOR_BOTH_TYPES(HEADS)
 
-#define TILES_OF(T, name, NT, kind, FINISH, BY_INPUTS)                                                                              \
-    extern "C" __global__ void __launch_bounds__(256, NT == 1 ? 2 : 1) decode_tiles_##kind##_##NT##_##name(                                       \
-        const T* w, const T* x, void* y, float* parts, unsigned* ended, const int4* work, Share s) {                                \
-        product<T, NT, FINISH, BY_INPUTS>(w, x, y, parts, ended, work, s);                                                          \
-    }
-#define TILES_FOR(T, name, NT)                                                                                                      \
-    TILES_OF(T, name, NT, rows, STORE, false)                                                                                       \
-    TILES_OF(T, name, NT, key, RELU_SQUARED, false)                                                                                 \
-    TILES_OF(T, name, NT, output, ADD, false)                                                                                       \
-    TILES_OF(T, name, NT, value, ADD, true)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(256, 1) decode_ups_##NT##_##name(                                                  \
-        const float* proj, int stride, Maps maps, Ranks ranks, float* y, const int4* work, int batch, int c) {                      \
-        ups<T, NT>(proj, stride, maps, ranks, y, work, batch, c);                                                                   \
-    }
 #define MIXED_OF(T, name, kind, FINISH)                                                                                             \
     extern "C" __global__ void __launch_bounds__(256, 2) decode_mixed_##kind##_##name(                                              \
         const T* w, const float* x, void* y, const int4* work, Norm norm, Mixes mu, const T* last, const int* slots, T* now, Share s) { \
         mixed_product<T, FINISH>(w, x, y, work, norm, mu, last, slots, now, s);                                                     \
     }
 #define TILES(T, name)                                                                                                              \
-    TILES_FOR(T, name, 2) TILES_FOR(T, name, 4) TILES_FOR(T, name, 8)                                                               \
-    TILES_OF(T, name, 1, output, ADD, false)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(256, 2) decode_output_##name(const T* w, const T* x, float* y, const int4* work, Share s) { \
+        output<T>(w, x, y, work, s);                                                                                                \
+    }                                                                                                                               \
     MIXED_OF(T, name, rows, STORE)                                                                                                  \
     MIXED_OF(T, name, key, RELU_SQUARED)
 FOR_BOTH_TYPES(TILES)
+
+#define LOW_RANK(T, name)                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(256) decode_downs_##name(                                                          \
+        const T* w, const T* x, T* halves, float* parts, unsigned* ended, const int4* work, int batch, int c, int shares, int width) { \
+        downs<T>(w, x, halves, parts, ended, work, batch, c, shares, width);                                                        \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(256) decode_ups_##name(const T* halves, int stride, Maps maps, float* y,           \
+                                                                        const int4* work, int batch, int c) {                       \
+        ups<T>(halves, stride, maps, y, work, batch, c);                                                                            \
+    }
+FOR_BOTH_TYPES(LOW_RANK)
 
 // x = relu(x)^2 for n vectors of 8.
 #define RELU(T, name)                                                                                                               \
@@ -96,7 +95,14 @@ extern "C" __global__ void decode_argmax(const float* logits, int* token, int vo
     const auto take = [&](float v, int i) {
         if (v > best || (v == best && i < at)) best = v, at = i;
     };
-    for (int i = threadIdx.x; i < vocab; i += blockDim.x) take(__ldcg(logits + i), i);
+    constexpr int LOADS = 16;
+    for (int i = threadIdx.x; i < vocab; i += blockDim.x * LOADS) {
+        float v[LOADS];
+#pragma unroll
+        for (int j = 0; j < LOADS; j++) v[j] = i + j * int(blockDim.x) < vocab ? __ldcg(logits + i + j * blockDim.x) : -INFINITY;
+#pragma unroll
+        for (int j = 0; j < LOADS; j++) take(v[j], i + j * blockDim.x);
+    }
     for (int o = 16; o; o >>= 1) {
         const float v = __shfl_xor_sync(~0u, best, o);
         const int i = __shfl_xor_sync(~0u, at, o);

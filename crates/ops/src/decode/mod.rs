@@ -8,34 +8,39 @@
 //! | --- | --- | --- |
 //! | [`Step::mixed`], projections: r, k, v and the first halves of the low-rank maps, one matrix [3 C + ranks, C] | 27.3 MB | 9.3 us |
 //! | [`Step::heads`]: second halves, keys, value residual, WKV-7, read-out | 2.1 MB, states 0.5 MB in and out | 1.1 us |
-//! | [`Step::tiles`], output, C x C, added to x | 8.4 MB | 2.9 us |
+//! | [`Step::add`], output, C x C | 8.4 MB | 2.9 us |
 //! | [`Step::mixed`], key, 4 C x C, squared | 33.6 MB | 11.4 us |
-//! | [`Step::skip`], value, added to x | half of 4 C x C where half of relu^2 is zero: 16.8 MB | 5.7 us |
+//! | [`Step::skip`], value | half of 4 C x C where half of relu^2 is zero: 16.8 MB | 5.7 us |
 //!
 //! 30.4 us a layer, and 91 us for the head: 820 us a token. Products run on tensor cores, not for their speed but because they need few
 //! instructions for a byte. Every kernel lets the next one start at once, which fills its ring of copies with weights while it waits, so that memory
 //! is not idle between two kernels (`overlap.cuh`); normalisation and interpolation stand within the products, whose blocks all make
 //! their own input.
 //!
-//! **More sequences.** Up to [`TILE_BATCH`] sequences go through the same products ([`Step::tiles`]); beyond that products are the matrix library's. In both,
-//! [`Step::mix`] is a kernel of its own, the second halves of the low-rank maps are a product of their own, [`Step::ups`], and the second
-//! matrix of channel mixing is read whole: with more sequences hardly a row is under zeros of all.
+//! **More sequences.** With more than [`BATCH`] sequences the large products are the matrix library's, r, k and v in one call. Between them stand
+//! [`Step::mix`], the low-rank maps ([`Step::low_rank`]: two kernels, their inputs and ranks being too different for one call of the library), [`Step::heads`]
+//! and [`Step::relu_squared`]. The second matrix of channel mixing is read whole: with more sequences hardly a row is under zeros of all.
 //!
-//! **Sums.** A row of a product is summed within tiles, then over warps in order, then over shares of the columns in order: the same bits every time, whatever the
-//! other sequences of the batch are. Skipped rows are products with zero, which leave a sum as it is.
+//! **Sums.** Of few sequences a row of a product is summed within tiles, then over warps in order: the same bits every time, whatever the other sequences of
+//! the batch are; skipped rows are products with zero, which leave a sum as it is. With more the library and the low-rank maps share a sum as suits the number of
+//! sequences: the same bits for the same number every time, but not the same for another.
 
 use crate::gpu::{int, kernel, pointers, size};
 use anser_tensor::cuda::{Arg, Cuda, DevicePtr, Launch, Module};
 use anser_tensor::{Buf, Context};
 
+mod low_rank;
 mod tiles;
 
-pub use tiles::{MOST, Mix, TILE_BATCH, Tiles, Ups};
+pub use low_rank::LowRanks;
+pub use tiles::{Mix, Tiles};
 
 static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 
-/// Sequences of a step that [`Step::mixed`] and [`Step::skip`] serve at most.
+/// Sequences of a step whose products are these kernels' own, at most.
 pub const BATCH: usize = 4;
+/// Sequences of a step at most.
+pub const MOST: usize = 1024;
 /// Warps of [`Step::skip`].
 const SKIP_WARPS: usize = 16;
 
@@ -46,8 +51,6 @@ pub enum Finish {
     Store,
     /// relu(.)^2.
     ReluSquared,
-    /// They are added to what is there.
-    Add,
 }
 
 /// Weight and bias of a normalisation, f32.
@@ -77,7 +80,7 @@ pub struct Projected {
     pub stride: usize,
     /// Elements from r to k, and from k to v.
     pub apart: usize,
-    /// The low-rank maps [4, batch, C], if they were computed apart ([`Step::ups`]); if not, first halves lie behind v.
+    /// The low-rank maps [4, batch, C], if they were computed apart ([`Step::low_rank`]); if not, first halves lie behind v.
     pub mapped: Option<DevicePtr>,
 }
 

@@ -18,6 +18,8 @@ const TIMED: usize = 3;
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Shape {
+    /// Products of one call, their matrices one after another.
+    count: usize,
     trans: [bool; 2],
     size: [usize; 3],
     types: [DType; 2],
@@ -30,7 +32,13 @@ impl Shape {
     fn name(&self) -> String {
         let ([m, n, k], [ta, tb], [input, output]) =
             (self.size, self.trans.map(|t| if t { 't' } else { 'n' }), self.types);
-        format!("{m}x{n}x{k} {ta}{tb} {input}>{output}{}", if self.bias { " +bias" } else { "" })
+        let times = if self.count > 1 { format!("{} of ", self.count) } else { String::new() };
+        format!("{times}{m}x{n}x{k} {ta}{tb} {input}>{output}{}", if self.bias { " +bias" } else { "" })
+    }
+
+    /// Elements of the output.
+    fn outputs(&self) -> usize {
+        self.count * self.size[0] * self.size[1]
     }
 }
 
@@ -134,8 +142,14 @@ impl Blas {
                 ok(lt::cublasLtMatmulDescSetAttribute(p.desc, attribute, (&raw const epilogue).cast(), 4))?;
             }
             // Stored by rows as [rows, cols], a matrix is [cols, rows] by columns.
-            let layout = |to: &mut _, t, rows: u64, cols: u64| {
-                ok(lt::cublasLtMatrixLayoutCreate(to, t, cols, rows, cols as i64))
+            let layout = |to: &mut lt::cublasLtMatrixLayout_t, t, rows: u64, cols: u64| {
+                ok(lt::cublasLtMatrixLayoutCreate(to, t, cols, rows, cols as i64))?;
+                let (count, apart) = (s.count as i32, (rows * cols) as i64);
+                use lt::cublasLtMatrixLayoutAttribute_t as L;
+                let batch = L::CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT;
+                ok(lt::cublasLtMatrixLayoutSetAttribute(*to, batch, (&raw const count).cast(), 4))?;
+                let stride = L::CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET;
+                ok(lt::cublasLtMatrixLayoutSetAttribute(*to, stride, (&raw const apart).cast(), 8))
             };
             if tb {
                 layout(&mut p.a, input, n, k)?
@@ -235,26 +249,38 @@ impl Cuda {
         self.gemm_bias(ta, tb, m, n, k, a, b, input, accumulate, c, output, None);
     }
 
+    /// `count` products `c = a b^T` in one call, of the i-th matrices of a [count, m, k] and b [count, n, k]; c is [count, m, n].
+    pub fn gemms(
+        &self, count: usize, m: usize, n: usize, k: usize, a: DevicePtr, b: DevicePtr, input: DType, c: DevicePtr,
+        output: DType,
+    ) {
+        let shape = Shape { count, trans: [false, true], size: [m, n, k], types: [input, output], bias: false };
+        self.product(shape, a, b, false, c, None);
+    }
+
     /// The same plus `bias` `[n]`, of type `output`, on every row of c.
     pub fn gemm_bias(
         &self, ta: Trans, tb: Trans, m: usize, n: usize, k: usize, a: DevicePtr, b: DevicePtr, input: DType,
         accumulate: bool, c: DevicePtr, output: DType, bias: Option<DevicePtr>,
     ) {
-        if !self.enter() || m == 0 || n == 0 {
+        let (trans, bias_too) = ([ta == Trans::T, tb == Trans::T], bias.is_some());
+        let shape = Shape { count: 1, trans, size: [m, n, k], types: [input, output], bias: bias_too };
+        self.product(shape, a, b, accumulate, c, bias);
+    }
+
+    fn product(
+        &self, shape: Shape, a: DevicePtr, b: DevicePtr, accumulate: bool, c: DevicePtr, bias: Option<DevicePtr>,
+    ) {
+        let ([m, n, k], [input, output]) = (shape.size, shape.types);
+        if !self.enter() || shape.outputs() == 0 {
             return;
         }
         if k == 0 && bias.is_none() {
             if !accumulate {
-                self.clear(c, m * n * output.size());
+                self.clear(c, shape.outputs() * output.size());
             }
             return;
         }
-        let shape = Shape {
-            trans: [ta == Trans::T, tb == Trans::T],
-            size: [m, n, k],
-            types: [input, output],
-            bias: bias.is_some(),
-        };
         let workspace = {
             let mut w = lock(&self.blas.workspace);
             if w.is_none() {
@@ -293,7 +319,7 @@ impl Cuda {
         let what = || {
             let name = format!("gemm {}{}", shape.name(), if accumulate { " +=" } else { "" });
             let bytes = (m * k + k * n) * input.size() + m * n * output.size() * (1 + accumulate as usize);
-            (name, bytes, 2.0 * (m * n * k) as f64)
+            (name, shape.count * bytes, 2.0 * (shape.count * m * n * k) as f64)
         };
         self.timed(what, || {
             if let Err(e) = self.blas.run(&p, &p.algo, call, self.stream.cast()) {
@@ -344,7 +370,7 @@ impl Cuda {
 
     /// The fastest of `algos`. They write to a buffer of their own; without memory for it there is no answer.
     fn fastest(&self, shape: Shape, p: &Plan, algos: &[lt::cublasLtMatmulAlgo_t], call: Call) -> Option<usize> {
-        let bytes = shape.size[0] * shape.size[1] * shape.types[1].size();
+        let bytes = shape.outputs() * shape.types[1].size();
         let scratch = self.take(bytes)?;
         self.clear(scratch, bytes);
         let call = Call { c: scratch, ..call };
