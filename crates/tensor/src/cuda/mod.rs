@@ -1,11 +1,12 @@
 //! The CUDA runtime under the operations: one device, one stream, modules embedded as fatbins, launches, copies and matrix products.
 //!
-//! The driver and cuBLASLt are opened by name at run time, so that a binary with GPU support starts on a machine without one.
+//! The driver, cuBLASLt and NCCL are opened by name at run time, so that a binary with GPU support starts on a machine without one.
 //! Work is asynchronous. The first failure (no memory left, a failed launch) is kept and later work is dropped, so that
 //! operations need no error paths; [`Cuda::check`] reports it before any result is believed.
 
 mod blas;
 mod graph;
+pub mod nccl;
 mod profile;
 
 pub use graph::{Graph, Launch, Pinned};
