@@ -1,5 +1,6 @@
 //! Speed of training and decoding, each beside what limits it, measured in the same run.
 
+use crate::profile::Limits;
 use anser_data::Batch;
 use anser_infer::{Decoder, Session};
 use anser_model::{Config, Init, Model};
@@ -29,8 +30,8 @@ pub struct Train {
     pub forecast_bytes: usize,
     /// What was computed again going back.
     pub recompute: Recompute,
-    /// What the GPU did in one more step, if that was asked for.
-    pub profile: Vec<Span>,
+    /// What the GPU did in one more step, if that was asked for, and what it can do.
+    pub profile: Option<(Vec<Span>, Limits)>,
 }
 
 /// Speed of decoding.
@@ -107,25 +108,26 @@ pub fn train(
         Some(gpu) if profile => {
             let (done, spans) = gpu.profiled(|| trainer.step(&data));
             done?;
-            spans
+            Some(spans)
         }
-        _ => Vec::new(),
+        _ => None,
     };
     let peak_bytes = ctx.memory().peak;
     drop(trainer);
     ctx.trim();
     let tokens_per_second = n as f64 / step;
     let wkv = || wkv(ctx, rows, t, config.heads(), config.head_size).both * layers as f64;
+    let peak = bench::gemm_peak(ctx);
     Ok(Train {
         tokens_per_second,
         flops: config.train_flops_per_token() * tokens_per_second,
-        peak: bench::gemm_peak(ctx),
+        peak,
         nominal: bench::nominal_peak(ctx),
         wkv_share: ctx.cuda().is_none().then(|| wkv() / step),
         peak_bytes,
         forecast_bytes: forecast,
         recompute,
-        profile,
+        profile: profile.map(|spans| (spans, Limits { bandwidth: bench::read_bandwidth(ctx), peak })),
     })
 }
 

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 /// Work of one name.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Kind {
     /// Name of the kernel.
     pub name: String,
@@ -35,34 +35,63 @@ pub fn kinds(spans: &[Span]) -> Vec<Kind> {
     kinds
 }
 
-/// A table of the kinds: calls, time, share of the sum, and the speed that the time means.
-pub fn table(spans: &[Span]) -> String {
+/// What a device can do at most.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct Limits {
+    /// Bytes a second, read and written.
+    pub bandwidth: f64,
+    /// Floating-point operations a second, of matrix products.
+    pub peak: f64,
+}
+
+impl Kind {
+    /// Bytes a second.
+    pub fn bandwidth(&self) -> f64 {
+        self.bytes as f64 / self.total * 1e6
+    }
+
+    /// Operations a second.
+    pub fn rate(&self) -> f64 {
+        self.flops / self.total * 1e6
+    }
+
+    /// The share of the nearer limit that it reaches. Buffers that stay in a cache, or are not read whole, give more than can be.
+    pub fn of_limit(&self, limits: Limits) -> f64 {
+        (self.bandwidth() / limits.bandwidth).max(self.rate() / limits.peak)
+    }
+}
+
+/// A table of the kinds: calls, time, share of the sum, the speed that the time means, and how near to a limit that is.
+pub fn table(spans: &[Span], limits: Limits) -> String {
     let busy: f64 = spans.iter().map(|s| s.duration).sum();
     let end = spans.iter().map(|s| s.start + s.duration).fold(0.0, f64::max);
     let mut out = format!(
-        "{} launches, {:.3} ms busy of {:.3} ms (events included)\n{:>6} {:>11} {:>7} {:>9} {:>9} {:>8}  name\n",
+        "{} launches, {:.3} ms busy of {:.3} ms (events included); limits {:.0} GB/s, {:.0} TFLOP/s\n{:>6} {:>11} {:>7} {:>9} {:>9} {:>8} {:>6}  name\n",
         spans.len(),
         busy / 1e3,
         end / 1e3,
+        limits.bandwidth / 1e9,
+        limits.peak / 1e12,
         "calls",
         "total us",
         "share",
         "us each",
         "GB/s",
-        "TFLOP/s"
+        "TFLOP/s",
+        "limit",
     );
     for k in kinds(spans) {
-        let (gbs, tflops) = (k.bytes as f64 / k.total / 1e3, k.flops / k.total / 1e6);
-        let tflops = if k.flops > 0.0 { format!("{tflops:.1}") } else { String::new() };
+        let tflops = if k.flops > 0.0 { format!("{:.1}", k.rate() / 1e12) } else { String::new() };
         let _ = writeln!(
             out,
-            "{:>6} {:>11.1} {:>6.2}% {:>9.2} {:>9.0} {:>8}  {}",
+            "{:>6} {:>11.1} {:>6.2}% {:>9.2} {:>9.0} {:>8} {:>5.0}%  {}",
             k.calls,
             k.total,
             100.0 * k.total / busy,
             k.total / k.calls as f64,
-            gbs,
+            k.bandwidth() / 1e9,
             tflops,
+            100.0 * k.of_limit(limits),
             k.name
         );
     }
@@ -99,9 +128,13 @@ mod tests {
             k.iter().map(|k| (k.name.as_str(), k.calls, k.total)).collect::<Vec<_>>(),
             [("gemm", 1, 5.0), ("a", 2, 3.0)]
         );
-        let t = table(&spans);
+        let t = table(&spans, Limits { bandwidth: 4e12, peak: 1e12 });
+        assert!(t.lines().nth(2).unwrap().ends_with("80%  gemm"), "{t}");
         assert!(t.starts_with("3 launches, 0.008 ms busy of 0.010 ms"), "{t}");
-        assert!(t.lines().nth(3).unwrap().split_whitespace().eq(["2", "3.0", "37.50%", "1.50", "2000", "a"]), "{t}");
+        assert!(
+            t.lines().nth(3).unwrap().split_whitespace().eq(["2", "3.0", "37.50%", "1.50", "2000", "50%", "a"]),
+            "{t}"
+        );
         let trace = chrome_trace(&spans);
         assert_eq!(trace["traceEvents"][2]["ts"], 8.0);
     }

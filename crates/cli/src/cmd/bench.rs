@@ -1,6 +1,6 @@
 use crate::global::Global;
 use anser_eval::bench;
-use anser_eval::profile::{chrome_trace, table};
+use anser_eval::profile::{chrome_trace, kinds, table};
 use anser_tokenizer::Tokenizer;
 use anyhow::{Context, ensure};
 use serde_json::json;
@@ -17,33 +17,16 @@ pub struct Args {
 enum What {
     /// Training steps: tokens/s and share of the matrix-product peak
     Train {
-        /// Layers
-        #[arg(long, default_value_t = 6)]
-        layers: usize,
-        /// Width
-        #[arg(long, default_value_t = 256)]
-        width: usize,
-        /// Vocabulary
-        #[arg(long, default_value_t = 256)]
-        vocab: usize,
-        /// Rows of a batch
-        #[arg(long, default_value_t = 8)]
-        rows: usize,
-        /// Tokens of a row
-        #[arg(long, default_value_t = 128)]
-        ctx: usize,
+        #[command(flatten)]
+        step: Step,
         /// Steps measured
         #[arg(long, default_value_t = 10)]
         steps: usize,
-        /// What is computed again going back: auto, nothing, shifts or all
-        #[arg(long, default_value = "auto")]
-        recompute: String,
-        /// Takes the fastest algorithm of each matrix product instead of the one that cuBLASLt thinks best
-        #[arg(long)]
-        tune: bool,
-        /// Times every launch on the GPU in one more step: a table on stderr, and this file as a trace for Chrome or Perfetto
-        #[arg(long)]
-        profile: Option<PathBuf>,
+    },
+    /// Every kernel of a training step on a GPU: its time, and how near it comes to the memory's or the products' limit
+    Kernels {
+        #[command(flatten)]
+        step: Step,
     },
     /// WKV-7 alone, forward and backward, beside the time its bytes take
     Wkv {
@@ -89,20 +72,61 @@ enum What {
     },
 }
 
+/// A training step.
+#[derive(clap::Args)]
+struct Step {
+    /// Layers
+    #[arg(long, default_value_t = 6)]
+    layers: usize,
+    /// Width
+    #[arg(long, default_value_t = 256)]
+    width: usize,
+    /// Vocabulary
+    #[arg(long, default_value_t = 256)]
+    vocab: usize,
+    /// Rows of a batch
+    #[arg(long, default_value_t = 8)]
+    rows: usize,
+    /// Tokens of a row
+    #[arg(long, default_value_t = 128)]
+    ctx: usize,
+    /// What is computed again going back: auto, nothing, shifts or all
+    #[arg(long, default_value = "auto")]
+    recompute: String,
+    /// Takes the fastest algorithm of each matrix product instead of the one that cuBLASLt thinks best
+    #[arg(long)]
+    tune: bool,
+    /// Times every launch on the GPU in one more step and writes this file, a trace for Chrome or Perfetto
+    #[arg(long)]
+    profile: Option<PathBuf>,
+}
+
+impl Step {
+    fn measure(&self, ctx: &anser_tensor::Context, steps: usize, profiled: bool) -> anyhow::Result<bench::Train> {
+        let Step { layers, width, vocab, rows, ctx: t, recompute, tune, profile } = self;
+        let profiled = profiled || profile.is_some();
+        ensure!(!profiled || ctx.cuda().is_some(), "launches are timed on a GPU only: --device cuda");
+        let recompute = serde_json::from_value(json!(recompute)).context("--recompute")?;
+        let r = bench::train(ctx, *layers, *width, *vocab, *rows, *t, steps, profiled, recompute, *tune)?;
+        if let (Some(path), Some((spans, _))) = (profile, &r.profile) {
+            let trace = chrome_trace(spans).to_string();
+            std::fs::write(path, trace).with_context(|| path.display().to_string())?;
+        }
+        Ok(r)
+    }
+}
+
 /// Runs the subcommand.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let ctx = global.context()?;
     match &args.what {
-        What::Train { layers, width, vocab, rows, ctx: t, steps, recompute, tune, profile } => {
-            ensure!(profile.is_none() || ctx.cuda().is_some(), "--profile: launches are timed on a GPU only");
-            let recompute = serde_json::from_value(json!(recompute)).context("--recompute")?;
-            let profiled = profile.is_some();
-            let r = bench::train(&ctx, *layers, *width, *vocab, *rows, *t, *steps, profiled, recompute, *tune)?;
-            if let Some(path) = profile {
-                eprint!("{}", table(&r.profile));
-                let trace = chrome_trace(&r.profile).to_string();
-                std::fs::write(path, trace).with_context(|| path.display().to_string())?;
-            }
+        What::Kernels { step } => {
+            let Some((spans, limits)) = step.measure(&ctx, 2, true)?.profile else { return Ok(()) };
+            global.result(json!({ "limits": limits, "kernels": kinds(&spans) }), || table(&spans, limits))
+        }
+        What::Train { step, steps } => {
+            let r = step.measure(&ctx, *steps, false)?;
+            let Step { layers, width, vocab, rows, ctx: t, .. } = step;
             let json = json!({
                 "tokens_per_second": r.tokens_per_second,
                 "gflops": r.flops / 1e9,
