@@ -221,7 +221,10 @@ impl<'m> DecodeStep<'m> {
                     step.mixed(Finish::Store, &few.projections[kind], stacked, x, projected, norm(&block.ln1), mix);
                 }
                 if let Some(mapped) = mapped {
-                    gpu.gemms(3, batch, c, c, mixed, stacked, dtype, projected, DType::F32);
+                    let each = |p: DevicePtr, apart: usize, t: DType| [0, 1, 2].map(|i| p.offset(i * apart, t));
+                    let (from, to) = (each(mixed, batch * c, dtype), each(projected, batch * c, DType::F32));
+                    let matrices = each(stacked, c * c, dtype);
+                    gpu.gemm_each(Trans::N, Trans::T, batch, c, c, from, matrices, dtype, false, to, DType::F32);
                     let down = stacked.offset(3 * c * c, dtype);
                     step.low_rank(&self.low_ranks[kind], down, heads.up, mixed, mapped);
                 }

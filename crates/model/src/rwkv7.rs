@@ -40,19 +40,19 @@ impl TimeMix {
     fn forward(
         &self, t: &mut Tape<'_>, x: &Var, v_first: Option<&Var>, state: &LayerState, segments: &Arc<[Segment]>,
     ) -> (Var, Var, Var, Var) {
-        let ([xr, xw, xk, xv, xa, xg], att_x) = t.token_shift(x, &state.att_x, segments, self.mix);
-        let r = t.linear(&xr, &self.receptance);
+        // r, k and v side by side, for one product; their gradients come first going back, those of the low-rank maps are added.
+        let [mr, mw, mk, mv, ma, mg] = self.mix;
+        let ([xr, xk, xv, xw, xa, xg], att_x) = t.token_shift(x, &state.att_x, segments, [mr, mk, mv, mw, ma, mg]);
         let w = t.low_rank(&xw, &self.decay);
-        let k = t.linear(&xk, &self.key);
-        let mut v = t.linear(&xv, &self.value);
-        let v_first = v_first.cloned().unwrap_or_else(|| v.clone());
-        if let Some(m) = &self.value_gate {
-            let gate = t.low_rank(&xv, m);
-            v = t.value_residual(&v, &v_first, &gate);
-        }
         let rate = t.low_rank(&xa, &self.rate);
         let gate = t.low_rank(&xg, &self.gate);
+        let value_gate = self.value_gate.as_ref().map(|m| t.low_rank(&xv, m));
+        let [r, k, mut v] = t.linears([&xr, &xk, &xv], [&self.receptance, &self.key, &self.value]);
         drop((xr, xw, xk, xv, xa, xg));
+        let v_first = v_first.cloned().unwrap_or_else(|| v.clone());
+        if let Some(gate) = value_gate {
+            v = t.value_residual(&v, &v_first, &gate);
+        }
         let key = t.key_path(&k, &rate, self.k_k, self.k_a, self.heads, self.rate_scale);
         drop((k, rate));
         let inputs = Wkv7Inputs { r: &r, w: &w, k: &key.k, v: &v, a: &key.a, b: &key.b };

@@ -14,8 +14,32 @@ use anser_tensor::cuda::{DevicePtr, PartialSum};
 use anser_tensor::{Buf, Context, DType};
 use std::sync::{Arc, Mutex};
 
-/// Gradients that several values have in common are shared until one of them is added to.
-type Slot = Arc<Mutex<Option<Arc<Buf>>>>;
+/// The place of a gradient. Gradients that several values have in common are shared until one of them is added to.
+#[derive(Default)]
+struct Place {
+    gradient: Mutex<Option<Arc<Buf>>>,
+    /// Where the gradients of several values lie together, and which of them this is.
+    together: Option<(Arc<Together>, usize)>,
+}
+
+type Slot = Arc<Place>;
+
+/// Memory for the gradients of `count` values of equal size, at equal distances; taken when the first is written.
+struct Together {
+    count: usize,
+    parts: Mutex<Vec<Option<Buf>>>,
+}
+
+impl Together {
+    /// Part `i` of `len` elements, unless somebody had it before.
+    fn take(&self, ctx: &Context, i: usize, len: usize) -> Option<Buf> {
+        let mut parts = self.parts.lock().unwrap_or_else(|e| e.into_inner());
+        if parts.is_empty() {
+            *parts = ctx.alloc_together(self.count, len).into_iter().map(Some).collect();
+        }
+        parts[i].take()
+    }
+}
 
 /// A value on the tape: a matrix [rows, cols] and, if it needs one, the place of its gradient. Cheap to clone.
 #[derive(Clone)]
@@ -156,17 +180,25 @@ impl GradSlot {
         });
     }
 
+    /// A buffer for a gradient that is going to be added here, where those of the values made together with this one want it.
+    pub fn alloc(&self, ctx: &Context) -> Buf {
+        let together = self.0.as_ref().and_then(|s| s.together.as_ref());
+        together.and_then(|(all, i)| all.take(ctx, *i, self.1)).unwrap_or_else(|| ctx.alloc(self.1))
+    }
+
+    /// A buffer for the gradient, and whether it holds what has arrived so far, to be added to and given back with [`GradSlot::add`].
+    /// `None` if no gradient is wanted.
+    pub fn begin(&self, ctx: &Context) -> Option<(Buf, bool)> {
+        self.0.as_ref()?;
+        Some(self.take().map_or_else(|| (self.alloc(ctx), false), |sum| (sum, true)))
+    }
+
     /// Lets `f(buffer, add)` write a gradient of activations into a new buffer, or add it to what has arrived so far: one pass
     /// less than [`GradSlot::add`]. Nothing happens if none is wanted.
     pub fn accumulate(&self, ctx: &Context, f: impl FnOnce(&Buf, bool)) {
-        let Some(slot) = &self.0 else { return };
-        let mut slot = lock(slot);
-        let (g, add) = match slot.take() {
-            None => (ctx.alloc(self.1), false),
-            Some(sum) => (owned(sum), true),
-        };
+        let Some((g, add)) = self.begin(ctx) else { return };
         f(&g, add);
-        *slot = Some(g.into());
+        self.add(g);
     }
 }
 
@@ -176,7 +208,7 @@ fn owned(b: Arc<Buf>) -> Buf {
 }
 
 fn lock(slot: &Slot) -> std::sync::MutexGuard<'_, Option<Arc<Buf>>> {
-    slot.lock().unwrap_or_else(|e| e.into_inner())
+    slot.gradient.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// Which parameters have a gradient so far. On a GPU the first of a step overwrites what the arena holds, which need not be cleared.
@@ -357,6 +389,21 @@ impl<'p> Tape<'p> {
     /// The output of an operation: with a gradient slot if `needs_grad`.
     pub fn output(&self, rows: usize, cols: usize, value: Buf, needs_grad: bool) -> Var {
         if needs_grad { Var::leaf(rows, cols, value) } else { Var::constant(rows, cols, value) }
+    }
+
+    /// The outputs of an operation that one product takes up: on a GPU their gradients lie at equal distances, as their values should
+    /// ([`Context::alloc_each`]).
+    pub(crate) fn outputs<const K: usize>(
+        &self, rows: usize, cols: usize, values: [Buf; K], needs_grad: bool,
+    ) -> [Var; K] {
+        let mut vars = values.map(|value| self.output(rows, cols, value, needs_grad));
+        if needs_grad && K > 1 && self.ctx.cuda().is_some() {
+            let together = Arc::new(Together { count: K, parts: Mutex::default() });
+            for (i, v) in vars.iter_mut().enumerate() {
+                v.grad = Some(Arc::new(Place { together: Some((together.clone(), i)), ..Place::default() }));
+            }
+        }
+        vars
     }
 
     /// Records a backward step. It is run after those of all later operations.

@@ -188,6 +188,28 @@ fn products() {
     check("linear [in, out]", &[Leaf(ROWS, c, 1.0, Act)], &[(c, out)], |t, x, p| {
         vec![t.linear(&x[0], &Weight::InOut(p[0]))]
     });
+    // Inputs of one piece of memory, weights side by side, gradients where they belong: three products in all, of three each.
+    let three = |t: &mut Tape<'_>, x: &[Var], p: &[Param]| {
+        let mu = [p[0], p[1], p[2], p[3], p[4], p[5]];
+        let (y, _) = t.token_shift(&x[0], &x[1], &segments(), mu);
+        let ws = [p[6], p[7], p[8]].map(Weight::OutIn);
+        let [gate, k, v] = t.linears([&y[0], &y[1], &y[2]], ws.each_ref());
+        vec![t.value_residual(&k, &v, &gate)]
+    };
+    let (leaves, mut params) = ([Leaf(ROWS, c, 1.0, Act), Leaf(SLOTS, c, 1.0, Act)], vec![(1, c); 6]);
+    params.extend([(c, c); 3]);
+    check("linears", &leaves, &params, three);
+    let ctx = Context::with_activations(Device::Cuda(0), DType::BF16, 1).unwrap();
+    let (_, spans) = ctx.cuda().unwrap().profiled(|| run(&ctx, &leaves, &params, &three));
+    let names: Vec<&str> = spans.iter().map(|s| s.name.as_str()).filter(|n| n.starts_with("gemm")).collect();
+    assert!(names.len() == 3 && names.iter().all(|n| n.contains(" x3 by ")), "{names:?}");
+    // Inputs, and gradients of outputs, that lie anywhere; one input needs no gradient.
+    let anywhere: [Leaf; 3] = std::array::from_fn(|_| Leaf(ROWS, c, 1.0, Act));
+    check("linears anywhere", &anywhere, &[(out, c); 3], |t, x, p| {
+        let ws = [p[0], p[1], p[2]].map(Weight::OutIn);
+        let fixed = x[1].without_grad();
+        t.linears([&x[0], &fixed, &x[2]], ws.each_ref()).into()
+    });
     for activation in [Activation::Identity, Activation::Tanh, Activation::Sigmoid] {
         for biased in [true, false] {
             let name = format!("low_rank {activation:?}");

@@ -91,7 +91,27 @@ impl Pool {
             }
         });
         drop(guard);
-        Buf { data, len, dtype, pool: self.clone() }
+        Buf { data, len, dtype, pool: self.clone(), whole: None }
+    }
+
+    /// `count` buffers of `len` elements; on a GPU one after the other in one piece of memory, which comes back with the last of them.
+    pub(crate) fn alloc_together(self: &Arc<Pool>, count: usize, len: usize, dtype: DType) -> Vec<Buf> {
+        let Some(cuda) = self.cuda.as_ref().filter(|_| count > 1) else {
+            return (0..count).map(|_| self.alloc(len, dtype)).collect();
+        };
+        let whole = Arc::new(self.alloc(count * len, dtype));
+        let part = |i: usize| {
+            let data = match whole.data {
+                Data::Device(p) => {
+                    let p = p.offset(i * len, dtype);
+                    cuda.holds(p, len * dtype.size());
+                    Data::Device(p)
+                }
+                _ => Data::Dry,
+            };
+            Buf { data, len, dtype, pool: self.clone(), whole: Some(whole.clone()) }
+        };
+        (0..count).map(part).collect()
     }
 
     pub(crate) fn trim(&self) {
@@ -125,6 +145,8 @@ pub struct Buf {
     len: usize,
     dtype: DType,
     pool: Arc<Pool>,
+    /// What this is a part of, if it has no memory of its own.
+    whole: Option<Arc<Buf>>,
 }
 
 impl Buf {
@@ -285,6 +307,9 @@ impl DerefMut for Buf {
 
 impl Drop for Buf {
     fn drop(&mut self) {
+        if self.whole.is_some() {
+            return;
+        }
         let data = std::mem::replace(&mut self.data, Data::Dry);
         let bytes = self.bytes();
         let mut s = self.pool.state();

@@ -157,6 +157,17 @@ impl Context {
         self.0.pool.alloc(len, self.0.dtype)
     }
 
+    /// `count` buffers of `len` activations, on a GPU at equal distances in one piece of memory, so that one product of many matrices
+    /// can take them ([`crate::cuda::Cuda::gemm_each`]).
+    pub fn alloc_together(&self, count: usize, len: usize) -> Vec<Buf> {
+        self.0.pool.alloc_together(count, len, self.0.dtype)
+    }
+
+    /// The same as an array.
+    pub fn alloc_each<const N: usize>(&self, len: usize) -> [Buf; N] {
+        self.alloc_together(N, len).try_into().unwrap_or_else(|_| unreachable!("there are as many as asked for"))
+    }
+
     /// A buffer of `len` f32, whatever the type of activations, with unspecified contents.
     pub fn alloc_f32(&self, len: usize) -> Buf {
         self.0.pool.alloc(len, DType::F32)

@@ -42,7 +42,7 @@ impl<'p> Tape<'p> {
             let (gk, gz, k, rate) = (k.slot(), rate.slot(), k.keep(), rate.keep());
             self.record(move |b| {
                 let d = slots.map(|s| s.take().unwrap_or_else(|| ctx.zeros(rows * c)));
-                let (mut dk, mut dz) = (ctx.alloc(rows * c), ctx.alloc(rows * c));
+                let (mut dk, mut dz) = (gk.alloc(&ctx), gz.alloc(&ctx));
                 let (k, rate) = (b.value(&k), b.value(&rate));
                 if let Some(gpu) = ctx.cuda() {
                     cuda::backward(b, gpu, &k, &rate, &d, [k_k, k_a], [&dk, &dz], heads, scale);

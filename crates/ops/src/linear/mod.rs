@@ -3,10 +3,10 @@
 //!
 //! Backward: `dx = dy W`, `dW += dy^T x`.
 
-use crate::{Backward, Param, ParamSet, Tape, Var};
+use crate::{Backward, GradSlot, Kept, Param, ParamSet, Tape, Var};
 use anser_tensor::cuda::{Cuda, DevicePtr};
 use anser_tensor::gemm::{Trans, gemm};
-use anser_tensor::{Context, DType, DeviceMatrix, Packed};
+use anser_tensor::{Buf, Context, DType, DeviceMatrix, Packed};
 use std::sync::Arc;
 
 #[cfg(test)]
@@ -134,62 +134,142 @@ impl Weight {
     pub(crate) fn input_grad_cuda(
         &self, ctx: &Context, gpu: &Cuda, params: &ParamSet, dy: DevicePtr, dx: DevicePtr, add: bool, rows: usize,
     ) {
-        let (n, k, t) = (self.outputs(), self.inputs(), ctx.dtype());
-        gpu.gemm(Trans::N, self.stored().1, rows, k, n, dy, self.device(params), t, add, dx, t);
+        input_grads_cuda(ctx, gpu, params, [self], [dy], [dx], add, rows);
     }
 
     pub(crate) fn add_weight_grad_cuda(
         &self, b: &mut Backward<'_>, gpu: &Cuda, x: DevicePtr, dy: DevicePtr, rows: usize,
     ) {
-        let (n, k, t) = (self.outputs(), self.inputs(), b.ctx().dtype());
         let Some((dw, add)) = self.param().and_then(|p| b.param_grad_ptr(p)) else { return };
-        match self {
-            Weight::OutIn(_) => gpu.gemm(Trans::T, Trans::N, n, k, rows, dy, x, t, add, dw, DType::F32),
-            Weight::InOut(_) => gpu.gemm(Trans::T, Trans::N, k, n, rows, x, dy, t, add, dw, DType::F32),
-            Weight::Packed(_) | Weight::Device(_) => {}
-        }
+        add_weight_grads_cuda(b.ctx(), gpu, [self], [x], [dy], [dw], add, rows);
     }
+}
+
+/// The gradients of the inputs of several weights of one shape.
+fn input_grads_cuda<const N: usize>(
+    ctx: &Context, gpu: &Cuda, params: &ParamSet, ws: [&Weight; N], dy: [DevicePtr; N], dx: [DevicePtr; N], add: bool,
+    rows: usize,
+) {
+    let (n, k, t) = (ws[0].outputs(), ws[0].inputs(), ctx.dtype());
+    let w = ws.map(|w| w.device(params));
+    gpu.gemm_each(Trans::N, ws[0].stored().1, rows, k, n, dy, w, t, add, dx, t);
+}
+
+/// The gradients of several weights of one shape.
+fn add_weight_grads_cuda<const N: usize>(
+    ctx: &Context, gpu: &Cuda, ws: [&Weight; N], x: [DevicePtr; N], dy: [DevicePtr; N], dw: [DevicePtr; N], add: bool,
+    rows: usize,
+) {
+    let (n, k, t) = (ws[0].outputs(), ws[0].inputs(), ctx.dtype());
+    match ws[0] {
+        Weight::OutIn(_) => gpu.gemm_each(Trans::T, Trans::N, n, k, rows, dy, x, t, add, dw, DType::F32),
+        Weight::InOut(_) => gpu.gemm_each(Trans::T, Trans::N, k, n, rows, x, dy, t, add, dw, DType::F32),
+        Weight::Packed(_) | Weight::Device(_) => {}
+    }
+}
+
+/// All of them, or nothing if one is missing.
+fn all<T: Copy, const N: usize>(of: [Option<T>; N]) -> Option<[T; N]> {
+    of.iter().copied().collect::<Option<Vec<T>>>()?.try_into().ok()
+}
+
+/// The value that all have.
+fn common<const N: usize>(flags: [bool; N]) -> Option<bool> {
+    flags.iter().all(|f| *f == flags[0]).then_some(flags[0])
 }
 
 impl<'p> Tape<'p> {
     /// `y = x W^T`: x [tokens, in] to y [tokens, out].
     pub fn linear(&mut self, x: &Var, w: &Weight) -> Var {
-        assert_eq!(x.cols(), w.inputs());
-        let mut y = self.ctx().alloc(x.rows() * w.outputs());
+        let [y] = self.linears([x], [w]);
+        y
+    }
+
+    /// `y_i = x_i W_i^T` for N inputs [tokens, in] and weights of one shape and layout; on a GPU one product instead of N where inputs,
+    /// weights, and in the backward pass gradients, lie at equal distances.
+    pub fn linears<const N: usize>(&mut self, xs: [&Var; N], ws: [&Weight; N]) -> [Var; N] {
+        let (rows, n, k) = (xs[0].rows(), ws[0].outputs(), ws[0].inputs());
+        let alike = |w: &Weight| (w.outputs(), w.inputs(), w.stored()) == (n, k, ws[0].stored());
+        assert!(ws.iter().all(|w| alike(w)) && xs.iter().all(|x| (x.rows(), x.cols()) == (rows, k)));
+        let mut ys: [Buf; N] = self.ctx().alloc_each(rows * n);
         if let Some(gpu) = self.ctx().cuda() {
-            w.product_cuda(self.ctx(), gpu, self.params(), x.buf().ptr(), y.ptr(), x.rows(), None);
+            let (x, w, y) =
+                (xs.map(|x| x.buf().ptr()), ws.map(|w| w.device(self.params())), ys.each_ref().map(Buf::ptr));
+            let t = self.ctx().dtype();
+            gpu.gemm_each(Trans::N, ws[0].stored().0, rows, n, k, x, w, t, false, y, t);
         }
-        self.run(|| w.product(self.ctx(), self.params(), x.data(), &mut y));
-        let param = w.param();
-        let needs = self.needs_grad(&[x], param.as_slice());
-        let out = self.output(x.rows(), w.outputs(), y, needs);
+        for ((y, x), w) in ys.iter_mut().zip(xs).zip(ws) {
+            self.run(|| w.product(self.ctx(), self.params(), x.data(), y));
+        }
+        let params: Vec<Param> = ws.iter().filter_map(|w| w.param()).collect();
+        let needs = self.needs_grad(&xs, &params);
+        let outs = self.outputs(rows, n, ys, needs);
         if needs {
-            let (dy, dx, w) = (out.slot(), x.slot(), w.clone());
+            let (dys, dxs) = (outs.each_ref().map(Var::slot), xs.map(Var::slot));
             // The weight gradient alone needs x.
-            let kept = param.is_some_and(|p| self.params().is_trainable(p)).then(|| x.keep());
+            let trains = |w: &Weight| w.param().is_some_and(|p| self.params().is_trainable(p));
+            let kept: [Option<Kept>; N] = std::array::from_fn(|i| trains(ws[i]).then(|| xs[i].keep()));
+            let ws = ws.map(Weight::clone);
             self.record(move |b| {
-                let Some(dy) = dy.take_shared() else { return };
-                let ctx = b.ctx();
-                let rows = dy.len() / w.outputs();
-                if let Some(gpu) = ctx.cuda() {
-                    if let Some(x) = &kept {
-                        w.add_weight_grad_cuda(b, gpu, b.value(x).ptr(), dy.ptr(), rows);
+                let dys = dys.each_ref().map(GradSlot::take_shared);
+                if let Some(gpu) = b.ctx().cuda() {
+                    return back_cuda(b, gpu, ws.each_ref(), dys, kept, &dxs, rows);
+                }
+                for (((dy, w), x), dx) in dys.into_iter().zip(&ws).zip(kept).zip(&dxs) {
+                    let Some(dy) = dy else { continue };
+                    let ctx = b.ctx();
+                    if let Some(x) = x {
+                        let x = b.value(&x);
+                        b.run(|b| w.add_weight_grad(b, &x, &dy));
                     }
-                    return dx.accumulate(ctx, |g, add| {
-                        w.input_grad_cuda(ctx, gpu, b.params(), dy.ptr(), g.ptr(), add, rows);
-                    });
-                }
-                if let Some(x) = kept {
-                    let x = b.value(&x);
-                    b.run(|b| w.add_weight_grad(b, &x, &dy));
-                }
-                if dx.wanted() {
-                    let mut g = ctx.alloc(dx.len());
-                    b.run(|b| w.input_grad(ctx, b.params(), &dy, &mut g));
-                    dx.add(g);
+                    if dx.wanted() {
+                        let mut g = ctx.alloc(dx.len());
+                        b.run(|b| w.input_grad(ctx, b.params(), &dy, &mut g));
+                        dx.add(g);
+                    }
                 }
             });
         }
-        out
+        outs
+    }
+}
+
+/// The backward pass of [`Tape::linears`] on a GPU.
+fn back_cuda<const N: usize>(
+    b: &mut Backward<'_>, gpu: &Cuda, ws: [&Weight; N], dys: [Option<Arc<Buf>>; N], kept: [Option<Kept>; N],
+    dxs: &[GradSlot; N], rows: usize,
+) {
+    let ctx = b.ctx();
+    let dy = dys.each_ref().map(|dy| dy.as_ref().map(|dy| dy.ptr()));
+    let xs = std::array::from_fn::<_, N, _>(|i| kept[i].as_ref().filter(|_| dy[i].is_some()).map(|x| b.value(x)));
+    let x = xs.each_ref().map(|x| x.as_ref().map(|x| x.ptr()));
+    let dw = std::array::from_fn(|i| x[i].and(ws[i].param()).and_then(|p| b.param_grad_ptr(p)));
+    let together = all(dw).and_then(|dw| common(dw.map(|dw| dw.1)).map(|add| (dw.map(|dw| dw.0), add)));
+    match (all(x), all(dy), together) {
+        (Some(x), Some(dy), Some((dw, add))) => add_weight_grads_cuda(ctx, gpu, ws, x, dy, dw, add, rows),
+        _ => {
+            for i in 0..N {
+                if let (Some(x), Some(dy), Some((dw, add))) = (x[i], dy[i], dw[i]) {
+                    add_weight_grads_cuda(ctx, gpu, [ws[i]], [x], [dy], [dw], add, rows);
+                }
+            }
+        }
+    }
+    drop(xs);
+    let dx: [Option<(Buf, bool)>; N] = std::array::from_fn(|i| dy[i].and_then(|_| dxs[i].begin(ctx)));
+    let to = dx.each_ref().map(|dx| dx.as_ref().map(|(g, add)| (g.ptr(), *add)));
+    let together = all(to).and_then(|to| common(to.map(|to| to.1)).map(|add| (to.map(|to| to.0), add)));
+    match (all(dy), together) {
+        (Some(dy), Some((to, add))) => input_grads_cuda(ctx, gpu, b.params(), ws, dy, to, add, rows),
+        _ => {
+            for i in 0..N {
+                if let (Some(dy), Some((to, add))) = (dy[i], to[i]) {
+                    input_grads_cuda(ctx, gpu, b.params(), [ws[i]], [dy], [to], add, rows);
+                }
+            }
+        }
+    }
+    for (slot, dx) in dxs.iter().zip(dx) {
+        dx.into_iter().for_each(|(g, _)| slot.add(g));
     }
 }

@@ -1,5 +1,6 @@
 use super::*;
 use crate::Group;
+use crate::testing::{check, matrix};
 
 fn noise(n: usize, seed: u32) -> Vec<f32> {
     let mut s = seed;
@@ -66,6 +67,23 @@ fn both_layouts_equal_the_formula() {
         let y = Tape::inference(&ctx, &set).linear(&Var::constant(rows, k, ctx.copy_of(&x)), &packed);
         close(y.data(), &want[0]);
     }
+}
+
+#[test]
+fn several_at_once_equal_the_formula() {
+    let (rows, n, k) = (5, 3, 4);
+    check(
+        &[matrix(rows, k, 1, 1.0), matrix(rows, k, 2, 1.0)],
+        &[matrix(n, k, 3, 1.0), matrix(n, k, 4, 1.0)],
+        |t, x, p| t.linears([&x[0], &x[1]], [&Weight::OutIn(p[0]), &Weight::OutIn(p[1])]).into(),
+        |x| {
+            let y = |x: &[f64], w: &[f64]| {
+                let dot = |i: usize| (0..k).map(|j| x[i / n * k + j] * w[i % n * k + j]).sum();
+                (0..rows * n).map(dot).collect()
+            };
+            vec![y(&x[0], &x[2]), y(&x[1], &x[3])]
+        },
+    );
 }
 
 #[test]

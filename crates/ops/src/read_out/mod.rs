@@ -58,7 +58,7 @@ impl<'p> Tape<'p> {
             self.record(move |b| {
                 let Some(d) = d.take() else { return };
                 let ins = ins.each_ref().map(|x| b.value(x));
-                let mut gs: [Buf; 5] = std::array::from_fn(|_| ctx.alloc(rows * c));
+                let mut gs: [Buf; 5] = to.each_ref().map(|to| to.alloc(&ctx));
                 if let Some(gpu) = ctx.cuda() {
                     let ins = ins.each_ref().map(|x| &**x);
                     cuda::backward(b, gpu, &d, ins, [r_k, weight, bias], gs.each_ref(), heads);

@@ -34,7 +34,7 @@ fn owner(segments: &[Segment], rows: usize) -> Vec<u32> {
 
 impl<'p> Tape<'p> {
     /// K interpolations of x [tokens, C] with the token before, and the arena [slots, C] with each segment's last token
-    /// in its row `state_out`. If no segment has one, the arena comes back as it is.
+    /// in its row `state_out`. On a GPU the interpolations, and later their gradients, lie at equal distances in order of `mu`. If no segment has one, the arena comes back as it is.
     pub fn token_shift<const K: usize>(
         &mut self, x: &Var, last: &Var, segments: &Arc<[Segment]>, mu: [Param; K],
     ) -> ([Var; K], Var) {
@@ -42,7 +42,7 @@ impl<'p> Tape<'p> {
         let ctx = self.ctx().clone();
         let ys = self.mix(x.buf(), last.buf(), segments, mu);
         let needs = self.needs_grad(&[x, last], &mu);
-        let outs = ys.map(|y| self.output(rows, c, y, needs));
+        let outs = self.outputs(rows, c, ys, needs);
         let (kept, from) = ((x.keep(), last.keep()), segments.clone());
         let outs = self.again(Recompute::Shifts, outs, move |t| t.mix(&t.value(&kept.0), &t.value(&kept.1), &from, mu));
         let writes = segments.iter().any(|s| s.state_out.is_some());
@@ -162,7 +162,7 @@ impl<'p> Tape<'p> {
     /// The interpolations.
     fn mix<const K: usize>(&self, x: &Buf, last: &Buf, segments: &Arc<[Segment]>, mu: [Param; K]) -> [Buf; K] {
         let (ctx, c) = (self.ctx(), mu[0].cols);
-        let mut ys: [Buf; K] = std::array::from_fn(|_| ctx.alloc(x.len()));
+        let mut ys: [Buf; K] = ctx.alloc_each(x.len());
         if let Some(gpu) = ctx.cuda() {
             cuda::forward(self, gpu, x, last, segments, mu, &ys);
         }

@@ -16,12 +16,14 @@ pub(super) fn forward(ctx: &Context, gpu: &Cuda, inputs: [&Buf; 3], y: &Buf) {
 /// inputs: v, v_first, gate. What has arrived for v_first, which all layers use, is read and written in the same pass.
 pub(super) fn backward(ctx: &Context, gpu: &Cuda, dy: &Buf, inputs: [&Var; 3]) {
     let (grid, block) = gpu.walk(dy.len());
-    let prior = inputs[1].slot().take_shared();
-    let grads = inputs.map(|_| ctx.alloc(dy.len()));
-    let ([v, first, gate], [a, b, c]) =
-        (inputs.map(|x| x.buf().ptr().into()), grads.each_ref().map(|g| Arg::Ptr(g.ptr())));
-    let prior = Arg::Ptr(prior.as_ref().map_or(DevicePtr::NULL, |p| p.ptr()));
-    let args = [dy.ptr().into(), v, first, gate, prior, a, b, c, size(dy.len())];
+    let slots = inputs.map(Var::slot);
+    let (dv, dgate) = (slots[0].alloc(ctx), slots[2].alloc(ctx));
+    let (first, add) = slots[1].begin(ctx).unwrap_or_else(|| (ctx.alloc(dy.len()), false));
+    let prior = if add { first.ptr() } else { DevicePtr::NULL };
+    let mut args = vec![Arg::Ptr(dy.ptr())];
+    args.extend(inputs.map(|x| Arg::Ptr(x.buf().ptr())));
+    args.extend([prior, dv.ptr(), first.ptr(), dgate.ptr()].map(Arg::Ptr));
+    args.push(size(dy.len()));
     gpu.launch(&KERNELS, &kernel(ctx, "value_residual_back"), grid, block, &args);
-    inputs.into_iter().zip(grads).for_each(|(x, g)| x.add_grad(g));
+    slots.iter().zip([dv, first, dgate]).for_each(|(slot, g)| slot.add(g));
 }

@@ -18,13 +18,14 @@ const TIMED: usize = 3;
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Shape {
-    /// Products of one call, their matrices one after another.
-    count: usize,
     trans: [bool; 2],
     size: [usize; 3],
     types: [DType; 2],
     /// Whether a bias is added to every row of the output.
     bias: bool,
+    /// Products at once, and the elements from a matrix of op(a), op(b) and c to the next.
+    batch: usize,
+    strides: [usize; 3],
 }
 
 impl Shape {
@@ -32,13 +33,17 @@ impl Shape {
     fn name(&self) -> String {
         let ([m, n, k], [ta, tb], [input, output]) =
             (self.size, self.trans.map(|t| if t { 't' } else { 'n' }), self.types);
-        let times = if self.count > 1 { format!("{} of ", self.count) } else { String::new() };
-        format!("{times}{m}x{n}x{k} {ta}{tb} {input}>{output}{}", if self.bias { " +bias" } else { "" })
+        let mut name = format!("{m}x{n}x{k} {ta}{tb} {input}>{output}{}", if self.bias { " +bias" } else { "" });
+        if self.batch > 1 {
+            let [a, b, c] = self.strides;
+            name += &format!(" x{} by {a} {b} {c}", self.batch);
+        }
+        name
     }
 
-    /// Elements of the output.
-    fn outputs(&self) -> usize {
-        self.count * self.size[0] * self.size[1]
+    /// One product.
+    fn single(trans: [Trans; 2], size: [usize; 3], types: [DType; 2], bias: bool) -> Shape {
+        Shape { trans: trans.map(|t| t == Trans::T), size, types, bias, batch: 1, strides: [0; 3] }
     }
 }
 
@@ -142,14 +147,8 @@ impl Blas {
                 ok(lt::cublasLtMatmulDescSetAttribute(p.desc, attribute, (&raw const epilogue).cast(), 4))?;
             }
             // Stored by rows as [rows, cols], a matrix is [cols, rows] by columns.
-            let layout = |to: &mut lt::cublasLtMatrixLayout_t, t, rows: u64, cols: u64| {
-                ok(lt::cublasLtMatrixLayoutCreate(to, t, cols, rows, cols as i64))?;
-                let (count, apart) = (s.count as i32, (rows * cols) as i64);
-                use lt::cublasLtMatrixLayoutAttribute_t as L;
-                let batch = L::CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT;
-                ok(lt::cublasLtMatrixLayoutSetAttribute(*to, batch, (&raw const count).cast(), 4))?;
-                let stride = L::CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET;
-                ok(lt::cublasLtMatrixLayoutSetAttribute(*to, stride, (&raw const apart).cast(), 8))
+            let layout = |to: &mut _, t, rows: u64, cols: u64| {
+                ok(lt::cublasLtMatrixLayoutCreate(to, t, cols, rows, cols as i64))
             };
             if tb {
                 layout(&mut p.a, input, n, k)?
@@ -162,6 +161,17 @@ impl Blas {
                 layout(&mut p.b, input, m, k)?
             }
             layout(&mut p.c, output, m, n)?;
+            if s.batch > 1 {
+                use lt::cublasLtMatrixLayoutAttribute_t as L;
+                let count = s.batch as i32;
+                // The library's A is b, its B is a.
+                for (matrix, stride) in [p.b, p.a, p.c].into_iter().zip(s.strides) {
+                    let (by, attribute) = (stride as i64, L::CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT);
+                    ok(lt::cublasLtMatrixLayoutSetAttribute(matrix, attribute, (&raw const count).cast(), 4))?;
+                    let attribute = L::CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET;
+                    ok(lt::cublasLtMatrixLayoutSetAttribute(matrix, attribute, (&raw const by).cast(), 8))?;
+                }
+            }
             ok(lt::cublasLtMatmulPreferenceCreate(&mut pref))?;
             use lt::cublasLtMatmulPreferenceAttributes_t as P;
             let bytes = WORKSPACE;
@@ -239,6 +249,12 @@ fn repeatable(algo: &lt::cublasLtMatmulAlgo_t) -> bool {
     ok(code).is_ok() && (scheme == none as u32 || scheme == by_workspace as u32)
 }
 
+/// The elements from each of several matrices to the next, if there is more than one and they are in ascending order at equal distances.
+fn distance(p: &[DevicePtr], t: DType) -> Option<usize> {
+    let by = p.get(1)?.0.checked_sub(p[0].0).filter(|by| *by > 0 && by.is_multiple_of(t.size() as u64))?;
+    p.windows(2).all(|w| w[1].0.checked_sub(w[0].0) == Some(by)).then_some(by as usize / t.size())
+}
+
 impl Cuda {
     /// `c = op(a) op(b)` or, with `accumulate`, `c += op(a) op(b)`: op(a) is [m, k], op(b) is [k, n], c is [m, n], row-major and dense.
     /// a and b are of type `input`, c is of type `output`; sums are f32.
@@ -249,36 +265,49 @@ impl Cuda {
         self.gemm_bias(ta, tb, m, n, k, a, b, input, accumulate, c, output, None);
     }
 
-    /// `count` products `c = a b^T` in one call, of the i-th matrices of a [count, m, k] and b [count, n, k]; c is [count, m, n].
-    pub fn gemms(
-        &self, count: usize, m: usize, n: usize, k: usize, a: DevicePtr, b: DevicePtr, input: DType, c: DevicePtr,
-        output: DType,
-    ) {
-        let shape = Shape { count, trans: [false, true], size: [m, n, k], types: [input, output], bias: false };
-        self.product(shape, a, b, false, c, None);
-    }
-
     /// The same plus `bias` `[n]`, of type `output`, on every row of c.
     pub fn gemm_bias(
         &self, ta: Trans, tb: Trans, m: usize, n: usize, k: usize, a: DevicePtr, b: DevicePtr, input: DType,
         accumulate: bool, c: DevicePtr, output: DType, bias: Option<DevicePtr>,
     ) {
-        let (trans, bias_too) = ([ta == Trans::T, tb == Trans::T], bias.is_some());
-        let shape = Shape { count: 1, trans, size: [m, n, k], types: [input, output], bias: bias_too };
-        self.product(shape, a, b, accumulate, c, bias);
-    }
-
-    fn product(
-        &self, shape: Shape, a: DevicePtr, b: DevicePtr, accumulate: bool, c: DevicePtr, bias: Option<DevicePtr>,
-    ) {
-        let ([m, n, k], [input, output]) = (shape.size, shape.types);
-        if !self.enter() || shape.outputs() == 0 {
-            return;
-        }
         if k == 0 && bias.is_none() {
             if !accumulate {
-                self.clear(c, shape.outputs() * output.size());
+                self.clear(c, m * n * output.size());
             }
+            return;
+        }
+        self.multiply(Shape::single([ta, tb], [m, n, k], [input, output], bias.is_some()), a, b, accumulate, c, bias);
+    }
+
+    /// [`Cuda::gemm`] for several pairs of matrices: as one product, which fills the GPU better, if the matrices are at equal distances
+    /// in memory; else one after the other.
+    pub fn gemm_each<const N: usize>(
+        &self, ta: Trans, tb: Trans, m: usize, n: usize, k: usize, a: [DevicePtr; N], b: [DevicePtr; N], input: DType,
+        accumulate: bool, c: [DevicePtr; N], output: DType,
+    ) {
+        let strides = [(&a, input), (&b, input), (&c, output)].map(|(p, t)| distance(p, t));
+        if let ([Some(sa), Some(sb), Some(sc)], true) = (strides, k > 0) {
+            let shape = Shape::single([ta, tb], [m, n, k], [input, output], false);
+            return self.multiply(
+                Shape { batch: N, strides: [sa, sb, sc], ..shape },
+                a[0],
+                b[0],
+                accumulate,
+                c[0],
+                None,
+            );
+        }
+        for i in 0..N {
+            self.gemm(ta, tb, m, n, k, a[i], b[i], input, accumulate, c[i], output);
+        }
+    }
+
+    /// The products of `shape`.
+    fn multiply(
+        &self, shape: Shape, a: DevicePtr, b: DevicePtr, accumulate: bool, c: DevicePtr, bias: Option<DevicePtr>,
+    ) {
+        let Shape { size: [m, n, k], types: [input, output], batch, .. } = shape;
+        if !self.enter() || m == 0 || n == 0 {
             return;
         }
         let workspace = {
@@ -319,7 +348,7 @@ impl Cuda {
         let what = || {
             let name = format!("gemm {}{}", shape.name(), if accumulate { " +=" } else { "" });
             let bytes = (m * k + k * n) * input.size() + m * n * output.size() * (1 + accumulate as usize);
-            (name, shape.count * bytes, 2.0 * (shape.count * m * n * k) as f64)
+            (name, batch * bytes, 2.0 * (batch * m * n * k) as f64)
         };
         self.timed(what, || {
             if let Err(e) = self.blas.run(&p, &p.algo, call, self.stream.cast()) {
@@ -370,7 +399,8 @@ impl Cuda {
 
     /// The fastest of `algos`. They write to a buffer of their own; without memory for it there is no answer.
     fn fastest(&self, shape: Shape, p: &Plan, algos: &[lt::cublasLtMatmulAlgo_t], call: Call) -> Option<usize> {
-        let bytes = shape.outputs() * shape.types[1].size();
+        let last = (shape.batch - 1) * shape.strides[2];
+        let bytes = (last + shape.size[0] * shape.size[1]) * shape.types[1].size();
         let scratch = self.take(bytes)?;
         self.clear(scratch, bytes);
         let call = Call { c: scratch, ..call };
@@ -389,6 +419,15 @@ impl Cuda {
 mod tests {
     use super::*;
     use crate::cuda::Info;
+
+    #[test]
+    fn distances_are_equal_or_none() {
+        let of = |p: &[u64]| distance(&p.iter().map(|&p| DevicePtr(p)).collect::<Vec<_>>(), DType::BF16);
+        assert_eq!(of(&[64, 128, 192]), Some(32));
+        for other in [&[64][..], &[64, 128, 200], &[192, 128, 64], &[64, 64], &[1, 2, 3]] {
+            assert_eq!(of(other), None);
+        }
+    }
 
     #[test]
     fn choices_are_taken_up_on_the_same_gpu_only() {

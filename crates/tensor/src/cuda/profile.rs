@@ -47,6 +47,11 @@ impl Profiler {
 }
 
 impl Cuda {
+    /// Notes for profiles that a buffer of `bytes` bytes is at `p`, within a larger piece of memory.
+    pub(crate) fn holds(&self, p: DevicePtr, bytes: usize) {
+        self.profiler.allocated(p, bytes);
+    }
+
     /// Bytes of the buffers that start at these addresses.
     pub(super) fn sizes_of(&self, addresses: impl Iterator<Item = DevicePtr>) -> usize {
         let sizes = lock(&self.profiler.sizes);
