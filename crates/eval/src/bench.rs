@@ -224,15 +224,21 @@ pub struct DecodeBatch {
 /// Tokens of the prompt that [`decode_batch`] reads.
 pub const PROMPT: usize = 4096;
 
-/// Decodes `batch` sequences for `tokens` steps on a GPU with a model of noise of a preset size.
+/// Decodes `batch` sequences for `tokens` steps on a GPU with a model of noise of a preset size, with states in `state`. With `tune` the algorithms of
+/// products are chosen by timing.
 ///
 /// # Errors
 /// When there is no such size, or it needs more memory than there is.
-pub fn decode_batch(ctx: &Context, preset: &str, batch: usize, tokens: usize) -> Result<DecodeBatch, crate::Error> {
+pub fn decode_batch(
+    ctx: &Context, preset: &str, batch: usize, tokens: usize, state: DType, tune: bool,
+) -> Result<DecodeBatch, crate::Error> {
+    if let Some(gpu) = ctx.cuda().filter(|_| tune) {
+        gpu.tune_products("");
+    }
     let config = Config::preset(preset)?;
     let model = Model::noise(ctx, &config, 1)?;
     let vocab = config.vocab_size as u32;
-    let mut decoder = Decoder::new(ctx, &model, batch)?
+    let mut decoder = Decoder::with_states(ctx, &model, batch, state)?
         .ok_or_else(|| crate::Error::Input("decoding in batches needs --device cuda and --dtype f16 or bf16".into()))?;
     let memory = ctx.memory().reserved;
     let inputs: Vec<(usize, u32)> = (0..batch).map(|i| (i, i as u32 * 7919 % vocab)).collect();

@@ -38,13 +38,27 @@ impl<'m> Decoder<'m> {
     /// # Errors
     /// When there are no slots or more than [`Decoder::MOST_SLOTS`], or memory runs out.
     pub fn new(ctx: &Context, model: &'m Model, slots: usize) -> Result<Option<Decoder<'m>>, Error> {
+        Self::with_states(ctx, model, slots, DType::F32)
+    }
+
+    /// The same with WKV states kept as `kept` between steps, f32 or f16: with many sequences they are most of what a step moves. Arithmetic is f32
+    /// in both; rounding to f16 at every step is as rough as the rest of a step in f16.
+    ///
+    /// # Errors
+    /// As [`Decoder::new`], and when `kept` is neither.
+    pub fn with_states(
+        ctx: &Context, model: &'m Model, slots: usize, kept: DType,
+    ) -> Result<Option<Decoder<'m>>, Error> {
+        if kept == DType::BF16 {
+            return Err(Error::State("states are kept in f32 or f16".into()));
+        }
         if slots == 0 || slots > Self::MOST_SLOTS {
             return Err(Error::State(format!("{slots} slots: there must be 1 to {}", Self::MOST_SLOTS)));
         }
         let (Some(cuda), Some(step)) = (ctx.cuda_shared().cloned(), DecodeStep::new(ctx, model, slots)) else {
             return Ok(None);
         };
-        let state = State::zeros(ctx, model.config(), slots);
+        let state = State::zeros_as(ctx, model.config(), slots, kept);
         let input = Pinned::new(&cuda, 2 * step.most())?;
         let output = Pinned::new(&cuda, step.most() * model.config().vocab_size)?;
         ctx.check()?;
@@ -184,14 +198,25 @@ impl<'m> Decoder<'m> {
         if logits.is_empty() { Err(Error::Empty) } else { Ok(logits) }
     }
 
-    /// A copy of a slot's state, as a state of one slot.
+    /// A copy of a slot's state, as a state of one slot in f32.
     ///
     /// # Errors
     /// When there is no such slot.
     pub fn state(&self, slot: usize) -> Result<State, Error> {
         self.check(slot)?;
         let part = |v: &Var| Var::constant(1, v.cols(), v.buf().part(slot * v.cols(), v.cols()));
-        let layer = |l: &LayerState| LayerState { att_x: part(&l.att_x), wkv: part(&l.wkv), ffn_x: part(&l.ffn_x) };
+        let as_f32 = |v: Var| {
+            if v.buf().dtype() == DType::F32 {
+                return v;
+            }
+            let mut buf = self.ctx.alloc_f32(v.cols());
+            buf.copy_from(&v.to_vec());
+            Var::constant(1, v.cols(), buf)
+        };
+        let layer = |l: &LayerState| {
+            let (att_x, wkv, ffn_x) = (part(&l.att_x), as_f32(part(&l.wkv)), part(&l.ffn_x));
+            LayerState { att_x, wkv, ffn_x }
+        };
         Ok(State { layers: self.state.layers.iter().map(layer).collect() })
     }
 
@@ -203,8 +228,14 @@ impl<'m> Decoder<'m> {
         self.check(slot)?;
         for (to, from) in self.state.vars().zip(state.vars()) {
             let (n, dtype) = (to.cols(), to.buf().dtype());
-            assert!(from.cols() == n && from.buf().dtype() == dtype);
-            self.cuda.copy(from.buf().ptr(), to.buf().ptr().offset(slot * n, dtype), n * dtype.size());
+            assert!(from.cols() == n);
+            let rounded = (from.buf().dtype() != dtype).then(|| {
+                let mut buf = self.ctx.zeros_as(dtype, n);
+                buf.copy_from(&from.to_vec());
+                buf
+            });
+            let from = rounded.as_ref().unwrap_or(from.buf()).ptr();
+            self.cuda.copy(from, to.buf().ptr().offset(slot * n, dtype), n * dtype.size());
         }
         Ok(())
     }
@@ -235,16 +266,21 @@ impl<'m> Decoder<'m> {
         self.step.zero_share(self.few_steps)
     }
 
+    /// The type of WKV states between steps.
+    fn kept(&self) -> DType {
+        self.state.layers.first().map_or(DType::F32, |l| l.wkv.buf().dtype())
+    }
+
     /// Bytes that a step of `n` sequences moves at least, given the share of rows that are skipped.
     pub fn bytes(&self, n: usize, zero_share: f64) -> f64 {
-        self.step.bytes(n, zero_share, None)
+        self.step.bytes(n, self.kept(), zero_share, None)
     }
 
     /// Seconds that the kernels of each kind take in a step of `n` sequences when nothing else runs, and the bytes they move at least. The states of the slots
     /// are worthless afterwards.
     pub fn profile(&mut self, n: usize, zero_share: f64) -> Vec<(Part, f64, f64)> {
         const RUNS: u32 = 20;
-        let (step, state, cuda) = (&self.step, &self.state, &self.cuda);
+        let (step, state, cuda, kept) = (&self.step, &self.state, &self.cuda, self.kept());
         let time = |part: Part| {
             let graph = cuda.capture(|| step.run_only(state, n, Some(part)));
             let mut seconds = f64::INFINITY;
@@ -255,7 +291,7 @@ impl<'m> Decoder<'m> {
                 cuda.synchronize();
                 seconds = seconds.min(start.elapsed().as_secs_f64() / f64::from(RUNS));
             }
-            (part, seconds, step.bytes(n, zero_share, Some(part)))
+            (part, seconds, step.bytes(n, kept, zero_share, Some(part)))
         };
         Part::ALL.into_iter().map(time).collect()
     }

@@ -230,7 +230,7 @@ impl<'m> DecodeStep<'m> {
                 }
             }
             if on(Part::Heads) {
-                step.heads(from, &heads, self.first.ptr(), s.wkv.buf().ptr(), slots, [now, s.att_x.buf().ptr()], mixed);
+                step.heads(from, &heads, self.first.ptr(), s.wkv.buf(), slots, [now, s.att_x.buf().ptr()], mixed);
             }
             if on(Part::Output) {
                 match few {
@@ -284,8 +284,8 @@ impl<'m> DecodeStep<'m> {
     }
 
     /// Bytes that the kernels of one kind, or all, move at least in a step of `batch` sequences: every matrix but the embedding once, the second ones of
-    /// channel mixing without the share `zero` of their rows, states in and out.
-    pub fn bytes(&self, batch: usize, zero: f64, part: Option<Part>) -> f64 {
+    /// channel mixing without the share `zero` of their rows, states, kept as `kept`, in and out.
+    pub fn bytes(&self, batch: usize, kept: DType, zero: f64, part: Option<Part>) -> f64 {
         let config = self.model.config();
         let (c, h, layers) = (config.n_embd, config.n_hidden, config.n_layer);
         let down = self.few.projections[0].rows() + layers.saturating_sub(1) * self.few.projections[1].rows();
@@ -300,7 +300,7 @@ impl<'m> DecodeStep<'m> {
             Part::Key | Part::Value => layers * c * h,
             Part::Head => config.vocab_size * c,
         };
-        let states = (2 * config.state_len() * DType::F32.size() * batch) as f64;
+        let states = (2 * config.state_len() * kept.size() * batch) as f64;
         let of = |part: Part| {
             let matrices = (elements(part) * self.ctx.dtype().size()) as f64;
             match part {

@@ -1,6 +1,6 @@
 use crate::Config;
 use anser_ops::Var;
-use anser_tensor::Context;
+use anser_tensor::{Context, DType};
 
 /// The recurrent state of one layer: an arena with one row per slot (sequence).
 #[derive(Clone)]
@@ -23,10 +23,15 @@ pub struct State {
 impl State {
     /// Zeros for `slots` sequences.
     pub fn zeros(ctx: &Context, config: &Config, slots: usize) -> State {
+        State::zeros_as(ctx, config, slots, DType::F32)
+    }
+
+    /// The same with WKV states of a type, f32 or, for [`crate::DecodeStep`] only, f16.
+    pub fn zeros_as(ctx: &Context, config: &Config, slots: usize, wkv: DType) -> State {
         let (c, n) = (config.n_embd, config.n_embd * config.head_size);
         let zeros = |cols: usize| Var::constant(slots, cols, ctx.zeros(slots * cols));
-        let wkv = || Var::constant(slots, n, ctx.zeros_f32(slots * n));
-        let layer = |_| LayerState { att_x: zeros(c), wkv: wkv(), ffn_x: zeros(c) };
+        let matrix = || Var::constant(slots, n, ctx.zeros_as(wkv, slots * n));
+        let layer = |_| LayerState { att_x: zeros(c), wkv: matrix(), ffn_x: zeros(c) };
         State { layers: (0..config.recurrent_layers()).map(layer).collect() }
     }
 

@@ -175,14 +175,17 @@ impl Context {
 
     /// A buffer of `len` activations, all zero.
     pub fn zeros(&self, len: usize) -> Buf {
-        let mut b = self.alloc(len);
-        b.clear();
-        b
+        self.zeros_as(self.dtype(), len)
     }
 
     /// A buffer of `len` f32 zeros, whatever the type of activations.
     pub fn zeros_f32(&self, len: usize) -> Buf {
-        let mut b = self.alloc_f32(len);
+        self.zeros_as(DType::F32, len)
+    }
+
+    /// A buffer of `len` zeros of a type.
+    pub fn zeros_as(&self, dtype: DType, len: usize) -> Buf {
+        let mut b = self.0.pool.alloc(len, dtype);
         b.clear();
         b
     }

@@ -1,6 +1,7 @@
 use crate::global::Global;
 use anser_eval::bench;
 use anser_eval::profile::{chrome_trace, kinds, table};
+use anser_tensor::DType;
 use anser_tokenizer::Tokenizer;
 use anyhow::{Context, ensure};
 use serde_json::json;
@@ -54,6 +55,12 @@ enum What {
         /// Sequences decoded together (on a GPU)
         #[arg(long, default_value_t = 1)]
         batch: usize,
+        /// How states are kept between steps on a GPU: f32 or f16
+        #[arg(long, default_value = "f32")]
+        state: DType,
+        /// Takes the fastest algorithm of each matrix product instead of the one that cuBLASLt thinks best
+        #[arg(long)]
+        tune: bool,
     },
     /// Time per token and memory along one long sequence, which a recurrent model keeps flat
     Flat {
@@ -156,8 +163,9 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                 )
             })
         }
-        What::Decode { preset, tokens, batch } if ctx.cuda().is_some() => {
-            let r = bench::decode_batch(&ctx, preset, *batch, *tokens)?;
+        What::Decode { preset, tokens, batch, state, tune } if ctx.cuda().is_some() => {
+            ensure!(*state != DType::BF16, "--state must be f32 or f16");
+            let r = bench::decode_batch(&ctx, preset, *batch, *tokens, *state, *tune)?;
             let rate = r.decode * r.bytes / *batch as f64;
             let part = |(name, seconds, bytes): &(String, f64, f64)| json!({ "part": name, "microseconds": seconds * 1e6, "bytes": bytes, "share_of_bandwidth": bytes / seconds / r.bandwidth });
             let json = json!({
@@ -173,7 +181,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             });
             global.result(json, || {
                 let mut text = format!(
-                    "{preset} {}, batch {batch}: decode {:.0} tokens/s = {:.0} GB/s of {:.0} measured ({:.0}%), {:.1} MB a step, {:.0}% of relu^2 zero; {:.0} tokens/s with logits on the host; prefill of {} tokens {:.0} tokens/s; {:.2} GB of device memory\n",
+                    "{preset} {}, batch {batch}, states {state}: decode {:.0} tokens/s = {:.0} GB/s of {:.0} measured ({:.0}%), {:.1} MB a step, {:.0}% of relu^2 zero; {:.0} tokens/s with logits on the host; prefill of {} tokens {:.0} tokens/s; {:.2} GB of device memory\n",
                     ctx.dtype(),
                     r.decode,
                     rate / 1e9,
@@ -210,9 +218,11 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                 )
             })
         }
-        What::Decode { batch, .. } if *batch != 1 => anyhow::bail!("--batch {batch} needs --device cuda"),
+        What::Decode { batch, state, tune, .. } if *batch != 1 || *state != DType::F32 || *tune => {
+            anyhow::bail!("--batch, --state and --tune need --device cuda")
+        }
         What::Decode { preset, tokens, .. } => {
-            let dtype = global.dtype()?.unwrap_or(anser_tensor::DType::BF16);
+            let dtype = global.dtype()?.unwrap_or(DType::BF16);
             let r = bench::decode(&ctx, preset, dtype, *tokens)?;
             let json = json!({
                 "decode_tokens_per_second": r.decode,
@@ -235,7 +245,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             })
         }
         What::Flat { preset, tokens } => {
-            let positions = bench::flat(&ctx, preset, global.dtype()?.unwrap_or(anser_tensor::DType::BF16), *tokens)?;
+            let positions = bench::flat(&ctx, preset, global.dtype()?.unwrap_or(DType::BF16), *tokens)?;
             global.result(json!({ "positions": positions }), || {
                 let line = |p: &bench::Position| {
                     let (us, mb) = (p.seconds * 1e6, p.resident as f64 / 1e6);

@@ -1,6 +1,6 @@
 // One head of one sequence from its projections to what the output matrix reads: second halves of the low-rank maps, keys, value
 // residual, one step of WKV-7 with the state [N, N] in place, GroupNorm, bonus and gate. 4 N threads. With many sequences the second halves are
-// a product of their own.
+// a product of their own. States are kept in f32 or f16; arithmetic is f32.
 #pragma once
 #include "overlap.cuh"
 
@@ -22,18 +22,40 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// Four values of a state.
+__device__ __forceinline__ float4 load_state(const float* p) { return __ldcg(reinterpret_cast<const float4*>(p)); }
+__device__ __forceinline__ float4 load_state(const f16* p) {
+    const uint2 raw = __ldcg(reinterpret_cast<const uint2*>(p));
+    const float2 a = unpack<f16>(raw.x), b = unpack<f16>(raw.y);
+    return make_float4(a.x, a.y, b.x, b.y);
+}
+__device__ __forceinline__ void store_state(float* p, float4 s) { *reinterpret_cast<float4*>(p) = s; }
+__device__ __forceinline__ void store_state(f16* p, float4 s) {
+    // The largest there are rather than infinity, which would stay.
+    const auto fit = [](float v) { return fminf(fmaxf(v, -65504.f), 65504.f); };
+    *reinterpret_cast<uint2*>(p) = make_uint2(pack<f16>(fit(s.x), fit(s.y)), pack<f16>(fit(s.z), fit(s.w)));
+}
+
+// Sum of f(0) to f(N - 1), by every warp for itself.
+template <int N, class F> __device__ __forceinline__ float each_warp_sum(F f) {
+    float s = 0.f;
+    for (int n = threadIdx.x & 31; n < N; n += 32) s += f(n);
+    return warp_sum(s);
+}
+
 // Of sequence b, r, k and v lie at proj + b * stride, `apart` after each other, and with !MAPPED the first halves, or with MAPPED their second halves
 // in mapped [4, batch, C]. first [batch, C]: v of layer 0, written by layer 0. state [slots, heads, N, N].
 // Without MAPPED the rows `slots` of `last` become those of `now` [batch, C].
-template <class T, int N, bool MAPPED>
+template <class T, class S, int N, bool MAPPED>
 __device__ void heads(const float* proj, int stride, size_t apart, const float* mapped, Maps maps, Ranks ranks, Vectors vec, Norm norm,
-                      float* first, float* state, const int* slots, const T* now, T* last, T* out, int c) {
+                      float* first, S* state, const int* slots, const T* now, T* last, T* out, int c) {
     constexpr int THREADS = 4 * N, LANES = N / 8, PARTS = 32, WARPS_ = THREADS / 32;
     __shared__ float hidden[MAPPED ? 1 : 2048];
     __shared__ float sums[MAPPED ? 1 : WARPS_][4][N];
-    __shared__ __align__(16) float x[6][N]; // r, d, k, v, a, b
-    __shared__ float y[N], gates[N];
+    __shared__ __align__(16) float x[7][N]; // r, d, k, v, removal key z (not yet of length 1), z times the rate, terms of the bonus
+    __shared__ float y[N];
     DYNAMIC_SHARED(dynamic);
+    let_next_start();
     const int h = blockIdx.x, b = blockIdx.y, t = threadIdx.x, lane = t & 31, warp = t >> 5, c0 = h * N;
     // Before the wait: the second halves and the state, which no kernel shortly before writes.
     T* ring = reinterpret_cast<T*>(dynamic) + t * 8;
@@ -45,10 +67,10 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
     }
     copy_commit();
     const int i = t >> 2, q = t & 3;
-    float* s_at = state + (size_t(slots[b]) * (c / N) + h) * N * N + i * N + q * 4;
+    S* s_at = state + (size_t(slots[b]) * (c / N) + h) * N * N + i * N + q * 4;
     float4 s[N / 16];
 #pragma unroll
-    for (int e = 0; e < N / 16; e++) s[e] = __ldcg(reinterpret_cast<const float4*>(s_at + e * 16));
+    for (int e = 0; e < N / 16; e++) s[e] = load_state(s_at + e * 16);
     const int ch = c0 + t; // channel of the first N threads
     float p[8];
     if (t < N) {
@@ -58,7 +80,6 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
         p[7] = norm.p[1][ch];
     }
     wait_for_previous();
-    let_next_start();
     proj += size_t(b) * stride;
     int count = 0, from[4];
     for (int m = 0; m < 4 && !MAPPED; m++) {
@@ -69,9 +90,10 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
         }
         count += ranks.rank[m];
     }
-    float r = 0.f, k = 0.f, v = 0.f;
-    float v0 = 0.f;
+    float r = 0.f, k = 0.f, v = 0.f, v0 = 0.f, gate = 0.f, second[4] = {0.f, 0.f, 0.f, 0.f};
     if (t < N) {
+        for (int j = 0; j < 4 && MAPPED; j++)
+            if (maps.up[j]) second[j] = __ldcg(mapped + (size_t(j) * gridDim.y + b) * c + ch);
         if (maps.up[2]) v0 = __ldcg(first + size_t(b) * c + ch);
         if (!MAPPED) last[size_t(slots[b]) * c + ch] = from_f32<T>(load_fresh_one(now + size_t(b) * c + ch));
         r = __ldcg(proj + ch);
@@ -95,35 +117,28 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
             if (lane < LANES) sums[warp][m][lane * 8 + j] = sum[j];
         }
     }
-    __syncthreads();
-    // Keys: every thread takes part in the sums, those past N with zeros.
-    float z = 0.f, rate = 0.f, ks = 0.f;
+    if (!MAPPED) __syncthreads();
     if (t < N) {
         float m[4] = {0.f, 0.f, 0.f, 0.f};
         for (int i = 0; i < WARPS_ && !MAPPED; i++)
             for (int j = 0; j < 4; j++) m[j] += sums[i][j][t];
-        for (int j = 0; j < 4 && MAPPED; j++)
-            if (maps.up[j]) m[j] = __ldcg(mapped + (size_t(j) * gridDim.y + b) * c + ch);
+        for (int j = 0; j < 4 && MAPPED; j++) m[j] = second[j];
         x[1][t] = expf(-0.60653066f * sigmoid(m[0] + p[0]));
-        rate = sigmoid(m[1] + p[1]);
+        const float rate = sigmoid(m[1] + p[1]), z = k * p[3], ks = k * (1.f + (rate - 1.f) * p[4]);
         if (maps.up[2])
             v += (v0 - v) * sigmoid(m[2] + p[2]);
         else
             first[size_t(b) * c + ch] = v;
-        gates[t] = m[3];
-        z = k * p[3];
-        ks = k * (1.f + (rate - 1.f) * p[4]);
+        gate = m[3];
         x[0][t] = r;
         x[2][t] = ks;
         x[3][t] = v;
+        x[4][t] = z;
+        x[5][t] = z * rate;
+        x[6][t] = r * ks * p[5];
     }
-    const float inv = 1.f / fmaxf(sqrtf(block_sum(z * z)), 1e-12f);
-    if (t < N) {
-        x[4][t] = -z * inv;
-        x[5][t] = z * inv * rate;
-    }
-    const float bonus = block_sum(t < N ? r * ks * p[5] : 0.f);
     __syncthreads();
+    const float inv = 1.f / fmaxf(sqrtf(each_warp_sum<N>([&](int n) { return x[4][n] * x[4][n]; })), 1e-12f);
     float u = 0.f, o = 0.f;
     const auto four = [&](int n, int e) { return *reinterpret_cast<const float4*>(&x[n][e * 16 + q * 4]); };
 #pragma unroll
@@ -131,7 +146,8 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
         const float4 a = four(4, e);
         u += s[e].x * a.x + s[e].y * a.y + s[e].z * a.z + s[e].w * a.w;
     }
-    u = quad_sum(u);
+    // By minus the key of length 1, and back by that times the rate.
+    u = quad_sum(u) * -inv * inv;
     const float vi = x[3][i];
 #pragma unroll
     for (int e = 0; e < N / 16; e++) {
@@ -141,14 +157,15 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
         s[e].z = s[e].z * d.z + u * bb.z + vi * kk.z;
         s[e].w = s[e].w * d.w + u * bb.w + vi * kk.w;
         o += s[e].x * rr.x + s[e].y * rr.y + s[e].z * rr.z + s[e].w * rr.w;
-        *reinterpret_cast<float4*>(s_at + e * 16) = s[e];
+        store_state(s_at + e * 16, s[e]);
     }
     o = quad_sum(o);
     if (q == 0) y[i] = o;
     __syncthreads();
-    const float yt = t < N ? y[t] : 0.f;
-    const float mean = block_sum(yt) / N;
-    const float var = block_sum(t < N ? (yt - mean) * (yt - mean) : 0.f) / N;
+    if (warp * 32 >= N) return;
+    const float mean = each_warp_sum<N>([&](int n) { return y[n]; }) / N;
+    const float var = each_warp_sum<N>([&](int n) { return (y[n] - mean) * (y[n] - mean); }) / N;
+    const float bonus = each_warp_sum<N>([&](int n) { return x[6][n]; });
     if (t < N)
-        out[size_t(b) * c + ch] = from_f32<T>(((yt - mean) * rsqrtf(var + 64e-5f) * p[6] + p[7] + bonus * v) * gates[t]);
+        out[size_t(b) * c + ch] = from_f32<T>(((y[t] - mean) * rsqrtf(var + 64e-5f) * p[6] + p[7] + bonus * v) * gate);
 }

@@ -36,13 +36,14 @@ FOR_BOTH_TYPES(MIX)
 #define SKIP(T, name) SKIP_OF(T, name, 1) SKIP_OF(T, name, 2) SKIP_OF(T, name, 3) SKIP_OF(T, name, 4)
 FOR_BOTH_TYPES(SKIP)
 
-#define HEADS_OF(T, name, N, kind, MAPPED)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(4 * N) decode_##kind##_##N##_##name(                                               \
-        const float* proj, int stride, size_t apart, const float* mapped, Maps maps, Ranks ranks, Vectors vec, Norm norm, float* first,         \
-        float* state, const int* slots, const T* now, T* last, T* out, int c) {                                                     \
-        heads<T, N, MAPPED>(proj, stride, apart, mapped, maps, ranks, vec, norm, first, state, slots, now, last, out, c);           \
+#define HEADS_OF(T, name, S, kept, N, kind, MAPPED)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(4 * N) decode_##kind##_##N##_##kept##_##name(                                      \
+        const float* proj, int stride, size_t apart, const float* mapped, Maps maps, Ranks ranks, Vectors vec, Norm norm, float* first, \
+        S* state, const int* slots, const T* now, T* last, T* out, int c) {                                                         \
+        heads<T, S, N, MAPPED>(proj, stride, apart, mapped, maps, ranks, vec, norm, first, state, slots, now, last, out, c);        \
     }
-#define HEADS_FOR(T, name, N) HEADS_OF(T, name, N, heads, false) HEADS_OF(T, name, N, mapped, true)
+#define HEADS_KEPT(T, name, S, kept, N) HEADS_OF(T, name, S, kept, N, heads, false) HEADS_OF(T, name, S, kept, N, mapped, true)
+#define HEADS_FOR(T, name, N) HEADS_KEPT(T, name, float, f32, N) HEADS_KEPT(T, name, f16, f16, N)
 #define HEADS(T, name) HEADS_FOR(T, name, 16) HEADS_FOR(T, name, 32) HEADS_FOR(T, name, 64) HEADS_FOR(T, name, 128)
 FOR_BOTH_TYPES(HEADS)
 

@@ -142,10 +142,10 @@ impl Step<'_> {
         self.launch(&name, [self.batch, 1, 1], self.row_threads(), 0, true, &args);
     }
 
-    /// Heads from `from` to `out` [batch, C]; `first` [batch, C] f32 holds the values of layer 0; `state` [slots, heads, N, N] f32 is advanced in the
+    /// Heads from `from` to `out` [batch, C]; `first` [batch, C] f32 holds the values of layer 0; `state` [slots, heads, N, N] f32 or f16 is advanced in the
     /// rows `slots`. `shift`: what [`Step::mixed`] left for a later kernel, and where it goes; not used with maps computed apart.
     pub fn heads(
-        &self, from: Projected, w: &Heads, first: DevicePtr, state: DevicePtr, slots: DevicePtr, shift: [DevicePtr; 2],
+        &self, from: Projected, w: &Heads, first: DevicePtr, state: &Buf, slots: DevicePtr, shift: [DevicePtr; 2],
         out: DevicePtr,
     ) {
         let mut words = [0; 8];
@@ -158,9 +158,9 @@ impl Step<'_> {
         };
         let mut args = vec![from.at.into(), int(from.stride), size(from.apart), mapped.into(), pointers(w.up)];
         args.extend([Arg::Words(words), pointers(w.vectors), pointers(w.ln_x)]);
-        args.extend([first, state, slots, shift[0], shift[1], out].map(Arg::from));
+        args.extend([first, state.ptr(), slots, shift[0], shift[1], out].map(Arg::from));
         args.push(int(self.c));
-        let name = kernel(self.ctx, &format!("decode_{kind}_{}", self.n));
+        let name = kernel(self.ctx, &format!("decode_{kind}_{}_{}", self.n, state.dtype()));
         self.launch(&name, [self.c / self.n, self.batch, 1], 4 * self.n, shared, true, &args);
     }
 

@@ -11,6 +11,7 @@
 constexpr int ROWS = 16, STEP = 64;
 constexpr int PIECES = 4; // of 16 bytes a lane copies in a step
 constexpr int STAGES = 5;
+constexpr int AHEAD = 96 << 10; // bytes that a block fetches into the second-level cache before it waits
 
 struct Share {
     int batch, total, k; // sequences; rows of W; columns of W
@@ -46,6 +47,9 @@ template <class T, int FINISH, class Fill> __device__ __forceinline__ void tiles
         ahead_slot = ahead_slot + 1 == STAGES ? 0 : ahead_slot + 1;
     };
     for (int i = 0; i < STAGES - 1; i++) begin();
+    // What the ring has no room for waits in the second-level cache: lines of W that the warps come to next.
+    const int ringed = (STAGES - 1) * s.split * STEP, lines = min(max(s.k - ringed, 0) / STEP, AHEAD / (mine.y * STEP * int(sizeof(T))));
+    for (int i = threadIdx.x; i < mine.y * lines; i += threads) prefetch(w + size_t(mine.x + i / lines) * s.k + ringed + i % lines * STEP);
     wait_for_previous();
     fill(held, stride);
     copy_commit();
