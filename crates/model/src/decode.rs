@@ -3,7 +3,7 @@
 
 use crate::rwkv7::{Block, Rwkv7Block};
 use crate::{Model, State};
-use anser_ops::decode::{BATCH, Finish, Heads, LowRanks, MOST, Mix, Norm, Projected, Skip, Step, Tiles, fits};
+use anser_ops::decode::{Ahead, BATCH, Finish, Heads, LowRanks, MOST, Mix, Norm, Projected, Skip, Step, Tiles, fits};
 use anser_ops::{LowRank, Param, Weight};
 use anser_tensor::cuda::DevicePtr;
 use anser_tensor::gemm::Trans;
@@ -184,17 +184,19 @@ impl<'m> DecodeStep<'m> {
         let (few, now) = (Some(&self.few).filter(|_| batch <= BATCH), self.now.ptr());
         // By the matrix library: y [batch, n] (+)= x W^T, or x W for W [k, n].
         let library = |w, trans, n, k, x, add, y, to| gpu.gemm(Trans::N, trans, batch, n, k, x, w, dtype, add, y, to);
+        let ahead = |at, rows, cols| Ahead { at, rows, cols, by_inputs: false };
         if on(Part::Mix) {
             step.embed(w(&m.emb), self.tokens.ptr(), x, norm(&m.ln0));
         }
         for (i, (block, s)) in self.blocks.iter().zip(&state.layers).enumerate() {
             let (att, kind) = (&block.att, i.min(1));
+            let stacked = w(&att.receptance);
             // In the order of inputs.
             let [mr, mw, mk, mv, ma, mg] = att.mix.map(p);
             let mu = [mr, mk, mv, mw, ma, mg];
             // With few sequences the products do this, and leave what is kept of this token to a kernel after them.
             if on(Part::Mix) && few.is_none() {
-                step.mix(x, mixed, s.att_x.buf().ptr(), slots, norm(&block.ln1), mu);
+                step.mix(x, mixed, s.att_x.buf().ptr(), slots, norm(&block.ln1), mu, ahead(stacked, 3 * c, c));
             }
             let maps = [Some(&att.decay), Some(&att.rate), att.value_gate.as_ref(), Some(&att.gate)];
             let rank = |l: Option<&LowRank>| l.map_or(0, |l| l.down.outputs());
@@ -209,7 +211,6 @@ impl<'m> DecodeStep<'m> {
                 vectors: [bias(maps[0]), bias(maps[1]), bias(maps[2]), p(att.k_k), p(att.k_a), p(att.r_k)],
                 ln_x: norm(&att.ln_x),
             };
-            let stacked = w(&att.receptance);
             let (stride, apart, mapped) = match few {
                 Some(_) => (3 * c + dw + da + dv + dg, c, None),
                 None => (c, batch * c, Some(mapped)),
@@ -239,7 +240,15 @@ impl<'m> DecodeStep<'m> {
                 }
             }
             if on(Part::Mix) && few.is_none() {
-                step.mix(x, mixed, s.ffn_x.buf().ptr(), slots, norm(&block.ln2), [p(block.ffn.mix)]);
+                step.mix(
+                    x,
+                    mixed,
+                    s.ffn_x.buf().ptr(),
+                    slots,
+                    norm(&block.ln2),
+                    [p(block.ffn.mix)],
+                    ahead(w(&block.ffn.key), wide, c),
+                );
             }
             let ffn = &block.ffn;
             if on(Part::Key) {
@@ -252,7 +261,8 @@ impl<'m> DecodeStep<'m> {
                     }
                     None => {
                         library(w(&ffn.key), Trans::T, wide, c, mixed, false, hidden, dtype);
-                        step.relu_squared(hidden, batch * wide);
+                        let value = Ahead { at: w(&ffn.value), rows: wide, cols: c, by_inputs: true };
+                        step.relu_squared(hidden, batch * wide, value);
                     }
                 }
             }
@@ -267,7 +277,7 @@ impl<'m> DecodeStep<'m> {
             }
         }
         if on(Part::Mix) && few.is_none() {
-            step.mix(x, mixed, DevicePtr::NULL, slots, norm(&m.ln_out), []);
+            step.mix(x, mixed, DevicePtr::NULL, slots, norm(&m.ln_out), [], ahead(w(&m.head), config.vocab_size, c));
         }
         if on(Part::Head) {
             let vocab = config.vocab_size;

@@ -22,11 +22,12 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Four values of a state.
+// Four values of a state, as they are kept and as they are computed with.
 __device__ __forceinline__ float4 load_state(const float* p) { return __ldcg(reinterpret_cast<const float4*>(p)); }
-__device__ __forceinline__ float4 load_state(const f16* p) {
-    const uint2 raw = __ldcg(reinterpret_cast<const uint2*>(p));
-    const float2 a = unpack<f16>(raw.x), b = unpack<f16>(raw.y);
+__device__ __forceinline__ uint2 load_state(const f16* p) { return __ldcg(reinterpret_cast<const uint2*>(p)); }
+__device__ __forceinline__ float4 floats(float4 s) { return s; }
+__device__ __forceinline__ float4 floats(uint2 s) {
+    const float2 a = unpack<f16>(s.x), b = unpack<f16>(s.y);
     return make_float4(a.x, a.y, b.x, b.y);
 }
 __device__ __forceinline__ void store_state(float* p, float4 s) { *reinterpret_cast<float4*>(p) = s; }
@@ -68,38 +69,41 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
     copy_commit();
     const int i = t >> 2, q = t & 3;
     S* s_at = state + (size_t(slots[b]) * (c / N) + h) * N * N + i * N + q * 4;
-    float4 s[N / 16];
+    decltype(load_state(s_at)) kept[N / 16];
 #pragma unroll
-    for (int e = 0; e < N / 16; e++) s[e] = load_state(s_at + e * 16);
+    for (int e = 0; e < N / 16; e++) kept[e] = load_state(s_at + e * 16);
     const int ch = c0 + t; // channel of the first N threads
-    float p[8];
+    float p[6];
     if (t < N) {
 #pragma unroll
         for (int j = 0; j < 6; j++) p[j] = vec.p[j] ? vec.p[j][ch] : 0.f;
-        p[6] = norm.p[0][ch];
-        p[7] = norm.p[1][ch];
     }
     wait_for_previous();
     proj += size_t(b) * stride;
-    int count = 0, from[4];
-    for (int m = 0; m < 4 && !MAPPED; m++) {
-        from[m] = count;
-        for (int j = t; j < ranks.rank[m]; j += THREADS) {
-            const float v = __ldcg(proj + ranks.at[m] + j);
-            hidden[count + j] = m == 0 ? tanhf(v) : m == 3 ? sigmoid(v) : v;
-        }
-        count += ranks.rank[m];
-    }
     float r = 0.f, k = 0.f, v = 0.f, v0 = 0.f, gate = 0.f, second[4] = {0.f, 0.f, 0.f, 0.f};
     if (t < N) {
         for (int j = 0; j < 4 && MAPPED; j++)
             if (maps.up[j]) second[j] = __ldcg(mapped + (size_t(j) * gridDim.y + b) * c + ch);
         if (maps.up[2]) v0 = __ldcg(first + size_t(b) * c + ch);
-        if (!MAPPED) last[size_t(slots[b]) * c + ch] = from_f32<T>(load_fresh_one(now + size_t(b) * c + ch));
         r = __ldcg(proj + ch);
         k = __ldcg(proj + apart + ch);
         v = __ldcg(proj + 2 * apart + ch);
     }
+    // The first halves lie one after another; several loads at once.
+    const int begin = min(min(ranks.at[0], ranks.at[1]), min(ranks.at[2], ranks.at[3]));
+    const int count = ranks.rank[0] + ranks.rank[1] + ranks.rank[2] + ranks.rank[3];
+    const auto within = [&](int m, int j) { return unsigned(begin + j - ranks.at[m]) < unsigned(ranks.rank[m]); };
+    for (int j0 = t; j0 < count && !MAPPED; j0 += 4 * THREADS) {
+        float f[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) f[e] = j0 + e * THREADS < count ? __ldcg(proj + begin + j0 + e * THREADS) : 0.f;
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int j = j0 + e * THREADS;
+            if (j < count) hidden[j] = within(0, j) ? tanhf(f[e]) : within(3, j) ? sigmoid(f[e]) : f[e];
+        }
+    }
+    if (!MAPPED && t < N) last[size_t(slots[b]) * c + ch] = from_f32<T>(load_fresh_one(now + size_t(b) * c + ch));
     copy_wait<0>();
     if (!MAPPED) __syncthreads();
     copies = 0;
@@ -109,7 +113,7 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
         if (maps.up[m])
             for (int i = t / LANES; i < ranks.rank[m]; i += PARTS) {
                 const Vec w = load(ring + copies++ * THREADS * 8);
-                const float f = hidden[from[m] + i];
+                const float f = hidden[ranks.at[m] - begin + i];
                 for (int j = 0; j < 8; j++) sum[j] = fmaf(f, w[j], sum[j]);
             }
         for (int j = 0; j < 8; j++) {
@@ -139,11 +143,13 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
     }
     __syncthreads();
     const float inv = 1.f / fmaxf(sqrtf(each_warp_sum<N>([&](int n) { return x[4][n] * x[4][n]; })), 1e-12f);
+    float4 s[N / 16];
     float u = 0.f, o = 0.f;
     const auto four = [&](int n, int e) { return *reinterpret_cast<const float4*>(&x[n][e * 16 + q * 4]); };
 #pragma unroll
     for (int e = 0; e < N / 16; e++) {
         const float4 a = four(4, e);
+        s[e] = floats(kept[e]);
         u += s[e].x * a.x + s[e].y * a.y + s[e].z * a.z + s[e].w * a.w;
     }
     // By minus the key of length 1, and back by that times the rate.
@@ -159,6 +165,8 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
         o += s[e].x * rr.x + s[e].y * rr.y + s[e].z * rr.z + s[e].w * rr.w;
         store_state(s_at + e * 16, s[e]);
     }
+    float weight = 0.f, bias = 0.f;
+    if (t < N) weight = norm.p[0][ch], bias = norm.p[1][ch];
     o = quad_sum(o);
     if (q == 0) y[i] = o;
     __syncthreads();
@@ -167,5 +175,5 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
     const float var = each_warp_sum<N>([&](int n) { return (y[n] - mean) * (y[n] - mean); }) / N;
     const float bonus = each_warp_sum<N>([&](int n) { return x[6][n]; });
     if (t < N)
-        out[size_t(b) * c + ch] = from_f32<T>(((y[t] - mean) * rsqrtf(var + 64e-5f) * p[6] + p[7] + bonus * v) * gate);
+        out[size_t(b) * c + ch] = from_f32<T>(((y[t] - mean) * rsqrtf(var + 64e-5f) * weight + bias + bonus * v) * gate);
 }

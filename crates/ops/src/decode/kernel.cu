@@ -1,5 +1,5 @@
 // One decoding step of RWKV-7 for a few sequences; mod.rs says how the kernels follow each other.
-// may spill: decode_heads_(64|128)_\w+.\(sm_80\)
+// may spill: decode_mapped_64_f32_\w+.\(sm_80\)
 #include "heads.cuh"
 #include "low_rank.cuh"
 #include "mix.cuh"
@@ -9,22 +9,19 @@
 // The types of activations that decoding has kernels for.
 #define FOR_BOTH_TYPES(KERNEL) KERNEL(bf16, bf16) KERNEL(f16, f16)
 
-#define MIX(T, name)                                                                                                                \
-    extern "C" __global__ void decode_embed_##name(const T* table, const int* tokens, float* x, const float* w, const float* b, int c) { \
-        embed(table, tokens, x, w, b, c);                                                                                           \
-    }                                                                                                                               \
-    extern "C" __global__ void decode_mix6_##name(const float* x, T* y, T* last, const int* slots, const float* w, const float* b,  \
-                                                  Mixes mu, int c) {                                                                \
-        mix<T, 6>(x, y, last, slots, w, b, mu, c);                                                                                  \
-    }                                                                                                                               \
-    extern "C" __global__ void decode_mix1_##name(const float* x, T* y, T* last, const int* slots, const float* w, const float* b,  \
-                                                  Mixes mu, int c) {                                                                \
-        mix<T, 1>(x, y, last, slots, w, b, mu, c);                                                                                  \
-    }                                                                                                                               \
-    extern "C" __global__ void decode_mix0_##name(const float* x, T* y, T* last, const int* slots, const float* w, const float* b,  \
-                                                  Mixes mu, int c) {                                                                \
-        mix<T, 0>(x, y, last, slots, w, b, mu, c);                                                                                  \
+#define MIX_OF(T, name, HELD, K)                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) decode_mix##K##_##HELD##_##name(                                              \
+        const float* x, T* y, T* last, const int* slots, const float* w, const float* b, Mixes mu, const void* next,                  \
+        Ahead ahead, int c) {                                                                                                       \
+        mix<T, HELD, K>(x, y, last, slots, w, b, mu, next, ahead, c);                                                               \
     }
+#define MIX_FOR(T, name, HELD)                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(256) decode_embed_##HELD##_##name(                                                 \
+        const T* table, const int* tokens, float* x, const float* w, const float* b, int c) {                                       \
+        embed<T, HELD>(table, tokens, x, w, b, c);                                                                                  \
+    }                                                                                                                               \
+    MIX_OF(T, name, HELD, 6) MIX_OF(T, name, HELD, 1) MIX_OF(T, name, HELD, 0)
+#define MIX(T, name) MIX_FOR(T, name, 1) MIX_FOR(T, name, 2) MIX_FOR(T, name, 4)
 FOR_BOTH_TYPES(MIX)
 
 #define SKIP_OF(T, name, B)                                                                                                         \
@@ -37,7 +34,8 @@ FOR_BOTH_TYPES(MIX)
 FOR_BOTH_TYPES(SKIP)
 
 #define HEADS_OF(T, name, S, kept, N, kind, MAPPED)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(4 * N) decode_##kind##_##N##_##kept##_##name(                                      \
+    extern "C" __global__ void __launch_bounds__(4 * N, MAPPED && N <= 64 ? (sizeof(S) == 2 ? 256 : 320) / N : 1)                   \
+    decode_##kind##_##N##_##kept##_##name(                                                                                          \
         const float* proj, int stride, size_t apart, const float* mapped, Maps maps, Ranks ranks, Vectors vec, Norm norm, float* first, \
         S* state, const int* slots, const T* now, T* last, T* out, int c) {                                                         \
         heads<T, S, N, MAPPED>(proj, stride, apart, mapped, maps, ranks, vec, norm, first, state, slots, now, last, out, c);        \
@@ -47,17 +45,17 @@ FOR_BOTH_TYPES(SKIP)
 #define HEADS(T, name) HEADS_FOR(T, name, 16) HEADS_FOR(T, name, 32) HEADS_FOR(T, name, 64) HEADS_FOR(T, name, 128)
 FOR_BOTH_TYPES(HEADS)
 
-#define MIXED_OF(T, name, kind, FINISH)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(256, 2) decode_mixed_##kind##_##name(                                              \
+#define MIXED_OF(T, name, HELD, kind, FINISH)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(256, 2) decode_mixed_##kind##_##HELD##_##name(                                     \
         const T* w, const float* x, void* y, const int4* work, Norm norm, Mixes mu, const T* last, const int* slots, T* now, Share s) { \
-        mixed_product<T, FINISH>(w, x, y, work, norm, mu, last, slots, now, s);                                                     \
+        mixed_product<T, HELD, FINISH>(w, x, y, work, norm, mu, last, slots, now, s);                                               \
     }
+#define MIXED_FOR(T, name, HELD) MIXED_OF(T, name, HELD, rows, STORE) MIXED_OF(T, name, HELD, key, RELU_SQUARED)
 #define TILES(T, name)                                                                                                              \
     extern "C" __global__ void __launch_bounds__(256, 2) decode_output_##name(const T* w, const T* x, float* y, const int4* work, Share s) { \
         output<T>(w, x, y, work, s);                                                                                                \
     }                                                                                                                               \
-    MIXED_OF(T, name, rows, STORE)                                                                                                  \
-    MIXED_OF(T, name, key, RELU_SQUARED)
+    MIXED_FOR(T, name, 1) MIXED_FOR(T, name, 2) MIXED_FOR(T, name, 4)
 FOR_BOTH_TYPES(TILES)
 
 #define LOW_RANK(T, name)                                                                                                           \
@@ -73,8 +71,9 @@ FOR_BOTH_TYPES(LOW_RANK)
 
 // x = relu(x)^2 for n vectors of 8.
 #define RELU(T, name)                                                                                                               \
-    extern "C" __global__ void decode_relu_squared_##name(T* x, size_t n) {                                                         \
+    extern "C" __global__ void decode_relu_squared_##name(T* x, const void* next, Ahead ahead, size_t n) {                          \
         let_next_start();                                                                                                           \
+        if (blockIdx.y) return fetch(next, ahead);                                                                                  \
         wait_for_previous();                                                                                                        \
         for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += size_t(gridDim.x) * blockDim.x) {                \
             Vec v = load_fresh(x + i * 8);                                                                                          \

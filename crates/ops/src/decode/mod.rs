@@ -13,13 +13,15 @@
 //! | [`Step::skip`], value | half of 4 C x C where half of relu^2 is zero: 16.8 MB | 5.7 us |
 //!
 //! 30.4 us a layer, and 91 us for the head: 820 us a token. Products run on tensor cores, not for their speed but because they need few
-//! instructions for a byte. Every kernel lets the next one start at once, which fills its ring of copies with weights while it waits, so that memory
-//! is not idle between two kernels (`overlap.cuh`); normalisation and interpolation stand within the products, whose blocks all make
+//! instructions for a byte. Every kernel lets the next one start at once, which fills its ring of copies and a part of the second-level cache with weights while it waits, so that
+//! memory is not idle between two kernels (`overlap.cuh`); normalisation and interpolation stand within the products, whose blocks all make
 //! their own input.
 //!
 //! **More sequences.** With more than [`BATCH`] sequences the large products are the matrix library's, r, k and v in one call. Between them stand
 //! [`Step::mix`], the low-rank maps ([`Step::low_rank`]: two kernels, their inputs and ranks being too different for one call of the library), [`Step::heads`]
 //! and [`Step::relu_squared`]. The second matrix of channel mixing is read whole: with more sequences hardly a row is under zeros of all.
+//! Since the library's kernels don't start early, the small one before each fetches what it reads first ([`Ahead`]). From about 100 sequences on states are
+//! most of what a step moves; kept in f16 they are half of that.
 //!
 //! **Sums.** Of few sequences a row of a product is summed within tiles, then over warps in order: the same bits every time, whatever the other sequences of
 //! the batch are; skipped rows are products with zero, which leave a sum as it is. With more the library and the low-rank maps share a sum as suits the number of
@@ -27,7 +29,7 @@
 
 use crate::gpu::{int, kernel, pointers, size};
 use anser_tensor::cuda::{Arg, Cuda, DevicePtr, Launch, Module};
-use anser_tensor::{Buf, Context};
+use anser_tensor::{Buf, Context, DType};
 
 mod low_rank;
 mod tiles;
@@ -51,6 +53,39 @@ pub enum Finish {
     Store,
     /// relu(.)^2.
     ReluSquared,
+}
+
+/// A matrix [rows, cols] of activations of which a part is brought into the second-level cache while a small kernel before its product runs: of every row
+/// of [out, in] the first columns, with which the product begins, and of [in, out] the first rows.
+#[derive(Clone, Copy)]
+pub struct Ahead {
+    /// The matrix.
+    pub at: DevicePtr,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Whether it is [in, out].
+    pub by_inputs: bool,
+}
+
+impl Ahead {
+    /// Bytes: what memory gives in the 3 us or so that such a kernel takes.
+    const BYTES: usize = 8 << 20;
+    /// Blocks that fetch.
+    const BLOCKS: usize = 64;
+
+    /// The matrix and, as the kernels have them, rows, bytes from one to the next, and bytes of each in whole lines of the cache.
+    fn args(&self, dtype: DType) -> [Arg<'static>; 2] {
+        let pitch = self.cols * dtype.size();
+        let (rows, width) = match self.by_inputs {
+            true => (self.rows.min(Self::BYTES / pitch), pitch),
+            false => (self.rows, pitch.min(Self::BYTES / self.rows)),
+        };
+        let mut words = [0; 8];
+        words.iter_mut().zip([rows, pitch, width / 128 * 128]).for_each(|(to, v)| *to = v as i32);
+        [self.at.into(), Arg::Words(words)]
+    }
 }
 
 /// Weight and bias of a normalisation, f32.
@@ -125,21 +160,31 @@ impl Step<'_> {
         self.c.div_ceil(8).next_multiple_of(32).min(256)
     }
 
+    /// Vectors of a row that each of `threads` holds: the kernels that there are.
+    fn held(&self, threads: usize) -> usize {
+        self.c.div_ceil(8 * threads).next_power_of_two()
+    }
+
     /// x [batch, C] = LayerNorm of the tokens' rows of `table` [V, C].
     pub fn embed(&self, table: DevicePtr, tokens: DevicePtr, x: DevicePtr, norm: Norm) {
         let args = [table, tokens, x, norm[0], norm[1]].map(Arg::from).into_iter().chain([int(self.c)]);
         let args: Vec<Arg> = args.collect();
-        self.launch(&kernel(self.ctx, "decode_embed"), [self.batch, 1, 1], self.row_threads(), 0, false, &args);
+        let name = format!("decode_embed_{}", self.held(self.row_threads()));
+        self.launch(&kernel(self.ctx, &name), [self.batch, 1, 1], self.row_threads(), 0, false, &args);
     }
 
     /// y [K, batch, C]: K interpolations between LayerNorm(x) and the rows `slots` of `last` [slots, C], which are replaced; K = 0: LayerNorm(x) only.
+    /// `ahead` is the matrix of the product after it.
     pub fn mix<const K: usize>(
         &self, x: DevicePtr, y: DevicePtr, last: DevicePtr, slots: DevicePtr, norm: Norm, mu: [DevicePtr; K],
+        ahead: Ahead,
     ) {
         let args = [x, y, last, slots, norm[0], norm[1]].map(Arg::from).into_iter();
-        let args: Vec<Arg> = args.chain([pointers(mu), int(self.c)]).collect();
-        let name = kernel(self.ctx, &format!("decode_mix{K}"));
-        self.launch(&name, [self.batch, 1, 1], self.row_threads(), 0, true, &args);
+        let args = args.chain([pointers(mu)]).chain(ahead.args(self.ctx.dtype())).chain([int(self.c)]);
+        let args: Vec<Arg> = args.collect();
+        let name = kernel(self.ctx, &format!("decode_mix{K}_{}", self.held(self.row_threads())));
+        let grid = [self.batch, 1 + Ahead::BLOCKS.div_ceil(self.batch), 1];
+        self.launch(&name, grid, self.row_threads(), 0, true, &args);
     }
 
     /// Heads from `from` to `out` [batch, C]; `first` [batch, C] f32 holds the values of layer 0; `state` [slots, heads, N, N] f32 or f16 is advanced in the
@@ -164,11 +209,13 @@ impl Step<'_> {
         self.launch(&name, [self.c / self.n, self.batch, 1], 4 * self.n, shared, true, &args);
     }
 
-    /// relu(.)^2 of `n` activations in place.
-    pub fn relu_squared(&self, x: DevicePtr, n: usize) {
-        let (grid, block) = self.gpu.walk(n);
+    /// relu(.)^2 of `n` activations in place. `ahead` is the matrix of the product after it.
+    pub fn relu_squared(&self, x: DevicePtr, n: usize, ahead: Ahead) {
+        let ([blocks, ..], [threads, ..]) = self.gpu.walk(n);
+        let grid = [blocks, 1 + Ahead::BLOCKS.div_ceil(blocks), 1];
+        let [next, ahead] = ahead.args(self.ctx.dtype());
         let name = kernel(self.ctx, "decode_relu_squared");
-        self.launch(&name, grid, block[0], 0, true, &[x.into(), size(n / 8)]);
+        self.launch(&name, grid, threads, 0, true, &[x.into(), next, ahead, size(n / 8)]);
     }
 
     /// x [batch, C] += k W for k [batch, hidden] and W [hidden, C], without the rows of W under zeros of all sequences. `scratch` is as [`Skip`] made it;
@@ -204,8 +251,8 @@ impl Skip {
     /// For products of up to `batch` sequences from `hidden` to `c` channels. `None` without a GPU.
     pub fn new(ctx: &Context, batch: usize, hidden: usize, c: usize) -> Option<Skip> {
         let tiles = c.div_ceil(256);
-        // A warp takes 32 rows at a time.
-        let most = hidden.div_ceil(SKIP_WARPS * 32);
+        // Of at least 8 rows for every warp.
+        let most = hidden.div_ceil(SKIP_WARPS * 8);
         let shares = (ctx.cuda()?.info().multiprocessors as usize / tiles).clamp(1, most);
         let share = hidden.div_ceil(shares);
         let parts = ctx.alloc_f32(hidden.div_ceil(share) * batch * c);

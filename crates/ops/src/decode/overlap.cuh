@@ -14,8 +14,7 @@ __device__ __forceinline__ void let_next_start() {
 // Waits until all kernels before have ended and shows what they wrote. Every kernel waits, so that the end of one is the end of all before.
 //
 // A kernel that lets the next start before it waits itself may have several after it running, all of them waiting; what they read before that must have
-// been written long before. The kernels that change states, and the first of a step, wait first: what one of them has written, one
-// after the next of them may read without waiting.
+// been written long before: by the step before. The first kernel of a step starts when everything before has ended.
 __device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -49,3 +48,14 @@ template <class T> __device__ __forceinline__ float load_fresh_one(const T* p) {
 
 // Sixteen bytes that are needed once.
 __device__ __forceinline__ uint4 load_once(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
+
+// What a later kernel reads first of its weights: `width` bytes of each of `rows` rows, `pitch` bytes apart.
+struct Ahead {
+    int rows, pitch, width;
+};
+// Brings it into the second-level cache, with the blocks whose blockIdx.y is not 0: while a small kernel runs, memory has nothing else to do.
+__device__ __forceinline__ void fetch(const void* w, Ahead a) {
+    const int lines = a.width / 128, threads = gridDim.x * (gridDim.y - 1) * blockDim.x;
+    const int first = ((blockIdx.y - 1) * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x;
+    for (int i = first; i < a.rows * lines; i += threads) prefetch(static_cast<const char*>(w) + size_t(i / lines) * a.pitch + i % lines * 128);
+}

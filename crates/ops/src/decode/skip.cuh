@@ -1,6 +1,6 @@
 // The second product of channel mixing, x += k W, for k = relu(.)^2 [B, hidden] and W [hidden, C]: rows of W under zeros are not read.
 //
-// A block has 256 channels (blockIdx.x) and a share of the hidden rows (blockIdx.y), of which its warps take 32 at a time: a lane looks whether one of
+// A block has 256 channels (blockIdx.x) and a share of the hidden rows (blockIdx.y), of which its warps take up to 32 at a time: a lane looks whether one of
 // them is under a non-zero. The block that ends last for its channels adds all shares, in their order.
 #pragma once
 #include "overlap.cuh"
@@ -22,12 +22,13 @@ __device__ void skip(const T* w, const T* k, float* x, float* parts, unsigned* e
 #pragma unroll
     for (int b = 0; b < B; b++) sum[b] = zeros();
     unsigned n = 0;
-    for (int i = warp * 32; i < rows; i += SKIP_WARPS * 32) {
+    const int taken = min((share + SKIP_WARPS - 1) / SKIP_WARPS, 32);
+    for (int i = warp * taken; i < rows; i += SKIP_WARPS * taken) {
         float f[B];
         bool some = false;
 #pragma unroll
         for (int b = 0; b < B; b++) {
-            f[b] = i + lane < rows ? load_fresh_one(k + size_t(b) * hidden + first + i + lane) : 0.f;
+            f[b] = lane < taken && i + lane < rows ? load_fresh_one(k + size_t(b) * hidden + first + i + lane) : 0.f;
             some |= f[b] != 0.f;
         }
         unsigned left = __ballot_sync(~0u, some);
@@ -85,7 +86,7 @@ __device__ void skip(const T* w, const T* k, float* x, float* parts, unsigned* e
         const int b = i / 256, at = blockIdx.x * 256 + i % 256;
         if (at >= c) continue;
         float s = 0.f;
-#pragma unroll 8
+#pragma unroll 16
         for (int g = 0; g < gridDim.y; g++) s += __ldcg(parts + (size_t(g) * B + b) * c + at);
         x[size_t(b) * c + at] = __ldcg(x + size_t(b) * c + at) + s;
     }

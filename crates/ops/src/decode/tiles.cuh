@@ -27,7 +27,7 @@ template <class T, int FINISH, class Fill> __device__ __forceinline__ void tiles
     T* ring = reinterpret_cast<T*>(dynamic) + threadIdx.x * 8;
     T* held = reinterpret_cast<T*>(dynamic) + size_t(STAGES) * PIECES * threads * 8;
     const int stride = (s.k + 63) / 64 * 64 + 32;
-    float* sums = reinterpret_cast<float*>(held + (s.batch + 1) * stride) + group * (ROWS * 8) + lane;
+    float* sums = reinterpret_cast<float*>(held + (s.batch + 1) * stride) + group * s.split * 128 + lane;
     const int steps = (s.k + STEP - 1) / STEP, rounds = (mine.y + ROWS * groups - 1) / (ROWS * groups), per_warp = (steps + s.split - 1) / s.split;
     // Rows of a group in a round: as even as may be, so that no warp ends long after the others.
     const int rows = (mine.y + rounds * groups - 1) / (rounds * groups);
@@ -47,9 +47,10 @@ template <class T, int FINISH, class Fill> __device__ __forceinline__ void tiles
         ahead_slot = ahead_slot + 1 == STAGES ? 0 : ahead_slot + 1;
     };
     for (int i = 0; i < STAGES - 1; i++) begin();
-    // What the ring has no room for waits in the second-level cache: lines of W that the warps come to next.
-    const int ringed = (STAGES - 1) * s.split * STEP, lines = min(max(s.k - ringed, 0) / STEP, AHEAD / (mine.y * STEP * int(sizeof(T))));
-    for (int i = threadIdx.x; i < mine.y * lines; i += threads) prefetch(w + size_t(mine.x + i / lines) * s.k + ringed + i % lines * STEP);
+    // What the ring has no room for waits in the second-level cache: of the first round's rows the lines that the warps come to next.
+    const int ringed = (STAGES - 1) * s.split * STEP, early = min(mine.y, groups * rows);
+    const int lines = min(max(s.k - ringed, 0) / STEP, AHEAD / (early * STEP * int(sizeof(T))));
+    for (int i = threadIdx.x; i < early * lines; i += threads) prefetch(w + size_t(mine.x + i / lines) * s.k + ringed + i % lines * STEP);
     wait_for_previous();
     fill(held, stride);
     copy_commit();
@@ -76,18 +77,17 @@ template <class T, int FINISH, class Fill> __device__ __forceinline__ void tiles
                 mma<T>(sum, {lo.z, hi.z, lo.w, hi.w}, b.z, b.w);
             }
         }
-        if (round && s.split > 1) __syncthreads();
-        for (int p = 0; p + 1 < s.split; p++) {
-            // Warp p hands its sums to warp p + 1.
-            if (part == p)
+        if (s.split > 1) {
+            if (round) __syncthreads();
+            if (part)
 #pragma unroll
-                for (int i = 0; i < 4; i++) sums[i * 32] = sum[i];
+                for (int i = 0; i < 4; i++) sums[part * 128 + i * 32] = sum[i];
             __syncthreads();
-            if (part == p + 1)
+            if (part) continue;
+            for (int p = 1; p < s.split; p++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) sum[i] += sums[i * 32];
+                for (int i = 0; i < 4; i++) sum[i] += sums[p * 128 + i * 32];
         }
-        if (part + 1 < s.split) continue;
         const int first = (round * groups + group) * rows, end = min(mine.y, first + rows);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -121,45 +121,35 @@ template <class T> __device__ void output(const T* w, const T* x, float* y, cons
 
 // y = m W^T for interpolations m between h = norm(x) and `last`, or for h itself without `last`, which every block makes itself. The first writes h to `now`
 // [batch, C], from where a later kernel, when all have read `last`, puts it there.
-template <class T, int FINISH>
+template <class T, int HELD, int FINISH>
 __device__ void mixed_product(const T* w, const float* x, void* y, const int4* work, Norm norm, Mixes mu, const T* last, const int* slots, T* now,
                               Share s) {
     let_next_start();
     const int4 mine = work[blockIdx.x];
     const int c = s.k;
-    const float* m = mu.p[mine.z];
-    for (int i = threadIdx.x * 8; i < c; i += blockDim.x * 8) {
-        prefetch(norm.p[0] + i);
-        prefetch(norm.p[1] + i);
-        if (!last) continue;
-        prefetch(m + i);
-        for (int b = 0; b < s.batch; b++) prefetch(last + size_t(slots[b]) * c + i);
-    }
+    const Constants<HELD> weight(norm.p[0], c), bias(norm.p[1], c), m(last ? mu.p[mine.z] : nullptr, c);
+    if (last)
+        for (int b = 0; b < s.batch; b++) each_vector<HELD>(c, [&](int, int at) { prefetch(last + size_t(slots[b]) * c + at); });
     tiles<T, FINISH>(w, y, mine, s, [&](T* held, int stride) {
-        const auto at = [&](int i) { return (i * blockDim.x + threadIdx.x) * 8; };
-        Vec next[HELD];
-#pragma unroll
-        for (int i = 0; i < HELD; i++)
-            if (at(i) < c) next[i] = load_fresh(x + at(i));
+        Vec h[HELD], next[HELD], before[HELD];
+        each_vector<HELD>(c, [&](int i, int at) { next[i] = load_fresh(x + at); });
         for (int b = 0; b < s.batch; b++) {
-            Vec h[HELD];
-#pragma unroll
-            for (int i = 0; i < HELD; i++) {
+            each_vector<HELD>(c, [&](int i, int at) {
                 h[i] = next[i];
-                if (b + 1 < s.batch && at(i) < c) next[i] = load_fresh(x + size_t(b + 1) * c + at(i));
-            }
-            normalise(h, norm.p[0], norm.p[1], c);
-#pragma unroll
-            for (int i = 0; i < HELD; i++) {
-                if (at(i) >= c) continue;
+                if (HELD == 1 && last) before[i] = load_fresh(last + size_t(slots[b]) * c + at);
+                if (b + 1 < s.batch) next[i] = load_fresh(x + size_t(b + 1) * c + at);
+            });
+            normalise<HELD>(h, weight, bias, c);
+            each_vector<HELD>(c, [&](int i, int at) {
                 if (last) {
+                    if (HELD > 1) before[i] = load_fresh(last + size_t(slots[b]) * c + at);
                     for (int j = 0; j < 8; j++) h[i][j] = to_f32(from_f32<T>(h[i][j]));
-                    if (blockIdx.x == 0) store(now + size_t(b) * c + at(i), h[i]);
-                    const Vec before = load_fresh(last + size_t(slots[b]) * c + at(i)), f = load(m + at(i));
-                    for (int j = 0; j < 8; j++) h[i][j] += (before[j] - h[i][j]) * f[j];
+                    if (blockIdx.x == 0) store(now + size_t(b) * c + at, h[i]);
+                    const Vec f = m.at(at);
+                    for (int j = 0; j < 8; j++) h[i][j] += (before[i][j] - h[i][j]) * f[j];
                 }
-                store(held + b * stride + at(i), h[i]);
-            }
+                store(held + b * stride + at, h[i]);
+            });
         }
         // Zeros: the columns behind the last, and the row that stands for no sequence.
         for (int b = 0; b <= s.batch; b++)

@@ -89,11 +89,12 @@ impl Step<'_> {
     /// of which a row of W takes the one that its run names, or are LayerNorm(x) itself: [`Step::mix`] within the product. y is
     /// f32, but in the type of activations with [`Finish::ReluSquared`].
     pub fn mixed(&self, finish: Finish, plan: &Tiles, w: DevicePtr, x: DevicePtr, y: DevicePtr, norm: Norm, mix: Mix) {
-        let name = if finish == Finish::Store { "decode_mixed_rows" } else { "decode_mixed_key" };
+        let kind = if finish == Finish::Store { "rows" } else { "key" };
+        let name = format!("decode_mixed_{kind}_{}", self.held(plan.warps * 32));
         let mut args: Vec<Arg> = [w, x, y, plan.work.ptr()].map(Arg::from).into();
         args.extend([pointers(norm), pointers(mix.mu)]);
         args.extend([mix.last, mix.slots, mix.now].map(Arg::from));
-        self.launch_tiles(name, plan, args);
+        self.launch_tiles(&name, plan, args);
     }
 }
 

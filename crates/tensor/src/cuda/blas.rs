@@ -397,7 +397,7 @@ impl Cuda {
         Plan { algo: algos[at], ..p }
     }
 
-    /// The fastest of `algos`. They write to a buffer of their own; without memory for it there is no answer.
+    /// The fastest of `algos`, beginning with empty caches, as products of large matrices do that are used once in a while. They write to a buffer of their own; without memory for it there is no answer.
     fn fastest(&self, shape: Shape, p: &Plan, algos: &[lt::cublasLtMatmulAlgo_t], call: Call) -> Option<usize> {
         let last = (shape.batch - 1) * shape.strides[2];
         let bytes = (last + shape.size[0] * shape.size[1]) * shape.types[1].size();
@@ -405,7 +405,11 @@ impl Cuda {
         self.clear(scratch, bytes);
         let call = Call { c: scratch, ..call };
         let time = |algo: &lt::cublasLtMatmulAlgo_t| {
-            let run = || self.blas.run(p, algo, call, self.stream.cast()).is_ok();
+            let run = || {
+                // As large as the caches.
+                self.clear(call.workspace, WORKSPACE);
+                self.blas.run(p, algo, call, self.stream.cast()).is_ok()
+            };
             // An algorithm that fails is never chosen.
             if run() { self.milliseconds(|| (0..TIMED).for_each(|_| _ = run())) } else { f32::MAX }
         };
