@@ -43,10 +43,11 @@ impl TimeMix {
         // r, k and v side by side, for one product; their gradients come first going back, those of the low-rank maps are added.
         let [mr, mw, mk, mv, ma, mg] = self.mix;
         let ([xr, xk, xv, xw, xa, xg], att_x) = t.token_shift(x, &state.att_x, segments, [mr, mk, mv, mw, ma, mg]);
-        let w = t.low_rank(&xw, &self.decay);
-        let rate = t.low_rank(&xa, &self.rate);
-        let gate = t.low_rank(&xg, &self.gate);
-        let value_gate = self.value_gate.as_ref().map(|m| t.low_rank(&xv, m));
+        let mut maps = vec![(&xg, &self.gate), (&xa, &self.rate), (&xw, &self.decay)];
+        maps.extend(self.value_gate.as_ref().map(|m| (&xv, m)));
+        let mut mapped = t.low_ranks(&maps);
+        let value_gate = self.value_gate.as_ref().and_then(|_| mapped.pop());
+        let [gate, rate, w] = <[Var; 3]>::try_from(mapped).unwrap_or_else(|_| unreachable!("there are three others"));
         let [r, k, mut v] = t.linears([&xr, &xk, &xv], [&self.receptance, &self.key, &self.value]);
         drop((xr, xw, xk, xv, xa, xg));
         let v_first = v_first.cloned().unwrap_or_else(|| v.clone());

@@ -210,6 +210,22 @@ fn products() {
         let fixed = x[1].without_grad();
         t.linears([&x[0], &fixed, &x[2]], ws.each_ref()).into()
     });
+    // More maps than go side by side, two with one input, one whose input needs no gradient.
+    let ranks = [32, 64, 32, 16, 96];
+    let params: Vec<(usize, usize)> = ranks.iter().flat_map(|&r| [(c, r), (r, c), (1, c)]).collect();
+    let four: [Leaf; 4] = std::array::from_fn(|_| Leaf(ROWS, c, 1.0, Act));
+    check("low_ranks", &four, &params, |t, x, p| {
+        use Activation::{Identity, Sigmoid, Tanh};
+        let map = |(p, activation): (&[Param], _)| LowRank {
+            down: Weight::InOut(p[0]),
+            up: Weight::InOut(p[1]),
+            bias: (activation != Sigmoid).then_some(p[2]),
+            activation,
+        };
+        let maps: Vec<LowRank> = p.chunks(3).zip([Tanh, Identity, Sigmoid, Identity, Tanh]).map(map).collect();
+        let fixed = x[3].without_grad();
+        t.low_ranks(&[&x[0], &x[1], &x[2], &fixed, &x[0]].into_iter().zip(&maps).collect::<Vec<_>>())
+    });
     for activation in [Activation::Identity, Activation::Tanh, Activation::Sigmoid] {
         for biased in [true, false] {
             let name = format!("low_rank {activation:?}");

@@ -148,3 +148,14 @@ fn memory_is_forecast_and_launches_are_counted() {
         println!("{} launches a step", spans.len());
     }
 }
+
+#[test]
+#[ignore = "needs a GPU"]
+fn receptance_key_and_value_are_one_product() {
+    let ctx = gpu(DType::BF16);
+    let mut t = Trainer::new(&ctx, model(), settings());
+    let (_, spans) = ctx.cuda().unwrap().profiled(|| t.step(&[data().train(0, 2)]).unwrap());
+    let together = spans.iter().filter(|s| s.name.contains(" x3 by ")).count();
+    // Forward, gradients of weights and of inputs in both layers.
+    assert_eq!(together, 6);
+}

@@ -173,9 +173,9 @@ fn all<T: Copy, const N: usize>(of: [Option<T>; N]) -> Option<[T; N]> {
     of.iter().copied().collect::<Option<Vec<T>>>()?.try_into().ok()
 }
 
-/// The value that all have.
-fn common<const N: usize>(flags: [bool; N]) -> Option<bool> {
-    flags.iter().all(|f| *f == flags[0]).then_some(flags[0])
+/// The addresses, and whether to add there, if that is the same for all.
+fn common<const N: usize>(to: [(DevicePtr, bool); N]) -> Option<([DevicePtr; N], bool)> {
+    to.iter().all(|t| t.1 == to[0].1).then_some((to.map(|t| t.0), to[0].1))
 }
 
 impl<'p> Tape<'p> {
@@ -234,41 +234,36 @@ impl<'p> Tape<'p> {
     }
 }
 
-/// The backward pass of [`Tape::linears`] on a GPU.
+/// The backward pass of [`Tape::linears`] on a GPU. The gradients of weights and of inputs go side by side: one fills the multiprocessors
+/// that the other leaves idle at its end.
 fn back_cuda<const N: usize>(
     b: &mut Backward<'_>, gpu: &Cuda, ws: [&Weight; N], dys: [Option<Arc<Buf>>; N], kept: [Option<Kept>; N],
     dxs: &[GradSlot; N], rows: usize,
 ) {
-    let ctx = b.ctx();
+    let (ctx, params) = (b.ctx(), b.params());
     let dy = dys.each_ref().map(|dy| dy.as_ref().map(|dy| dy.ptr()));
     let xs = std::array::from_fn::<_, N, _>(|i| kept[i].as_ref().filter(|_| dy[i].is_some()).map(|x| b.value(x)));
     let x = xs.each_ref().map(|x| x.as_ref().map(|x| x.ptr()));
     let dw = std::array::from_fn(|i| x[i].and(ws[i].param()).and_then(|p| b.param_grad_ptr(p)));
-    let together = all(dw).and_then(|dw| common(dw.map(|dw| dw.1)).map(|add| (dw.map(|dw| dw.0), add)));
-    match (all(x), all(dy), together) {
-        (Some(x), Some(dy), Some((dw, add))) => add_weight_grads_cuda(ctx, gpu, ws, x, dy, dw, add, rows),
-        _ => {
-            for i in 0..N {
-                if let (Some(x), Some(dy), Some((dw, add))) = (x[i], dy[i], dw[i]) {
-                    add_weight_grads_cuda(ctx, gpu, [ws[i]], [x], [dy], [dw], add, rows);
-                }
-            }
-        }
-    }
-    drop(xs);
     let dx: [Option<(Buf, bool)>; N] = std::array::from_fn(|i| dy[i].and_then(|_| dxs[i].begin(ctx)));
     let to = dx.each_ref().map(|dx| dx.as_ref().map(|(g, add)| (g.ptr(), *add)));
-    let together = all(to).and_then(|to| common(to.map(|to| to.1)).map(|add| (to.map(|to| to.0), add)));
-    match (all(dy), together) {
-        (Some(dy), Some((to, add))) => input_grads_cuda(ctx, gpu, b.params(), ws, dy, to, add, rows),
-        _ => {
-            for i in 0..N {
-                if let (Some(dy), Some((to, add))) = (dy[i], to[i]) {
-                    input_grads_cuda(ctx, gpu, b.params(), [ws[i]], [dy], [to], add, rows);
-                }
+    let weights = || match (all(x), all(dy), all(dw).and_then(common)) {
+        (Some(x), Some(dy), Some((dw, add))) => add_weight_grads_cuda(ctx, gpu, ws, x, dy, dw, add, rows),
+        _ => (0..N).for_each(|i| {
+            if let (Some(x), Some(dy), Some((dw, add))) = (x[i], dy[i], dw[i]) {
+                add_weight_grads_cuda(ctx, gpu, [ws[i]], [x], [dy], [dw], add, rows);
             }
-        }
-    }
+        }),
+    };
+    let inputs = || match (all(dy), all(to).and_then(common)) {
+        (Some(dy), Some((to, add))) => input_grads_cuda(ctx, gpu, params, ws, dy, to, add, rows),
+        _ => (0..N).for_each(|i| {
+            if let (Some(dy), Some((to, add))) = (dy[i], to[i]) {
+                input_grads_cuda(ctx, gpu, params, [ws[i]], [dy], [to], add, rows);
+            }
+        }),
+    };
+    gpu.beside(2, |i| if i == 0 { weights() } else { inputs() });
     for (slot, dx) in dxs.iter().zip(dx) {
         dx.into_iter().for_each(|(g, _)| slot.add(g));
     }

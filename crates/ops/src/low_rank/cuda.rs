@@ -2,7 +2,6 @@
 
 use super::Activation;
 use crate::gpu::{channels, int, kernel, runs, size};
-use crate::{Backward, Param};
 use anser_tensor::cuda::{Cuda, Module};
 use anser_tensor::{Buf, Context};
 
@@ -29,12 +28,14 @@ pub(super) fn scale_by_derivative(ctx: &Context, gpu: &Cuda, a: Activation, h: &
     gpu.launch(&KERNELS, &kernel(ctx, "activate_back"), grid, block, &args);
 }
 
-pub(super) fn add_bias_grad(b: &mut Backward<'_>, gpu: &Cuda, dy: &Buf, bias: Param, c: usize) {
-    let ctx = b.ctx();
+/// Room for the partial sums of a bias gradient.
+pub(super) fn bias_parts(ctx: &Context, dy: &Buf, c: usize) -> Buf {
+    ctx.alloc_f32(runs(dy.len() / c, 1).1 * c)
+}
+
+pub(super) fn sum_bias_grad(ctx: &Context, gpu: &Cuda, dy: &Buf, parts: &Buf, c: usize) {
     let (run, count) = runs(dy.len() / c, 1);
     let (threads, blocks) = channels(c);
-    let parts = ctx.alloc_f32(count * c);
     let args = [dy.ptr().into(), parts.ptr().into(), int(dy.len() / c), int(c), int(run)];
     gpu.launch(&KERNELS, &kernel(ctx, "column_sums"), [count, blocks, 1], [threads, 1, 1], &args);
-    b.add_param_sums([bias], parts, count, c);
 }

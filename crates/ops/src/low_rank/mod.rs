@@ -5,8 +5,10 @@
 //! where f' is computed from h: 1 - h^2 for tanh, h (1 - h) for sigmoid.
 
 use crate::linear::Weight;
-use crate::{Param, Tape, Var};
-use anser_tensor::{math, simd::vectorize};
+use crate::{Backward, GradSlot, Kept, Param, Tape, Var};
+use anser_tensor::cuda::Cuda;
+use anser_tensor::{Buf, Context, math, simd::vectorize};
+use std::sync::Arc;
 
 mod cuda;
 #[cfg(test)]
@@ -62,51 +64,72 @@ pub struct LowRank {
     pub activation: Activation,
 }
 
+/// What the backward pass of one map on a GPU works with.
+struct Back {
+    map: usize,
+    dy: Arc<Buf>,
+    x: Arc<Buf>,
+    dh: Buf,
+    dx: Option<(Buf, bool)>,
+    /// Partial sums of the bias's gradient.
+    sums: Option<(Param, Buf)>,
+}
+
 impl<'p> Tape<'p> {
     /// `f(x A) B + bias` for x [tokens, C].
     pub fn low_rank(&mut self, x: &Var, w: &LowRank) -> Var {
-        let (rows, rank, cols) = (x.rows(), w.down.outputs(), w.up.outputs());
+        let mut ys = self.low_ranks(&[(x, w)]);
+        ys.swap_remove(0)
+    }
+
+    /// Several maps. Their products are small: a GPU works on them side by side.
+    pub fn low_ranks(&mut self, maps: &[(&Var, &LowRank)]) -> Vec<Var> {
         let ctx = self.ctx().clone();
-        let mut h = ctx.alloc(rows * rank);
-        let mut y = ctx.alloc(rows * cols);
+        let size = |(x, w): &(&Var, &LowRank)| [w.down.outputs(), w.up.outputs()].map(|n| x.rows() * n);
+        let mut made: Vec<[Buf; 2]> = maps.iter().map(|m| size(m).map(|n| ctx.alloc(n))).collect();
         if let Some(gpu) = ctx.cuda() {
-            w.down.product_cuda(&ctx, gpu, self.params(), x.buf().ptr(), h.ptr(), rows, None);
-            cuda::apply(&ctx, gpu, w.activation, &h);
-            w.up.product_cuda(&ctx, gpu, self.params(), h.ptr(), y.ptr(), rows, w.bias);
+            gpu.beside(maps.len(), |i| {
+                let ((x, w), [h, y]) = (maps[i], &made[i]);
+                w.down.product_cuda(&ctx, gpu, self.params(), x.buf().ptr(), h.ptr(), x.rows(), None);
+                cuda::apply(&ctx, gpu, w.activation, h);
+                w.up.product_cuda(&ctx, gpu, self.params(), h.ptr(), y.ptr(), x.rows(), w.bias);
+            });
         }
-        self.run(|| {
-            w.down.product(&ctx, self.params(), x.data(), &mut h);
-            w.activation.apply(&mut h);
-            w.up.product(&ctx, self.params(), &h, &mut y);
-            if let Some(bias) = w.bias {
-                let bias = self.param(bias);
-                y.chunks_exact_mut(cols).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
-            }
-        });
-        let params: Vec<Param> = [w.down.param(), w.up.param(), w.bias].into_iter().flatten().collect();
-        let needs = self.needs_grad(&[x], &params);
-        let out = self.output(rows, cols, y, needs);
-        if needs {
-            let (dy, dx, w, x) = (out.slot(), x.slot(), w.clone(), x.keep());
-            self.record(move |b| {
-                let Some(dy) = dy.take_shared() else { return };
-                let x = b.value(&x);
-                let mut dh = ctx.alloc(rows * rank);
-                if let Some(gpu) = ctx.cuda() {
-                    if let Some(bias) = w.bias.filter(|&p| b.params().is_trainable(p)) {
-                        cuda::add_bias_grad(b, gpu, &dy, bias, cols);
-                    }
-                    w.up.add_weight_grad_cuda(b, gpu, h.ptr(), dy.ptr(), rows);
-                    w.up.input_grad_cuda(&ctx, gpu, b.params(), dy.ptr(), dh.ptr(), false, rows);
-                    cuda::scale_by_derivative(&ctx, gpu, w.activation, &h, &dh);
-                    w.down.add_weight_grad_cuda(b, gpu, x.ptr(), dh.ptr(), rows);
-                    return dx.accumulate(&ctx, |g, add| {
-                        w.down.input_grad_cuda(&ctx, gpu, b.params(), dh.ptr(), g.ptr(), add, rows);
-                    });
+        for ((x, w), [h, y]) in maps.iter().zip(&mut made) {
+            self.run(|| {
+                w.down.product(&ctx, self.params(), x.data(), h);
+                w.activation.apply(h);
+                w.up.product(&ctx, self.params(), h, y);
+                if let Some(bias) = w.bias {
+                    let bias = self.param(bias);
+                    y.chunks_exact_mut(bias.len()).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
                 }
+            });
+        }
+        let (mut outs, mut back) = (Vec::new(), Vec::new());
+        for ((x, w), [h, y]) in maps.iter().zip(made) {
+            let params: Vec<Param> = [w.down.param(), w.up.param(), w.bias].into_iter().flatten().collect();
+            let needs = self.needs_grad(&[x], &params);
+            let out = self.output(x.rows(), w.up.outputs(), y, needs);
+            if needs {
+                back.push((out.slot(), x.slot(), LowRank::clone(w), x.keep(), h));
+            }
+            outs.push(out);
+        }
+        if back.is_empty() {
+            return outs;
+        }
+        self.record(move |b| {
+            if let Some(gpu) = ctx.cuda() {
+                return back_cuda(b, &ctx, gpu, &back);
+            }
+            for (dy, dx, w, x, h) in back.into_iter().rev() {
+                let Some(dy) = dy.take_shared() else { continue };
+                let x = b.value(&x);
+                let mut dh = ctx.alloc(h.len());
                 b.run(|b| {
                     if let Some(db) = w.bias.and_then(|p| b.param_grad(p)) {
-                        dy.chunks_exact(cols).for_each(|dy| db.iter_mut().zip(dy).for_each(|(b, d)| *b += d));
+                        dy.chunks_exact(db.len()).for_each(|dy| db.iter_mut().zip(dy).for_each(|(b, d)| *b += d));
                     }
                     w.up.add_weight_grad(b, &h, &dy);
                     w.up.input_grad(&ctx, b.params(), &dy, &mut dh);
@@ -118,8 +141,42 @@ impl<'p> Tape<'p> {
                     b.run(|b| w.down.input_grad(&ctx, b.params(), &dh, &mut g));
                     dx.add(g);
                 }
-            });
+            }
+        });
+        outs
+    }
+}
+
+/// The backward pass of [`Tape::low_ranks`] on a GPU: memory first, which all hold until the end, then the work side by side.
+fn back_cuda(b: &mut Backward<'_>, ctx: &Context, gpu: &Cuda, maps: &[(GradSlot, GradSlot, LowRank, Kept, Buf)]) {
+    let mut tasks: Vec<Back> = Vec::new();
+    for (map, (dy, dx, w, x, h)) in maps.iter().enumerate() {
+        let Some(dy) = dy.take_shared() else { continue };
+        let bias = w.bias.filter(|&p| b.params().is_trainable(p));
+        let sums = bias.map(|p| (p, cuda::bias_parts(ctx, &dy, w.up.outputs())));
+        tasks.push(Back { map, x: b.value(x), dh: ctx.alloc(h.len()), dx: dx.begin(ctx), dy, sums });
+    }
+    gpu.beside(tasks.len(), |i| {
+        let Back { map, dy, x, dh, dx, sums } = &tasks[i];
+        let (_, _, w, _, h) = &maps[*map];
+        let rows = h.len() / w.up.inputs();
+        if let Some((_, parts)) = sums {
+            cuda::sum_bias_grad(ctx, gpu, dy, parts, w.up.outputs());
         }
-        out
+        w.up.add_weight_grad_cuda(b, gpu, h.ptr(), dy.ptr(), rows);
+        w.up.input_grad_cuda(ctx, gpu, b.params(), dy.ptr(), dh.ptr(), false, rows);
+        cuda::scale_by_derivative(ctx, gpu, w.activation, h, dh);
+        w.down.add_weight_grad_cuda(b, gpu, x.ptr(), dh.ptr(), rows);
+        if let Some((g, add)) = dx {
+            w.down.input_grad_cuda(ctx, gpu, b.params(), dh.ptr(), g.ptr(), *add, rows);
+        }
+    });
+    for task in tasks {
+        if let Some((p, parts)) = task.sums {
+            let c = maps[task.map].2.up.outputs();
+            let count = parts.len() / c;
+            b.add_param_sums([p], parts, count, c);
+        }
+        task.dx.into_iter().for_each(|(g, _)| maps[task.map].1.add(g));
     }
 }

@@ -1,9 +1,11 @@
 //! Matrix products through cuBLASLt, with one plan per shape: the layouts and the algorithm are chosen once.
 
+use super::lanes::LANES;
 use super::{Cuda, DevicePtr, lock};
 use crate::DType;
 use crate::gemm::Trans;
 use cudarc::cublaslt::sys as lt;
+use cudarc::driver::sys as cu;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::sync::Mutex;
@@ -11,6 +13,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Bytes of workspace, as much as Hopper's kernels ask for.
 const WORKSPACE: usize = 64 << 20;
+/// The same for products beside others, which are small.
+const WORKSPACE_BESIDE: usize = 8 << 20;
 /// Algorithms that are looked at, the one first that cuBLASLt thinks best.
 const CANDIDATES: usize = 16;
 /// Runs of each when they are timed, after one to warm up.
@@ -26,6 +30,8 @@ struct Shape {
     /// Products at once, and the elements from a matrix of op(a), op(b) and c to the next.
     batch: usize,
     strides: [usize; 3],
+    /// Whether it runs beside other products, with less workspace.
+    beside: bool,
 }
 
 impl Shape {
@@ -34,6 +40,9 @@ impl Shape {
         let ([m, n, k], [ta, tb], [input, output]) =
             (self.size, self.trans.map(|t| if t { 't' } else { 'n' }), self.types);
         let mut name = format!("{m}x{n}x{k} {ta}{tb} {input}>{output}{}", if self.bias { " +bias" } else { "" });
+        if self.beside {
+            name += " beside";
+        }
         if self.batch > 1 {
             let [a, b, c] = self.strides;
             name += &format!(" x{} by {a} {b} {c}", self.batch);
@@ -41,9 +50,13 @@ impl Shape {
         name
     }
 
+    fn workspace(&self) -> usize {
+        workspace_of(self.beside.into())
+    }
+
     /// One product.
     fn single(trans: [Trans; 2], size: [usize; 3], types: [DType; 2], bias: bool) -> Shape {
-        Shape { trans: trans.map(|t| t == Trans::T), size, types, bias, batch: 1, strides: [0; 3] }
+        Shape { trans: trans.map(|t| t == Trans::T), size, types, bias, batch: 1, strides: [0; 3], beside: false }
     }
 }
 
@@ -61,7 +74,8 @@ struct Plan {
 pub(super) struct Blas {
     handle: lt::cublasLtHandle_t,
     plans: Mutex<HashMap<Shape, Plan>>,
-    workspace: Mutex<Option<DevicePtr>>,
+    /// By lane.
+    workspace: Mutex<[Option<DevicePtr>; LANES]>,
     tuned: AtomicBool,
     /// What timing chose: the place of an algorithm among those of its shape, by the shape's name.
     chosen: Mutex<BTreeMap<String, usize>>,
@@ -75,6 +89,13 @@ struct Call {
     c: DevicePtr,
     accumulate: bool,
     workspace: DevicePtr,
+    /// Bytes of it.
+    room: usize,
+}
+
+/// Bytes of a lane's workspace.
+fn workspace_of(lane: usize) -> usize {
+    if lane > 0 { WORKSPACE_BESIDE } else { WORKSPACE }
 }
 
 fn data_type(t: DType) -> lt::cudaDataType_t {
@@ -112,9 +133,10 @@ impl Blas {
         Ok(Blas { handle, ..Blas::default() })
     }
 
-    /// Bytes of the workspace, if it is not there yet.
+    /// Bytes of the workspaces that are not there yet.
     pub(super) fn workspace_to_come(&self) -> usize {
-        if lock(&self.workspace).is_some() { 0 } else { WORKSPACE }
+        let missing = |(lane, w): (usize, &Option<DevicePtr>)| if w.is_some() { 0 } else { workspace_of(lane) };
+        lock(&self.workspace).iter().enumerate().map(missing).sum()
     }
 
     /// Algorithms for `c [m, n] = op(a) op(b)`, all row-major, the one in the plan first. cuBLASLt counts by columns, so it computes
@@ -174,7 +196,7 @@ impl Blas {
             }
             ok(lt::cublasLtMatmulPreferenceCreate(&mut pref))?;
             use lt::cublasLtMatmulPreferenceAttributes_t as P;
-            let bytes = WORKSPACE;
+            let bytes = s.workspace();
             let attribute = P::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             ok(lt::cublasLtMatmulPreferenceSetAttribute(pref, attribute, (&raw const bytes).cast(), 8))?;
             // Partial sums are added from the workspace in a fixed order, never in place: two runs give the same bits.
@@ -228,7 +250,7 @@ impl Blas {
                 p.c,
                 algo,
                 at(call.workspace),
-                WORKSPACE,
+                call.room,
                 stream,
             )
         })
@@ -306,14 +328,16 @@ impl Cuda {
     fn multiply(
         &self, shape: Shape, a: DevicePtr, b: DevicePtr, accumulate: bool, c: DevicePtr, bias: Option<DevicePtr>,
     ) {
+        let lane = self.lane();
+        let shape = Shape { beside: lane > 0, ..shape };
         let Shape { size: [m, n, k], types: [input, output], batch, .. } = shape;
         if !self.enter() || m == 0 || n == 0 {
             return;
         }
         let workspace = {
-            let mut w = lock(&self.blas.workspace);
+            let w = &mut lock(&self.blas.workspace)[lane];
             if w.is_none() {
-                *w = self.take(WORKSPACE);
+                *w = self.take(workspace_of(lane));
             }
             *w
         };
@@ -321,7 +345,7 @@ impl Cuda {
             let _ = self.failure.set("no device memory is left for the workspace of matrix products".into());
             return;
         };
-        let call = Call { a, b, c, accumulate, workspace };
+        let call = Call { a, b, c, accumulate, workspace, room: shape.workspace() };
         let fail = |what: String| drop(self.failure.set(format!("a matrix product of {m} x {n} x {k}: {what}")));
         // The plan is the shape's, the bias the call's: one call at a time.
         let mut plans = lock(&self.blas.plans);
@@ -351,7 +375,7 @@ impl Cuda {
             (name, batch * bytes, 2.0 * (batch * m * n * k) as f64)
         };
         self.timed(what, || {
-            if let Err(e) = self.blas.run(&p, &p.algo, call, self.stream.cast()) {
+            if let Err(e) = self.blas.run(&p, &p.algo, call, self.stream().cast()) {
                 fail(e);
             }
         });
@@ -402,13 +426,16 @@ impl Cuda {
         let last = (shape.batch - 1) * shape.strides[2];
         let bytes = (last + shape.size[0] * shape.size[1]) * shape.types[1].size();
         let scratch = self.take(bytes)?;
+        // Nothing beside it disturbs the measurement.
+        // SAFETY: waits.
+        self.note(unsafe { cu::cuCtxSynchronize() }, || "timing".into());
         self.clear(scratch, bytes);
         let call = Call { c: scratch, ..call };
         let time = |algo: &lt::cublasLtMatmulAlgo_t| {
             let run = || {
                 // As large as the caches.
                 self.clear(call.workspace, WORKSPACE);
-                self.blas.run(p, algo, call, self.stream.cast()).is_ok()
+                self.blas.run(p, algo, call, self.stream().cast()).is_ok()
             };
             // An algorithm that fails is never chosen.
             if run() { self.milliseconds(|| (0..TIMED).for_each(|_| _ = run())) } else { f32::MAX }

@@ -195,7 +195,7 @@ impl Cuda {
             blockDimY: by,
             blockDimZ: bz,
             sharedMemBytes: how.shared as u32,
-            hStream: self.stream,
+            hStream: self.stream(),
             attrs: &mut overlap,
             numAttrs: u32::from(how.overlap && self.info.capability.0 >= 9),
         };

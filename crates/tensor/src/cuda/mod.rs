@@ -1,4 +1,4 @@
-//! The CUDA runtime under the operations: one device, one stream, modules embedded as fatbins, launches, copies and matrix products.
+//! The CUDA runtime under the operations: one device, one stream and some beside it, modules embedded as fatbins, launches, copies and matrix products.
 //!
 //! The driver, cuBLASLt and NCCL are opened by name at run time, so that a binary with GPU support starts on a machine without one.
 //! Work is asynchronous. The first failure (no memory left, a failed launch) is kept and later work is dropped, so that
@@ -6,6 +6,7 @@
 
 mod blas;
 mod graph;
+mod lanes;
 pub mod nccl;
 mod profile;
 
@@ -157,6 +158,7 @@ pub struct Cuda {
     dry: bool,
     context: cu::CUcontext,
     stream: cu::CUstream,
+    lanes: lanes::Lanes,
     blas: blas::Blas,
     info: Info,
     functions: Mutex<Functions>,
@@ -280,6 +282,7 @@ impl Cuda {
             dry: true,
             context: std::ptr::null_mut(),
             stream: std::ptr::null_mut(),
+            lanes: lanes::Lanes::default(),
             blas: blas::Blas::default(),
             info,
             functions: Mutex::default(),
@@ -374,7 +377,7 @@ impl Cuda {
         }
         self.enter();
         // SAFETY: the stream lives as long as this.
-        let code = unsafe { cu::cuStreamSynchronize(self.stream) };
+        let code = unsafe { cu::cuStreamSynchronize(self.stream()) };
         self.note(code, || "running on the device".into());
     }
 
@@ -388,7 +391,7 @@ impl Cuda {
         // SAFETY: `to` has room for `from` (the caller's buffer). The copy from pageable memory has left `from` on return; the one from
         // staged memory is done before that place is used again.
         let code =
-            unsafe { cu::cuMemcpyHtoDAsync_v2(to.0, place.unwrap_or(from.as_ptr()).cast(), from.len(), self.stream) };
+            unsafe { cu::cuMemcpyHtoDAsync_v2(to.0, place.unwrap_or(from.as_ptr()).cast(), from.len(), self.stream()) };
         self.note(code, || "copying to the device".into());
     }
 
@@ -417,7 +420,7 @@ impl Cuda {
             return;
         }
         // SAFETY: `from` holds as many bytes; the copy is waited for below.
-        let code = unsafe { cu::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from.0, to.len(), self.stream) };
+        let code = unsafe { cu::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from.0, to.len(), self.stream()) };
         self.note(code, || "copying from the device".into());
         self.synchronize();
     }
@@ -431,7 +434,7 @@ impl Cuda {
             || ("copy".into(), 2 * bytes, 0.0),
             || {
                 // SAFETY: both are buffers of at least `bytes` bytes.
-                let code = unsafe { cu::cuMemcpyDtoDAsync_v2(to.0, from.0, bytes, self.stream) };
+                let code = unsafe { cu::cuMemcpyDtoDAsync_v2(to.0, from.0, bytes, self.stream()) };
                 self.note(code, || "copying on the device".into());
             },
         );
@@ -446,7 +449,7 @@ impl Cuda {
             || ("clear".into(), bytes, 0.0),
             || {
                 // SAFETY: a buffer of at least `bytes` bytes.
-                let code = unsafe { cu::cuMemsetD8Async(p.0, 0, bytes, self.stream) };
+                let code = unsafe { cu::cuMemsetD8Async(p.0, 0, bytes, self.stream()) };
                 self.note(code, || "clearing device memory".into());
             },
         );

@@ -156,7 +156,7 @@ impl Group {
 
     fn enqueue(&self, what: &str, call: impl FnOnce(nccl::ncclComm_t, nccl::cudaStream_t) -> Code) {
         if self.cuda.enter()
-            && let Err(e) = self.api.ok(call(self.comm, self.cuda.stream.cast()), what)
+            && let Err(e) = self.api.ok(call(self.comm, self.cuda.stream().cast()), what)
         {
             let _ = self.cuda.failure.set(e.to_string());
         }

@@ -58,6 +58,11 @@ impl Cuda {
         addresses.filter_map(|p| sizes.get(&p.0)).sum()
     }
 
+    /// Whether a profile is taken.
+    pub(super) fn is_profiling(&self) -> bool {
+        lock(&self.profiler.pending).is_some()
+    }
+
     /// Runs `work`, between two events while a profile is taken; `what` says its name, bytes and floating-point operations.
     pub(super) fn timed(&self, what: impl FnOnce() -> (String, usize, f64), work: impl FnOnce()) {
         let mut pending = lock(&self.profiler.pending);
@@ -65,10 +70,10 @@ impl Cuda {
         let (name, bytes, flops) = what();
         let events = [self.event(), self.event()];
         // SAFETY: events made above, on this device's stream.
-        self.note(unsafe { cu::cuEventRecord(events[0], self.stream) }, || "profiling".into());
+        self.note(unsafe { cu::cuEventRecord(events[0], self.stream()) }, || "profiling".into());
         work();
         // SAFETY: as above.
-        self.note(unsafe { cu::cuEventRecord(events[1], self.stream) }, || "profiling".into());
+        self.note(unsafe { cu::cuEventRecord(events[1], self.stream()) }, || "profiling".into());
         pending.push(Pending { name, bytes, flops, events });
     }
 
@@ -85,9 +90,9 @@ impl Cuda {
         let mut ms = 0f32;
         // SAFETY: events made above, on this device's stream, destroyed once; their time is read after they have passed.
         unsafe {
-            self.note(cu::cuEventRecord(start, self.stream), || "timing".into());
+            self.note(cu::cuEventRecord(start, self.stream()), || "timing".into());
             f();
-            self.note(cu::cuEventRecord(end, self.stream), || "timing".into());
+            self.note(cu::cuEventRecord(end, self.stream()), || "timing".into());
             self.synchronize();
             self.note(cu::cuEventElapsedTime_v2(&mut ms, start, end), || "timing".into());
             cu::cuEventDestroy_v2(start);
