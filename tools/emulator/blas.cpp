@@ -1,4 +1,4 @@
-// cuBLASLt on the CPU, as much of it as Anser calls: one product with its epilogue, sums in f32 over k in order.
+// cuBLASLt on the CPU, as much of it as Anser calls: products with their epilogue, sums in f32 over k in order.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cstdlib>
@@ -131,12 +131,12 @@ EXPORT cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, 
 }
 EXPORT cublasLtMatmulAlgoConfigGetAttribute(const void*, int, void* buf, size_t size, size_t*) { return memset(buf, 0, size), 0; }
 EXPORT cublasLtMatmul(void*, void* desc, const void* alpha, const void* a, void* la, const void* b, void* lb, const void* beta,
-                      const void* c, void*, void* out, void* lc, const void*, void*, size_t, void*) {
+                      const void* c, void*, void* out, void* lc, const void*, void*, size_t, void* stream) {
     if (c != out && *static_cast<const float*>(beta) != 0) return 7;
     auto* call = new Call{*static_cast<Desc*>(desc), *static_cast<Layout*>(la), *static_cast<Layout*>(lb), *static_cast<Layout*>(lc),
                           a, b, out, *static_cast<const float*>(alpha), *static_cast<const float*>(beta)};
     // The driver runs it now, or when the graph being captured is launched (so it is kept).
-    using Run = int (*)(void (*)(void*), void*);
+    using Run = int (*)(void (*)(void*), void*, void*);
     static const Run run = [] {
         Dl_info self;
         dladdr(reinterpret_cast<void*>(multiply), &self);
@@ -144,5 +144,5 @@ EXPORT cublasLtMatmul(void*, void* desc, const void* alpha, const void* a, void*
         path = path.substr(0, path.rfind('/')) + "/libcuda.so";
         return reinterpret_cast<Run>(dlsym(dlopen(path.c_str(), RTLD_NOW), "emulator_run"));
     }();
-    return run(multiply, call);
+    return run(multiply, call, stream);
 }

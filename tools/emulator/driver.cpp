@@ -1,7 +1,8 @@
 // The CUDA driver on the CPU, as much of it as Anser calls: memory, copies, launches, graphs. It is found under the driver's name.
 //
 // Memory ends at a guard page, so that reading or writing past a buffer stops the program, and begins as NaN, as does dynamic
-// shared memory in every block. ANSER_EMULATOR_SEED=n lets warps run in an order of its own, to show missing barriers.
+// shared memory in every block. What a stream does beside another is done as late as may be, when somebody waits for it, to show
+// missing waits and memory given to others too early. ANSER_EMULATOR_SEED=n lets warps run in an order of its own, to show missing barriers.
 #include "core.h"
 #include <cstdio>
 #include <cstdlib>
@@ -13,6 +14,7 @@
 #include <mutex>
 #include <string>
 #include <sys/mman.h>
+#include <utility>
 #include <vector>
 
 using namespace emulator;
@@ -186,13 +188,38 @@ std::map<uint64_t, std::pair<void*, size_t>> memory;
 using Work = std::vector<std::function<void()>>;
 thread_local Work* capture;
 
-int run(std::function<void()> work) {
+// A stream that has waited for another one's event puts work off until its own event is waited for.
+struct Stream {
+    bool late = false;
+    Work work;
+};
+struct Event {
+    Stream* on = nullptr;
+};
+std::vector<Stream*> streams;
+
+int run(std::function<void()> work, void* on = nullptr) {
+    auto* stream = static_cast<Stream*>(on);
     std::lock_guard<std::recursive_mutex> guard(one);
     if (capture)
         capture->push_back(std::move(work));
+    else if (stream && stream->late)
+        stream->work.push_back(std::move(work));
     else
         work();
     return 0;
+}
+
+void finish(Stream* stream) {
+    std::lock_guard<std::recursive_mutex> guard(one);
+    if (!stream) return;
+    stream->late = false;
+    for (auto& work : std::exchange(stream->work, {})) run(work, stream);
+}
+
+void finish_all() {
+    std::lock_guard<std::recursive_mutex> guard(one);
+    for (Stream* s : streams) finish(s);
 }
 
 } // namespace
@@ -222,13 +249,25 @@ EXPORT cuDeviceTotalMem_v2(size_t* n, int) { return *n = size_t(8) << 30, 0; }
 EXPORT cuMemGetInfo_v2(size_t* free, size_t* total) { return *free = *total = size_t(8) << 30, 0; }
 EXPORT cuDevicePrimaryCtxRetain(void** c, int) { return *c = &state, 0; }
 EXPORT cuCtxSetCurrent(void*) { return 0; }
-EXPORT cuCtxSynchronize() { return 0; }
-EXPORT cuStreamCreate(void** s, unsigned) { return *s = new int, 0; }
+EXPORT cuCtxSynchronize() { return finish_all(), 0; }
+EXPORT cuStreamCreate(void** s, unsigned) {
+    std::lock_guard<std::recursive_mutex> guard(one);
+    streams.push_back(new Stream);
+    return *s = streams.back(), 0;
+}
 EXPORT cuStreamDestroy_v2(void*) { return 0; }
-EXPORT cuStreamSynchronize(void*) { return 0; }
-EXPORT cuStreamWaitEvent(void*, void*, unsigned) { return 0; }
-EXPORT cuEventCreate(void** e, unsigned) { return *e = new int, 0; }
-EXPORT cuEventRecord(void*, void*) { return 0; }
+EXPORT cuStreamSynchronize(void* s) { return finish(static_cast<Stream*>(s)), 0; }
+EXPORT cuStreamWaitEvent(void* s, void* e, unsigned) {
+    auto *stream = static_cast<Stream*>(s), *other = static_cast<Event*>(e)->on;
+    if (!other || other == stream) return 0;
+    if (other->late)
+        finish(other);
+    else
+        stream->late = true;
+    return 0;
+}
+EXPORT cuEventCreate(void** e, unsigned) { return *e = new Event, 0; }
+EXPORT cuEventRecord(void* e, void* s) { return static_cast<Event*>(e)->on = static_cast<Stream*>(s), 0; }
 EXPORT cuEventSynchronize(void*) { return 0; }
 EXPORT cuEventQuery(void*) { return 0; }
 EXPORT cuEventDestroy_v2(void*) { return 0; }
@@ -249,6 +288,7 @@ EXPORT cuMemAlloc_v2(uint64_t* p, size_t bytes) {
 }
 EXPORT cuMemFree_v2(uint64_t p) {
     std::lock_guard<std::recursive_mutex> guard(one);
+    finish_all();
     if (!memory.count(p)) return 1;
     munmap(memory[p].first, memory[p].second);
     memory.erase(p);
@@ -258,17 +298,17 @@ EXPORT cuMemAllocHost_v2(void** p, size_t bytes) { return *p = aligned_alloc(409
 EXPORT cuMemFreeHost(void* p) { return free(p), 0; }
 EXPORT cuMemHostRegister_v2(void*, size_t, unsigned) { return 0; }
 EXPORT cuMemHostUnregister(void*) { return 0; }
-EXPORT cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, void*) {
-    return run([=] { memcpy(reinterpret_cast<void*>(to), from, n); });
+EXPORT cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, void* s) {
+    return run([=] { memcpy(reinterpret_cast<void*>(to), from, n); }, s);
 }
-EXPORT cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, void*) {
-    return run([=] { memcpy(to, reinterpret_cast<void*>(from), n); });
+EXPORT cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, void* s) {
+    return run([=] { memcpy(to, reinterpret_cast<void*>(from), n); }, s);
 }
-EXPORT cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, void*) {
-    return run([=] { memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), n); });
+EXPORT cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, void* s) {
+    return run([=] { memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), n); }, s);
 }
-EXPORT cuMemsetD8Async(uint64_t to, unsigned char v, size_t n, void*) {
-    return run([=] { memset(reinterpret_cast<void*>(to), v, n); });
+EXPORT cuMemsetD8Async(uint64_t to, unsigned char v, size_t n, void* s) {
+    return run([=] { memset(reinterpret_cast<void*>(to), v, n); }, s);
 }
 
 EXPORT cuModuleLoadData(void** m, const void*) { return *m = &state, 0; }
@@ -287,7 +327,7 @@ EXPORT cuFuncGetAttribute(int* v, int, void*) { return *v = 0, 0; }
 EXPORT cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n, void*, int, size_t) { return *n = 2, 0; }
 
 EXPORT cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-                      void*, void** args, void**) {
+                      void* stream, void** args, void**) {
     const auto* function = static_cast<Function*>(f);
     if (size_t(bx) * by * bz > 1024 || shared > function->shared || shared > (227u << 10) || gy > 65535 || gz > 65535) return 1;
     const Kernel* k = function->kernel;
@@ -310,7 +350,7 @@ EXPORT cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned b
                     memset(state.dynamic_shared, 0xff, shared);
                     run_block();
                 }
-    });
+    }, stream);
 }
 
 // CUlaunchConfig: grid, block, shared bytes, stream, attributes.
@@ -339,7 +379,7 @@ EXPORT cuGraphLaunch(void* exec, void*) {
 EXPORT cuGraphUpload(void*, void*) { return 0; }
 EXPORT cuGraphDestroy(void* graph) { return delete static_cast<Work*>(graph), 0; }
 EXPORT cuGraphExecDestroy(void* exec) { return delete static_cast<Work*>(exec), 0; }
-// For cuBLASLt, which works on the same stream.
-EXPORT emulator_run(void (*f)(void*), void* data) {
-    return run([=] { f(data); });
+// For cuBLASLt, which works on the same streams.
+EXPORT emulator_run(void (*f)(void*), void* data, void* stream) {
+    return run([=] { f(data); }, stream);
 }

@@ -17,12 +17,35 @@ use std::sync::{Arc, Mutex};
 /// The place of a gradient. Gradients that several values have in common are shared until one of them is added to.
 #[derive(Default)]
 struct Place {
-    gradient: Mutex<Option<Arc<Buf>>>,
+    gradient: Mutex<Option<Gradient>>,
     /// Where the gradients of several values lie together, and which of them this is.
     together: Option<(Arc<Together>, usize)>,
 }
 
 type Slot = Arc<Place>;
+
+/// A gradient [rows, cols] and, if whoever made it on a GPU summed it too, partial sums over its rows, for the gradient of a bias.
+struct Gradient {
+    value: Arc<Buf>,
+    sums: Option<RowSums>,
+}
+
+/// One of several sums over rows in `count` parts, each `stride` elements after the one before.
+#[derive(Clone)]
+pub(crate) struct RowSums {
+    parts: Arc<Buf>,
+    first: usize,
+    count: usize,
+    stride: usize,
+}
+
+impl RowSums {
+    /// The sums that a kernel wrote as `parts` [count, N, size].
+    pub(crate) fn each<const N: usize>(parts: Buf, count: usize, size: usize) -> [RowSums; N] {
+        let parts = Arc::new(parts);
+        std::array::from_fn(|k| RowSums { parts: parts.clone(), first: k * size, count, stride: N * size })
+    }
+}
 
 /// Memory for the gradients of `count` values of equal size, at equal distances; taken when the first is written.
 struct Together {
@@ -161,21 +184,34 @@ impl GradSlot {
 
     /// Takes the gradient, if one arrived, to read it: other values may have the same.
     pub fn take_shared(&self) -> Option<Arc<Buf>> {
-        self.0.as_ref().and_then(|s| lock(s).take())
+        self.take_summed().map(|(g, _)| g)
+    }
+
+    /// Takes the gradient, if one arrived, with its sums over rows, if it came with them.
+    pub(crate) fn take_summed(&self) -> Option<(Arc<Buf>, Option<RowSums>)> {
+        self.0.as_ref().and_then(|s| lock(s).take()).map(|g| (g.value, g.sums))
+    }
+
+    /// [`GradSlot::add`] of a gradient with its sums over rows, which are kept as long as nothing else is added.
+    pub(crate) fn add_summed(&self, g: Buf, sums: RowSums) {
+        self.put(g.into(), Some(sums));
     }
 
     /// Adds `g` to the gradient (nothing happens if none is wanted).
     pub fn add(&self, g: impl Into<Arc<Buf>>) {
+        self.put(g.into(), None);
+    }
+
+    fn put(&self, g: Arc<Buf>, sums: Option<RowSums>) {
         let Some(slot) = &self.0 else { return };
-        let g = g.into();
         assert_eq!(g.len(), self.1);
         let mut slot = lock(slot);
         *slot = Some(match slot.take() {
-            None => g,
-            Some(sum) => {
-                let mut sum = owned(sum);
+            None => Gradient { value: g, sums },
+            Some(before) => {
+                let mut sum = owned(before.value);
                 sum.add(&g);
-                sum.into()
+                Gradient { value: sum.into(), sums: None }
             }
         });
     }
@@ -207,7 +243,7 @@ fn owned(b: Arc<Buf>) -> Buf {
     Arc::try_unwrap(b).unwrap_or_else(|b| b.duplicate())
 }
 
-fn lock(slot: &Slot) -> std::sync::MutexGuard<'_, Option<Arc<Buf>>> {
+fn lock(slot: &Slot) -> std::sync::MutexGuard<'_, Option<Gradient>> {
     slot.gradient.lock().unwrap_or_else(|e| e.into_inner())
 }
 
@@ -278,17 +314,19 @@ impl<'a> Backward<'a> {
 
     /// Adds partial sums [count, K, size] on the GPU to the gradients of K parameters, later, many in one launch.
     pub(crate) fn add_param_sums<const K: usize>(&mut self, params: [Param; K], parts: Buf, count: usize, size: usize) {
-        let again = params.iter().any(|p| self.sums.iter().any(|s| s.0.id == p.id));
-        if again || self.sums.len() + K > PartialSum::MOST {
+        params.into_iter().zip(RowSums::each::<K>(parts, count, size)).for_each(|(p, sums)| self.add_sums(p, sums));
+    }
+
+    /// The same for one parameter.
+    pub(crate) fn add_sums(&mut self, p: Param, sums: RowSums) {
+        let again = self.sums.iter().any(|s| s.0.id == p.id);
+        if again || self.sums.len() == PartialSum::MOST {
             self.flush();
         }
-        let parts = Arc::new(parts);
-        for (k, p) in params.into_iter().enumerate() {
-            let Some((to, add)) = self.param_grad_ptr(p) else { continue };
-            let from = parts.ptr().offset(k * size, DType::F32);
-            let sum = PartialSum { to, add, parts: from, count, stride: K * size, cols: size };
-            self.sums.push((p, sum, parts.clone()));
-        }
+        let Some((to, add)) = self.param_grad_ptr(p) else { return };
+        let RowSums { parts, first, count, stride } = sums;
+        let from = parts.ptr().offset(first, DType::F32);
+        self.sums.push((p, PartialSum { to, add, parts: from, count, stride, cols: p.rows * p.cols }, parts));
     }
 
     /// Adds up the partial sums that wait.

@@ -226,6 +226,24 @@ fn products() {
         let fixed = x[3].without_grad();
         t.low_ranks(&[&x[0], &x[1], &x[2], &fixed, &x[0]].into_iter().zip(&maps).collect::<Vec<_>>())
     });
+    // The sum for the bias comes with the gradient, unless something else is added to that.
+    for alone in [true, false] {
+        check("low_rank gate", &four[..3], &[(c, 32), (32, c), (1, c), (1, c), (1, c)], |t, x, p| {
+            let (down, up) = (Weight::InOut(p[0]), Weight::InOut(p[1]));
+            let map = LowRank { down, up, bias: Some(p[2]), activation: Activation::Identity };
+            let gate = t.low_rank(&x[0], &map);
+            let y = t.value_residual(&x[1], &x[2], &gate);
+            let key = t.key_path(&y, &gate, p[3], p[4], 1, 1.0);
+            if alone { vec![y, key.a] } else { vec![y, key.a, gate] }
+        });
+        check("low_rank rate", &four[..2], &[(c, 32), (32, c), (1, c), (1, c), (1, c)], |t, x, p| {
+            let (down, up) = (Weight::InOut(p[0]), Weight::InOut(p[1]));
+            let map = LowRank { down, up, bias: Some(p[2]), activation: Activation::Identity };
+            let rate = t.low_rank(&x[0], &map);
+            let key = t.key_path(&x[1], &rate, p[3], p[4], 1, 1.0);
+            if alone { vec![key.k, key.b] } else { vec![key.k, key.b, rate] }
+        });
+    }
     for activation in [Activation::Identity, Activation::Tanh, Activation::Sigmoid] {
         for biased in [true, false] {
             let name = format!("low_rank {activation:?}");

@@ -201,7 +201,8 @@ impl Context {
     pub fn upload_i32(&self, src: &[i32]) -> Option<Buf> {
         let cuda = self.cuda()?;
         let b = self.alloc_f32(src.len());
-        let raw: Vec<u8> = src.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let mut raw = vec![0; src.len() * 4];
+        raw.as_chunks_mut().0.iter_mut().zip(src).for_each(|(to, v)| *to = v.to_le_bytes());
         cuda.upload(b.ptr(), &raw);
         Some(b)
     }

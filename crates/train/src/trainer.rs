@@ -70,6 +70,8 @@ pub struct Trainer {
     model: Model,
     adam: AdamW,
     grads: Buf,
+    /// Of the micro-batch before: the same again are the same key for tables on a GPU ([`Context::table`]), so that a step makes none.
+    segments: Vec<Arc<[Segment]>>,
     settings: Settings,
     metadata: BTreeMap<String, String>,
 }
@@ -132,6 +134,7 @@ impl Trainer {
             model,
             adam: AdamW::new(ctx, n),
             grads: ctx.zeros_f32(n),
+            segments: Vec::new(),
             settings,
             metadata: BTreeMap::new(),
         }
@@ -201,7 +204,13 @@ impl Trainer {
         &mut self, b: &Batch, opts: CrossEntropy, mut written: Option<&mut Written>, losses: &mut Vec<Loss>,
     ) -> Result<(), Error> {
         let Settings { ctx: t, checkpointing, recompute, bptt, .. } = self.settings;
-        let pieces = pieces(b, t, bptt.piece(t));
+        let mut pieces = pieces(b, t, bptt.piece(t));
+        for p in &mut pieces {
+            if let Some(before) = self.segments.iter().find(|s| **s == p.segments) {
+                p.segments = before.clone();
+            }
+        }
+        self.segments = pieces.iter().map(|p| p.segments.clone()).collect();
         let slots = if pieces.len() > 1 { b.len(t) } else { 0 };
         let mut state = State::zeros(&self.ctx, self.model.config(), slots);
         let mut record = |piece: &Piece, state: &State, from_next: Vec<Option<Buf>>| -> Result<State, Error> {

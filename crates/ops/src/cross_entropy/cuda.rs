@@ -44,13 +44,18 @@ pub(super) fn run(
         let held = size != DType::F32 && vocab.is_multiple_of(8) && vocab <= 1 << 16;
         let name = if held { "cross_entropy_held" } else { "cross_entropy" };
         gpu.launch(&KERNELS, &kernel(&ctx, name), [n, 1, 1], [512, 1, 1], &args);
-        if let Some(dx) = dx {
-            let dx = dx.ptr().offset(start * cols, size);
-            head.input_grad_cuda(&ctx, gpu, t.params(), z.ptr(), dx, false, n);
+        if !grad {
+            continue;
         }
-        if grad {
-            t.with_backward(|b| head.add_weight_grad_cuda(b, gpu, xs, z.ptr(), n));
-        }
+        // The gradient of x alone has too few tiles, each a long sum, to fill a GPU evenly.
+        gpu.beside(2, |i| match (i, dx) {
+            (0, Some(dx)) => {
+                let dx = dx.ptr().offset(start * cols, size);
+                head.input_grad_cuda(&ctx, gpu, t.params(), z.ptr(), dx, false, n);
+            }
+            (1, _) => drop(t.with_backward(|b| head.add_weight_grad_cuda(b, gpu, xs, z.ptr(), n))),
+            _ => {}
+        });
     }
     let total = ctx.alloc_f32(2);
     let scales = Arg::Ptr(scales.as_ref().map_or(DevicePtr::NULL, Buf::ptr));

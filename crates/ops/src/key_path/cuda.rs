@@ -1,6 +1,7 @@
 //! Keys on a GPU.
 
 use crate::gpu::{channels, int, kernel, runs, size};
+use crate::tape::RowSums;
 use crate::{Backward, Param, Tape};
 use anser_tensor::Buf;
 use anser_tensor::cuda::{Arg, Cuda, Module};
@@ -18,15 +19,16 @@ pub(super) fn forward(
     gpu.launch(&KERNELS, &kernel(t.ctx(), "key_path"), grid, [128, 1, 1], &args);
 }
 
+/// Returns the sums of drate over rows.
 pub(super) fn backward(
     b: &mut Backward<'_>, gpu: &Cuda, k: &Buf, rate: &Buf, d: &[Buf; 3], params: [Param; 2], grads: [&Buf; 2],
     heads: usize, scale: f32,
-) {
+) -> RowSums {
     let c = params[0].cols;
     let rows = k.len() / c;
-    let (run, count) = runs(rows, 2);
+    let (run, count) = runs(rows, 3);
     let (threads, blocks) = channels(c);
-    let parts = b.ctx().alloc_f32(count * 2 * c);
+    let parts = b.ctx().alloc_f32(count * 3 * c);
     let [d0, d1, d2] = d.each_ref().map(|b| b.ptr().into());
     let ([pk, pa], [dk, dz]) = (params.map(|p| b.params().master(p).into()), grads.map(|g| g.ptr().into()));
     let args = [
@@ -48,5 +50,7 @@ pub(super) fn backward(
     ];
     let name = kernel(b.ctx(), "key_path_back");
     gpu.launch(&KERNELS, &name, [count, blocks, 1], [threads, 1, 1], &args);
-    b.add_param_sums(params, parts, count, c);
+    let [dk_k, dk_a, sum] = RowSums::each(parts, count, c);
+    params.into_iter().zip([dk_k, dk_a]).for_each(|(p, sums)| b.add_sums(p, sums));
+    sum
 }

@@ -31,7 +31,7 @@ __device__ void forward(const T* k, const T* rate, const float* k_k, const float
     store(bo + i, b);
 }
 
-// A thread owns 8 channels and walks over a run of rows; parts[run][2][c] get dk_k and dk_a.
+// A thread owns 8 channels and walks over a run of rows; parts[run][3][c] get dk_k, dk_a and the sum of drate.
 template <class T>
 __device__ void backward(const T* __restrict__ k, const T* __restrict__ rate, const T* __restrict__ d0,
                          const T* __restrict__ d1, const T* __restrict__ d2, const float* k_k, const float* k_a,
@@ -40,7 +40,7 @@ __device__ void backward(const T* __restrict__ k, const T* __restrict__ rate, co
     const int col = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
     const bool in = col < c; // whole heads are in or out
     const Vec pk = in ? load(k_k + col) : zeros(), pa = in ? load(k_a + col) : zeros();
-    Vec sk = zeros(), sa = zeros();
+    Vec sk = zeros(), sa = zeros(), sz = zeros();
     const int first = blockIdx.x * run, end = min(rows, first + run);
 #pragma unroll 2
     for (int r = first; r < end; r++) {
@@ -70,6 +70,7 @@ __device__ void backward(const T* __restrict__ k, const T* __restrict__ rate, co
             gz[j] = (e0[j] * x[j] * pa[j] + db * u) * a[j] * na[j];
             sk[j] += du * x[j];
             sa[j] -= e0[j] * x[j] * na[j];
+            sz[j] += gz[j];
         }
         if (in) {
             store(dk + i, gk);
@@ -77,8 +78,10 @@ __device__ void backward(const T* __restrict__ k, const T* __restrict__ rate, co
         }
     }
     if (!in) return;
-    store(parts + size_t(blockIdx.x) * 2 * c + col, sk);
-    store(parts + (size_t(blockIdx.x) * 2 + 1) * c + col, sa);
+    float* mine = parts + size_t(blockIdx.x) * 3 * c + col;
+    store(mine, sk);
+    store(mine + c, sa);
+    store(mine + 2 * c, sz);
 }
 
 #define KEY_PATH(T, name)                                                                                                 \

@@ -45,9 +45,9 @@ impl<'p> Tape<'p> {
                 let (mut dk, mut dz) = (gk.alloc(&ctx), gz.alloc(&ctx));
                 let (k, rate) = (b.value(&k), b.value(&rate));
                 if let Some(gpu) = ctx.cuda() {
-                    cuda::backward(b, gpu, &k, &rate, &d, [k_k, k_a], [&dk, &dz], heads, scale);
+                    let sums = cuda::backward(b, gpu, &k, &rate, &d, [k_k, k_a], [&dk, &dz], heads, scale);
                     gk.add(dk);
-                    return gz.add(dz);
+                    return gz.add_summed(dz, sums);
                 }
                 let (pk, pa) = (b.param(k_k), b.param(k_a));
                 let (to_k, to_z) = (DisjointMut::new(&mut dk), DisjointMut::new(&mut dz));

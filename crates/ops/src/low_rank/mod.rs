@@ -5,6 +5,7 @@
 //! where f' is computed from h: 1 - h^2 for tanh, h (1 - h) for sigmoid.
 
 use crate::linear::Weight;
+use crate::tape::RowSums;
 use crate::{Backward, GradSlot, Kept, Param, Tape, Var};
 use anser_tensor::cuda::Cuda;
 use anser_tensor::{Buf, Context, math, simd::vectorize};
@@ -64,6 +65,12 @@ pub struct LowRank {
     pub activation: Activation,
 }
 
+/// Where the gradient of a bias comes from.
+enum Bias {
+    Came(RowSums),
+    ToSum(Buf),
+}
+
 /// What the backward pass of one map on a GPU works with.
 struct Back {
     map: usize,
@@ -71,8 +78,8 @@ struct Back {
     x: Arc<Buf>,
     dh: Buf,
     dx: Option<(Buf, bool)>,
-    /// Partial sums of the bias's gradient.
-    sums: Option<(Param, Buf)>,
+    /// The bias and the sums that are its gradient, unless they came with dy: then here is room for them.
+    bias: Option<(Param, Bias)>,
 }
 
 impl<'p> Tape<'p> {
@@ -151,16 +158,17 @@ impl<'p> Tape<'p> {
 fn back_cuda(b: &mut Backward<'_>, ctx: &Context, gpu: &Cuda, maps: &[(GradSlot, GradSlot, LowRank, Kept, Buf)]) {
     let mut tasks: Vec<Back> = Vec::new();
     for (map, (dy, dx, w, x, h)) in maps.iter().enumerate() {
-        let Some(dy) = dy.take_shared() else { continue };
+        let Some((dy, sums)) = dy.take_summed() else { continue };
         let bias = w.bias.filter(|&p| b.params().is_trainable(p));
-        let sums = bias.map(|p| (p, cuda::bias_parts(ctx, &dy, w.up.outputs())));
-        tasks.push(Back { map, x: b.value(x), dh: ctx.alloc(h.len()), dx: dx.begin(ctx), dy, sums });
+        let to_sum = || Bias::ToSum(cuda::bias_parts(ctx, &dy, w.up.outputs()));
+        let bias = bias.map(|p| (p, sums.map_or_else(to_sum, Bias::Came)));
+        tasks.push(Back { map, x: b.value(x), dh: ctx.alloc(h.len()), dx: dx.begin(ctx), dy, bias });
     }
     gpu.beside(tasks.len(), |i| {
-        let Back { map, dy, x, dh, dx, sums } = &tasks[i];
+        let Back { map, dy, x, dh, dx, bias } = &tasks[i];
         let (_, _, w, _, h) = &maps[*map];
         let rows = h.len() / w.up.inputs();
-        if let Some((_, parts)) = sums {
+        if let Some((_, Bias::ToSum(parts))) = bias {
             cuda::sum_bias_grad(ctx, gpu, dy, parts, w.up.outputs());
         }
         w.up.add_weight_grad_cuda(b, gpu, h.ptr(), dy.ptr(), rows);
@@ -172,10 +180,13 @@ fn back_cuda(b: &mut Backward<'_>, ctx: &Context, gpu: &Cuda, maps: &[(GradSlot,
         }
     });
     for task in tasks {
-        if let Some((p, parts)) = task.sums {
-            let c = maps[task.map].2.up.outputs();
-            let count = parts.len() / c;
-            b.add_param_sums([p], parts, count, c);
+        match task.bias {
+            Some((p, Bias::ToSum(parts))) => {
+                let count = parts.len() / p.cols;
+                b.add_param_sums([p], parts, count, p.cols);
+            }
+            Some((p, Bias::Came(sums))) => b.add_sums(p, sums),
+            None => {}
         }
         task.dx.into_iter().for_each(|(g, _)| maps[task.map].1.add(g));
     }

@@ -12,11 +12,18 @@ template <class T> __device__ void forward(const T* v, const T* first, const T* 
     }
 }
 
-// dfirst also takes up prior, which may be null.
+// dfirst also takes up prior, which may be null or dfirst itself. A thread owns 8 channels and walks over a run of rows; parts[run][c]
+// get the sum of dgate.
 template <class T>
 __device__ void backward(const T* dy, const T* v, const T* first, const T* gate, const T* prior, T* dv, T* dfirst, T* dgate,
-                         size_t n) {
-    EACH {
+                         float* parts, int rows, int c, int run) {
+    const int col = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
+    if (col >= c) return;
+    Vec sum = zeros();
+    const int start = blockIdx.x * run, end = min(rows, start + run);
+#pragma unroll 2
+    for (int row = start; row < end; row++) {
+        const size_t i = size_t(row) * c + col;
         const Vec d = load(dy + i), x = load(v + i), f = load(first + i), g = load(gate + i);
         Vec a, e, b = prior ? load(prior + i) : zeros();
         for (int j = 0; j < 8; j++) {
@@ -24,11 +31,13 @@ __device__ void backward(const T* dy, const T* v, const T* first, const T* gate,
             a[j] = d[j] * r;
             b[j] += d[j] * s;
             e[j] = d[j] * (f[j] - x[j]) * s * r;
+            sum[j] += e[j];
         }
         store(dv + i, a);
         store(dfirst + i, b);
         store(dgate + i, e);
     }
+    store(parts + size_t(blockIdx.x) * c + col, sum);
 }
 
 #define RESIDUAL(T, name)                                                                                                 \
@@ -36,7 +45,8 @@ __device__ void backward(const T* dy, const T* v, const T* first, const T* gate,
         forward(v, first, gate, y, n);                                                                                    \
     }                                                                                                                     \
     extern "C" __global__ void value_residual_back_##name(const T* dy, const T* v, const T* first, const T* gate,        \
-                                                          const T* prior, T* dv, T* dfirst, T* dgate, size_t n) {         \
-        backward(dy, v, first, gate, prior, dv, dfirst, dgate, n);                                                               \
+                                                          const T* prior, T* dv, T* dfirst, T* dgate, float* parts,       \
+                                                          int rows, int c, int run) {                                     \
+        backward(dy, v, first, gate, prior, dv, dfirst, dgate, parts, rows, c, run);                                      \
     }
 FOR_EACH_TYPE(RESIDUAL)
