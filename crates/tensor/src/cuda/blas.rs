@@ -433,8 +433,8 @@ impl Cuda {
         let call = Call { c: scratch, ..call };
         let time = |algo: &lt::cublasLtMatmulAlgo_t| {
             let run = || {
-                // As large as the caches.
-                self.clear(call.workspace, WORKSPACE);
+                // The least of what was read before is still in the caches.
+                self.clear(call.workspace, call.room);
                 self.blas.run(p, algo, call, self.stream().cast()).is_ok()
             };
             // An algorithm that fails is never chosen.
