@@ -205,16 +205,14 @@ impl<'m> Decoder<'m> {
     pub fn state(&self, slot: usize) -> Result<State, Error> {
         self.check(slot)?;
         let part = |v: &Var| Var::constant(1, v.cols(), v.buf().part(slot * v.cols(), v.cols()));
-        let as_f32 = |v: Var| {
-            if v.buf().dtype() == DType::F32 {
-                return v;
-            }
-            let mut buf = self.ctx.alloc_f32(v.cols());
-            buf.copy_from(&v.to_vec());
-            Var::constant(1, v.cols(), buf)
+        let in_f32 = |v: &Var| {
+            let (n, dtype) = (v.cols(), v.buf().dtype());
+            let buf = self.ctx.alloc_f32(n);
+            self.cuda.widen(v.buf().ptr().offset(slot * n, dtype), dtype, buf.ptr(), n);
+            Var::constant(1, n, buf)
         };
         let layer = |l: &LayerState| {
-            let (att_x, wkv, ffn_x) = (part(&l.att_x), as_f32(part(&l.wkv)), part(&l.ffn_x));
+            let (att_x, wkv, ffn_x) = (part(&l.att_x), in_f32(&l.wkv), part(&l.ffn_x));
             LayerState { att_x, wkv, ffn_x }
         };
         Ok(State { layers: self.state.layers.iter().map(layer).collect() })
@@ -229,13 +227,15 @@ impl<'m> Decoder<'m> {
         for (to, from) in self.state.vars().zip(state.vars()) {
             let (n, dtype) = (to.cols(), to.buf().dtype());
             assert!(from.cols() == n);
-            let rounded = (from.buf().dtype() != dtype).then(|| {
-                let mut buf = self.ctx.zeros_as(dtype, n);
-                buf.copy_from(&from.to_vec());
-                buf
-            });
-            let from = rounded.as_ref().unwrap_or(from.buf()).ptr();
-            self.cuda.copy(from, to.buf().ptr().offset(slot * n, dtype), n * dtype.size());
+            let at = to.buf().ptr().offset(slot * n, dtype);
+            let (from, other) = (from.buf().ptr(), from.buf().dtype());
+            if other == dtype {
+                self.cuda.copy(from, at, n * dtype.size());
+            } else {
+                let wide = self.ctx.alloc_f32(n);
+                self.cuda.widen(from, other, wide.ptr(), n);
+                self.cuda.round(wide.ptr(), at, n, dtype);
+            }
         }
         Ok(())
     }

@@ -31,11 +31,16 @@ __device__ __forceinline__ float4 floats(uint2 s) {
     return make_float4(a.x, a.y, b.x, b.y);
 }
 __device__ __forceinline__ void store_state(float* p, float4 s) { *reinterpret_cast<float4*>(p) = s; }
-__device__ __forceinline__ void store_state(f16* p, float4 s) {
+__device__ __forceinline__ uint2 narrow(float4 s) {
     // The largest there are rather than infinity, which would stay.
     const auto fit = [](float v) { return fminf(fmaxf(v, -65504.f), 65504.f); };
-    *reinterpret_cast<uint2*>(p) = make_uint2(pack<f16>(fit(s.x), fit(s.y)), pack<f16>(fit(s.z), fit(s.w)));
+    return make_uint2(pack<f16>(fit(s.x), fit(s.y)), pack<f16>(fit(s.z), fit(s.w)));
 }
+__device__ __forceinline__ uint4 narrow(float4 s, float4 t) {
+    const uint2 a = narrow(s), b = narrow(t);
+    return make_uint4(a.x, a.y, b.x, b.y);
+}
+__device__ __forceinline__ void store_state(f16* p, float4 s) { *reinterpret_cast<uint2*>(p) = narrow(s); }
 
 // Sum of f(0) to f(N - 1), by every warp for itself.
 template <int N, class F> __device__ __forceinline__ float each_warp_sum(F f) {
@@ -51,6 +56,9 @@ template <class T, class S, int N, bool MAPPED>
 __device__ void heads(const float* proj, int stride, size_t apart, const float* mapped, Maps maps, Ranks ranks, Vectors vec, Norm norm,
                       float* first, S* state, const int* slots, const T* now, T* last, T* out, int c) {
     constexpr int THREADS = 4 * N, LANES = N / 8, PARTS = 32, WARPS_ = THREADS / 32;
+    // A small state waits for its use in shared memory: registers for more blocks at a time are worth more.
+    constexpr bool STAGED = MAPPED && sizeof(S) == 2 && N == 64;
+    __shared__ uint4 staged[STAGED ? 2 * THREADS : 1];
     __shared__ float hidden[MAPPED ? 1 : 2048];
     __shared__ float sums[MAPPED ? 1 : WARPS_][4][N];
     __shared__ __align__(16) float x[7][N]; // r, d, k, v, removal key z (not yet of length 1), z times the rate, terms of the bonus
@@ -66,12 +74,18 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
         if (up)
             for (int i = t / LANES; i < ranks.rank[m]; i += PARTS) copy8(ring + copies++ * THREADS * 8, up + size_t(i) * c + c0 + t % LANES * 8);
     }
-    copy_commit();
+    // Four threads have a row of the state; which four columns the e-th are of this one.
     const int i = t >> 2, q = t & 3;
-    S* s_at = state + (size_t(slots[b]) * (c / N) + h) * N * N + i * N + q * 4;
-    decltype(load_state(s_at)) kept[N / 16];
+    const auto col = [&](int e) { return STAGED ? e / 2 * 32 + q * 8 + e % 2 * 4 : e * 16 + q * 4; };
+    S* s_at = state + (size_t(slots[b]) * (c / N) + h) * N * N + i * N;
+    decltype(load_state(s_at)) kept[STAGED ? 1 : N / 16];
+    if constexpr (STAGED) {
+        for (int e = 0; e < 2; e++) copy_async(&staged[e * THREADS + t], s_at + col(2 * e));
+    } else {
 #pragma unroll
-    for (int e = 0; e < N / 16; e++) kept[e] = load_state(s_at + e * 16);
+        for (int e = 0; e < N / 16; e++) kept[e] = load_state(s_at + col(e));
+    }
+    copy_commit();
     const int ch = c0 + t; // channel of the first N threads
     float p[6];
     if (t < N) {
@@ -143,27 +157,39 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
     }
     __syncthreads();
     const float inv = 1.f / fmaxf(sqrtf(each_warp_sum<N>([&](int n) { return x[4][n] * x[4][n]; })), 1e-12f);
+    const auto before = [&](int e) {
+        if constexpr (STAGED)
+            return floats(reinterpret_cast<const uint2*>(&staged[e / 2 * THREADS + t])[e % 2]);
+        else
+            return floats(kept[e]);
+    };
     float4 s[N / 16];
     float u = 0.f, o = 0.f;
-    const auto four = [&](int n, int e) { return *reinterpret_cast<const float4*>(&x[n][e * 16 + q * 4]); };
+    const auto four = [&](int n, int e) { return *reinterpret_cast<const float4*>(&x[n][col(e)]); };
 #pragma unroll
     for (int e = 0; e < N / 16; e++) {
         const float4 a = four(4, e);
-        s[e] = floats(kept[e]);
+        s[e] = before(e);
         u += s[e].x * a.x + s[e].y * a.y + s[e].z * a.z + s[e].w * a.w;
     }
     // By minus the key of length 1, and back by that times the rate.
     u = quad_sum(u) * -inv * inv;
     const float vi = x[3][i];
+    // Read again rather than held.
+    if constexpr (STAGED) asm volatile("" ::: "memory");
 #pragma unroll
     for (int e = 0; e < N / 16; e++) {
+        if constexpr (STAGED) s[e] = before(e);
         const float4 d = four(1, e), bb = four(5, e), kk = four(2, e), rr = four(0, e);
         s[e].x = s[e].x * d.x + u * bb.x + vi * kk.x;
         s[e].y = s[e].y * d.y + u * bb.y + vi * kk.y;
         s[e].z = s[e].z * d.z + u * bb.z + vi * kk.z;
         s[e].w = s[e].w * d.w + u * bb.w + vi * kk.w;
         o += s[e].x * rr.x + s[e].y * rr.y + s[e].z * rr.z + s[e].w * rr.w;
-        store_state(s_at + e * 16, s[e]);
+        if constexpr (!STAGED)
+            store_state(s_at + col(e), s[e]);
+        else if (e % 2)
+            *reinterpret_cast<uint4*>(s_at + col(e - 1)) = narrow(s[e - 1], s[e]);
     }
     float weight = 0.f, bias = 0.f;
     if (t < N) weight = norm.p[0][ch], bias = norm.p[1][ch];

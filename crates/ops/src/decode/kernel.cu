@@ -1,5 +1,7 @@
 // One decoding step of RWKV-7 for a few sequences; mod.rs says how the kernels follow each other.
-// may spill: decode_mapped_64_f32_\w+.\(sm_80\)
+// may spill: decode_mapped_64_(f16_\w+.\(\w+\)|f32_\w+.\(sm_80\))
+// may spill: decode_mixed_(rows|key)_4_\w+.\(sm_80\)
+// A few registers each, read back from the first-level cache; more blocks at a time are worth more.
 #include "heads.cuh"
 #include "low_rank.cuh"
 #include "mix.cuh"
@@ -34,7 +36,7 @@ FOR_BOTH_TYPES(MIX)
 FOR_BOTH_TYPES(SKIP)
 
 #define HEADS_OF(T, name, S, kept, N, kind, MAPPED)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(4 * N, MAPPED && N <= 64 ? (sizeof(S) == 2 ? 256 : 320) / N : 1)                   \
+    extern "C" __global__ void __launch_bounds__(4 * N, MAPPED && N <= 64 ? (N == 64 && sizeof(S) == 2 ? 384 : 320) / N : 1)                   \
     decode_##kind##_##N##_##kept##_##name(                                                                                          \
         const float* proj, int stride, size_t apart, const float* mapped, Maps maps, Ranks ranks, Vectors vec, Norm norm, float* first, \
         S* state, const int* slots, const T* now, T* last, T* out, int c) {                                                         \

@@ -13,7 +13,7 @@
 //! | [`Step::skip`], value | half of 4 C x C where half of relu^2 is zero: 16.8 MB | 5.7 us |
 //!
 //! 30.4 us a layer, and 91 us for the head: 820 us a token. Products run on tensor cores, not for their speed but because they need few
-//! instructions for a byte. Every kernel lets the next one start at once, which fills its ring of copies and a part of the second-level cache with weights while it waits, so that
+//! instructions for a byte. Every kernel lets the next one start at once, which fills its ring of copies with weights while it waits, so that
 //! memory is not idle between two kernels (`overlap.cuh`); normalisation and interpolation stand within the products, whose blocks all make
 //! their own input.
 //!

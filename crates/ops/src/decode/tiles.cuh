@@ -11,7 +11,6 @@
 constexpr int ROWS = 16, STEP = 64;
 constexpr int PIECES = 4; // of 16 bytes a lane copies in a step
 constexpr int STAGES = 5;
-constexpr int AHEAD = 96 << 10; // bytes that a block fetches into the second-level cache before it waits
 
 struct Share {
     int batch, total, k; // sequences; rows of W; columns of W
@@ -47,10 +46,6 @@ template <class T, int FINISH, class Fill> __device__ __forceinline__ void tiles
         ahead_slot = ahead_slot + 1 == STAGES ? 0 : ahead_slot + 1;
     };
     for (int i = 0; i < STAGES - 1; i++) begin();
-    // What the ring has no room for waits in the second-level cache: of the first round's rows the lines that the warps come to next.
-    const int ringed = (STAGES - 1) * s.split * STEP, early = min(mine.y, groups * rows);
-    const int lines = min(max(s.k - ringed, 0) / STEP, AHEAD / (early * STEP * int(sizeof(T))));
-    for (int i = threadIdx.x; i < early * lines; i += threads) prefetch(w + size_t(mine.x + i / lines) * s.k + ringed + i % lines * STEP);
     wait_for_previous();
     fill(held, stride);
     copy_commit();

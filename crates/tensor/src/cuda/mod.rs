@@ -533,4 +533,13 @@ impl Cuda {
         }
         self.launch(&FLAT, &format!("f32_to_{dtype}"), grid, block, &[from.into(), to.into(), Arg::Size(n as u64)]);
     }
+
+    /// Makes f32 of `n` values of `dtype`.
+    pub fn widen(&self, from: DevicePtr, dtype: DType, to: DevicePtr, n: usize) {
+        let (grid, block) = self.walk(n);
+        if dtype == DType::F32 {
+            return self.copy(from, to, n * 4);
+        }
+        self.launch(&FLAT, &format!("{dtype}_to_f32"), grid, block, &[from.into(), to.into(), Arg::Size(n as u64)]);
+    }
 }
