@@ -39,7 +39,7 @@ fn bad_input_is_1_with_one_line() {
         (logits(&good, &ragged), "sequence 1 has 1 tokens, the first has 2"),
         (logits(&good, &text), "expected [[ids...], ...]"),
         (logits(&fixture("rwkv7_expected.safetensors"), &tokens), "not a RWKV-7 checkpoint"),
-        (anser(&f.0, &["generate"]), "quickstart"),
+        (anser(&f.0, &["generate", "--model", "nowhere.pth"]), "nowhere.pth: open"),
         (anser(&f.0, &["generate", "--model", &good, "--prompt", "The Eiffel tower"]), "the model has 300 tokens"),
         (anser(&f.0, &["generate", "--top-p", "2"]), "top-p = 2"),
         (anser(&f.0, &["convert", &good, "x.txt"]), ".pth or .safetensors"),
@@ -118,9 +118,12 @@ fn quickstart_then_generate_and_go_on_from_a_state() {
     assert!(std::fs::read_to_string(f.0.join("anser-quickstart/loss.svg")).unwrap().starts_with("<svg"));
     assert!(std::fs::read_to_string(f.0.join("anser-quickstart/metrics.jsonl")).unwrap().lines().count() > 12);
 
+    const MODEL: &str = "anser-quickstart/model.safetensors";
     let text = |args: &[&str]| {
-        let (code, out, err) =
-            anser(&f.0, &[&["generate", "--dtype", "f32", "--temperature", "0", "--json"], args].concat());
+        let (code, out, err) = anser(
+            &f.0,
+            &[&["generate", "--model", MODEL, "--dtype", "f32", "--temperature", "0", "--json"], args].concat(),
+        );
         assert!(code == 0, "{err}");
         serde_json::from_str::<serde_json::Value>(&out).unwrap()["text"].as_str().unwrap().to_string()
     };
@@ -134,6 +137,32 @@ fn quickstart_then_generate_and_go_on_from_a_state() {
     let (code, _, err) =
         anser(&f.0, &["generate", "--model", &fixture("rwkv7.pth"), "--tokenizer", "bytes", "--load-state", "s"]);
     assert!(code == 1 && err.contains("another model"), "{err}");
+}
+
+#[test]
+fn without_a_model_the_programs_own_one_writes_and_is_measured() {
+    let f = Folder::new("own");
+    let prompt = ["generate", "--device", "cpu", "--temperature", "0", "--max-tokens", "24", "--prompt"];
+    let write = |text: &str| {
+        let (code, out, err) = anser(&f.0, &[&prompt[..], &[text]].concat());
+        assert!(code == 0, "{err}");
+        out
+    };
+    assert!(write("He took her by the").starts_with(" arm and led her"));
+    assert!(write("    for i in 0..").contains("{"));
+
+    let model = format!("{}/../../models/anser-12m.safetensors", env!("CARGO_MANIFEST_DIR"));
+    let pairs = [
+        ("The cats annoy Tim.", "The cats annoys Tim."),
+        ("Mary hurts herself.", "Mary hurts himself."),
+        ("This woman is tall.", "These woman is tall."),
+    ];
+    let line = |(good, bad): &(&str, &str)| format!("{{\"sentence_good\": \"{good}\", \"sentence_bad\": \"{bad}\"}}\n");
+    std::fs::write(f.0.join("pairs.jsonl"), pairs.iter().map(line).collect::<String>()).unwrap();
+    let (code, out, err) = anser(&f.0, &["eval", "pairs", "--device", "cpu", "--model", &model, "pairs.jsonl"]);
+    assert!(code == 0 && out.ends_with("100.00% of 3 pairs\n"), "{out}{err}");
+    let (code, _, err) = anser(&f.0, &["eval", "pairs", "--model", &model, "nothing.jsonl"]);
+    assert!(code == 1 && err.contains("nothing.jsonl"), "{err}");
 }
 
 /// What the real `torch.load` and `rwkv` package were shown to accept (`tools/rwkv_roundtrip.py`) is what is written today,

@@ -10,11 +10,20 @@ pub struct Line {
 
 /// A picture (SVG) of loss over steps: `train` and `held_out` are (step, loss) points.
 pub fn loss_curve(title: &str, train: &[(u64, f64)], held_out: &[(u64, f64)]) -> String {
+    // No more points than there are pixels: means of as many steps each as it takes.
     let line = |name: &str, points: &[(u64, f64)]| Line {
         name: name.into(),
-        points: points.iter().map(|p| (p.0 as f64, p.1)).collect(),
+        points: points.chunks(points.len().div_ceil(POINTS).max(1)).map(mean).collect(),
     };
     chart(title, "step", &[line("training", train), line("held out", held_out)])
+}
+
+/// Points of a curve at most.
+const POINTS: usize = 700;
+
+fn mean(points: &[(u64, f64)]) -> (f64, f64) {
+    let n = points.len() as f64;
+    (points.iter().map(|p| p.0 as f64).sum::<f64>() / n, points.iter().map(|p| p.1).sum::<f64>() / n)
 }
 
 /// A picture (SVG) of lines over x from 0.
@@ -99,5 +108,11 @@ mod tests {
         }
         assert_eq!(points, 52);
         super::loss_curve("", &[], &[]);
+
+        // Long ones are thinned, not cut.
+        let long: Vec<(u64, f64)> = (0..14_001).map(|i| (i, if i == 14_000 { 1.0 } else { 2.0 })).collect();
+        let svg = super::loss_curve("", &long, &[]);
+        let drawn: Vec<&str> = svg.split("points='").nth(1).unwrap().split('\'').next().unwrap().split(' ').collect();
+        assert!((600..=super::POINTS).contains(&drawn.len()) && drawn.last().unwrap().starts_with("780"));
     }
 }

@@ -11,6 +11,9 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+/// The model that needs no file: 12 million parameters, English and Rust.
+static OWN_MODEL: &[u8] = include_bytes!("../../../../models/anser-12m.safetensors");
+
 /// Continues a text
 #[derive(clap::Args)]
 pub struct Args {
@@ -39,7 +42,7 @@ pub struct Args {
 /// What `generate` and `chat` share: the model and how tokens are chosen.
 #[derive(clap::Args)]
 pub struct Common {
-    /// Checkpoint or Hugging Face folder [default: what quickstart trained]
+    /// Checkpoint or Hugging Face folder [default: the small model that is part of this program, see models/README.md]
     #[arg(long)]
     model: Option<PathBuf>,
     /// Tokenizer: world, world-4096 or bytes [default: what the model file says, else world]
@@ -101,24 +104,19 @@ impl Common {
 
     /// Loads the model and its tokenizer.
     pub fn load(&self, ctx: &Context, global: &Global) -> anyhow::Result<(Model, Tokenizer)> {
-        let path = match &self.model {
-            Some(path) => path.clone(),
-            None => {
-                let path = PathBuf::from("anser-quickstart/model.safetensors");
-                ensure!(path.exists(), "no model: run `anser quickstart` here first, or name one with --model");
-                path
-            }
+        let ckpt = match &self.model {
+            Some(path) => Checkpoint::open(path)?,
+            None => Checkpoint::from_static("anser-12m.safetensors", OWN_MODEL)?,
         };
-        let ckpt = Checkpoint::open(&path)?;
+        let path = ckpt.path().display();
         let name = self.tokenizer.as_deref().or(ckpt.metadata().get("anser.tokenizer").map(String::as_str));
         let tokenizer = Tokenizer::from_name(name.unwrap_or("world"))?;
         let model = Model::load(ctx, &ckpt, Load::Inference(global.dtype()?.unwrap_or(DType::BF16)))
-            .with_context(|| path.display().to_string())?;
+            .with_context(|| path.to_string())?;
         let (vocab, all) = (model.config().vocab_size, tokenizer.vocab_size());
         ensure!(
             vocab >= all,
-            "{}: the model has {vocab} tokens, the tokenizer {} has {all}: name the model's tokenizer with --tokenizer",
-            path.display(),
+            "{path}: the model has {vocab} tokens, the tokenizer {} has {all}: name the model's tokenizer with --tokenizer",
             tokenizer.name()
         );
         Ok((model, tokenizer))

@@ -53,11 +53,12 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     global.result(json, || {
         let loss = |l: Option<f64>| l.unwrap_or(f64::NAN);
         format!(
-            "Held-out loss {:.3} -> {:.3} nats per byte in {:.0} s. Loss curve: {}\n\n{PROMPT}{text}\n\nGo on with: anser generate --prompt \"...\"\n",
+            "Held-out loss {:.3} -> {:.3} nats per byte in {:.0} s. Loss curve: {}\n\n{PROMPT}{text}\n\nGo on with: anser generate --model {} --prompt \"...\"\n",
             loss(summary.held_out_loss_before),
             loss(summary.held_out_loss),
             summary.seconds,
-            summary.loss_curve.display()
+            summary.loss_curve.display(),
+            summary.model.display(),
         )
     })
 }
