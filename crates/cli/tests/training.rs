@@ -35,6 +35,32 @@ fn steps_logged(folder: &Path) -> usize {
 }
 
 #[test]
+fn the_best_model_is_kept_where_the_last_is_worse() {
+    let f = prepared("best");
+    let train = |folder: &str, rate: &str| {
+        let (folder, rate) = (format!("output.folder=\"{folder}\""), format!("train.lr_init={rate}"));
+        let common =
+            ["train", "c.toml", "--set", "train.steps=60", "--set", "train.warmup=0", "--set", "output.keep_best=true"];
+        let (code, _, err) = anser(&f.0, &[&common[..], &["--set", &folder, "--set", &rate]].concat());
+        assert_eq!(code, 0, "{err}");
+    };
+    let read = |folder: &str, name: &str| std::fs::read(f.0.join(folder).join(name)).unwrap();
+    let held_out = |folder: &str| -> Vec<f64> {
+        let text = String::from_utf8(read(folder, "metrics.jsonl")).unwrap();
+        let lines = text.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap());
+        lines.filter_map(|v| v.get("held_out_loss")?.as_f64()).collect()
+    };
+    for (folder, rate, last_is_best) in [("good", "3e-3", true), ("bad", "3.0", false)] {
+        train(folder, rate);
+        // At steps 0, 25, 50 and 60.
+        let losses = held_out(folder);
+        let lowest = losses.iter().copied().fold(f64::INFINITY, f64::min);
+        assert!(losses.len() == 4 && (losses[3] == lowest) == last_is_best, "{losses:?}");
+        assert_eq!(read(folder, "best.safetensors") == read(folder, "model.safetensors"), last_is_best);
+    }
+}
+
+#[test]
 #[cfg(unix)]
 fn ctrl_c_saves_and_the_same_command_goes_on_to_the_bit() {
     let whole = prepared("whole");

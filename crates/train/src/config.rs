@@ -117,6 +117,7 @@ pub struct OutputConfig {
     pub keep: usize,
     pub eval_every: u64,
     pub eval_rows: usize,
+    pub keep_best: bool,
     pub sample_every: u64,
     pub sample_prompt: String,
     pub sample_tokens: usize,

@@ -197,12 +197,19 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
     let start = Instant::now();
     let (mut computing, first) = (0.0, trainer.steps());
     let mut times = Vec::new();
-    let held = |trainer: &Trainer, log: &mut Log, on: &mut dyn FnMut(Event)| -> Result<(), Error> {
+    let best = folder.join("best.safetensors");
+    let before = if best.exists() { log.curves()?.1 } else { Curve::new() };
+    let mut lowest = before.iter().map(|h| h.1).fold(f64::INFINITY, f64::min);
+    let mut held = |trainer: &Trainer, log: &mut Log, on: &mut dyn FnMut(Event)| -> Result<(), Error> {
         if held_out.tokens.is_empty() {
             return Ok(());
         }
         let (step, loss) = (trainer.steps(), trainer.evaluate(&held_out)?);
         on(Event::HeldOut { step, loss });
+        if config.output.keep_best && loss < lowest {
+            trainer.save_model(&best)?;
+            lowest = loss;
+        }
         log.add(step, json!({ "step": step, "held_out_loss": loss }), &[("loss/held_out", loss)])
     };
     if went_on.is_none() {

@@ -421,7 +421,8 @@ impl Cuda {
         Plan { algo: algos[at], ..p }
     }
 
-    /// The fastest of `algos`, beginning with empty caches, as products of large matrices do that are used once in a while. They write to a buffer of their own; without memory for it there is no answer.
+    /// The fastest of `algos`, each run after the workspace was cleared, so that little of its input is still in the caches. They write to a buffer of
+    /// their own; without memory for it there is no answer.
     fn fastest(&self, shape: Shape, p: &Plan, algos: &[lt::cublasLtMatmulAlgo_t], call: Call) -> Option<usize> {
         let last = (shape.batch - 1) * shape.strides[2];
         let bytes = (last + shape.size[0] * shape.size[1]) * shape.types[1].size();
@@ -433,7 +434,6 @@ impl Cuda {
         let call = Call { c: scratch, ..call };
         let time = |algo: &lt::cublasLtMatmulAlgo_t| {
             let run = || {
-                // The least of what was read before is still in the caches.
                 self.clear(call.workspace, call.room);
                 self.blas.run(p, algo, call, self.stream().cast()).is_ok()
             };
