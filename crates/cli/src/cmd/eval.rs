@@ -67,30 +67,36 @@ enum Task {
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
         jobs: u8,
     },
-    /// How well a model predicts text files: cross entropy per token, bits per byte
-    Text {
-        /// Checkpoint or Hugging Face folder
-        #[arg(long)]
-        model: PathBuf,
-        /// Tokenizer: world, world-4096 or bytes [default: what the model file says, else world]
-        #[arg(long)]
-        tokenizer: Option<String>,
-        /// Text and .jsonl files (also .xz, .zst, .gz)
-        #[arg(required = true)]
-        files: Vec<PathBuf>,
-    },
-    /// Minimal pairs (BLiMP): how often the right sentence of two is the more probable one
-    Pairs {
-        /// Checkpoint or Hugging Face folder
-        #[arg(long)]
-        model: PathBuf,
-        /// Tokenizer: world, world-4096 or bytes [default: what the model file says, else world]
-        #[arg(long)]
-        tokenizer: Option<String>,
-        /// .jsonl files, a line an object with "sentence_good" and "sentence_bad"
-        #[arg(required = true)]
-        files: Vec<PathBuf>,
-    },
+    /// How well a model predicts text and .jsonl files (also .xz, .zst, .gz): cross entropy per token, bits per byte
+    Text(Files),
+    /// Minimal pairs (BLiMP): how often the right sentence of two is the more probable one. A line of a file is an object with "sentence_good" and
+    /// "sentence_bad"
+    Pairs(Files),
+}
+
+/// A model and the files it is measured on.
+#[derive(clap::Args)]
+struct Files {
+    /// Checkpoint or Hugging Face folder
+    #[arg(long)]
+    model: PathBuf,
+    /// Tokenizer: world, world-4096 or bytes [default: what the model file says, else world]
+    #[arg(long)]
+    tokenizer: Option<String>,
+    /// Files
+    #[arg(required = true)]
+    files: Vec<PathBuf>,
+}
+
+impl Files {
+    fn load(&self, ctx: &Context) -> anyhow::Result<(Model, Tokenizer)> {
+        let file = Checkpoint::open(&self.model)?;
+        let name = self.tokenizer.as_ref().or(file.metadata().get("anser.tokenizer"));
+        let tokenizer = Tokenizer::from_name(name.map_or("world", |n| n))?;
+        let mut model = Model::load(ctx, &file, Load::Train)?;
+        model.params_mut().to_device(ctx);
+        Ok((model, tokenizer))
+    }
 }
 
 /// Runs the subcommand.
@@ -109,26 +115,16 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             picture(out, "", &recall::picture(&runs))?;
             global.result(json!({ "runs": runs }), || recall::table(&e.task, &runs))
         }
-        Task::Text { model, tokenizer, files } => text(model, tokenizer.as_deref(), files, global),
-        Task::Pairs { model, tokenizer, files } => pairs(model, tokenizer.as_deref(), files, global),
+        Task::Text(files) => text(files, global),
+        Task::Pairs(files) => pairs(files, global),
     }
 }
 
-/// The model of a file and its tokenizer.
-fn load(ctx: &Context, model: &Path, tokenizer: Option<&str>) -> anyhow::Result<(Model, Tokenizer)> {
-    let file = Checkpoint::open(model)?;
-    let name = tokenizer.or(file.metadata().get("anser.tokenizer").map(String::as_str));
-    let tokenizer = Tokenizer::from_name(name.unwrap_or("world"))?;
-    let mut model = Model::load(ctx, &file, Load::Train)?;
-    model.params_mut().to_device(ctx);
-    Ok((model, tokenizer))
-}
-
-fn pairs(model: &Path, tokenizer: Option<&str>, files: &[PathBuf], global: &Global) -> anyhow::Result<()> {
+fn pairs(of: &Files, global: &Global) -> anyhow::Result<()> {
     let ctx = global.context()?;
-    let (model, tokenizer) = load(&ctx, model, tokenizer)?;
+    let (model, tokenizer) = of.load(&ctx)?;
     let mut all = Vec::new();
-    for path in files {
+    for path in &of.files {
         let name = path.display().to_string();
         let text = std::fs::read_to_string(path).with_context(|| name.clone())?;
         let pairs = pairs::parse(&text).with_context(|| name.clone())?;
@@ -145,11 +141,11 @@ fn pairs(model: &Path, tokenizer: Option<&str>, files: &[PathBuf], global: &Glob
     })
 }
 
-fn text(model: &Path, tokenizer: Option<&str>, files: &[PathBuf], global: &Global) -> anyhow::Result<()> {
+fn text(of: &Files, global: &Global) -> anyhow::Result<()> {
     let ctx = global.context()?;
-    let (model, tokenizer) = load(&ctx, model, tokenizer)?;
+    let (model, tokenizer) = of.load(&ctx)?;
     let mut all = Vec::new();
-    for path in files {
+    for path in &of.files {
         let name = path.display().to_string();
         let text = anser_data::documents(path)?.concat();
         all.push((name.clone(), predict(&ctx, &model, &tokenizer, text.as_bytes()).with_context(|| name)?));
