@@ -187,8 +187,8 @@ impl<T: Tasks> Experiment<T> {
         Ok(e)
     }
 
-    /// Trains and tests every model on every task, one at a time on each context: a small model leaves a GPU mostly idle, so several contexts on one are
-    /// faster. `note` gets lines of progress. With `out`, results are written there after every run and runs that are there already are not
+    /// Trains and tests every model on every task, one at a time on each context: a small model leaves a GPU partly idle, so two contexts on one are
+    /// faster than one. `note` gets lines of progress. With `out`, results are written there after every run and runs that are there already are not
     /// done again. When `stop` becomes true, the runs done so far come back.
     ///
     /// # Errors

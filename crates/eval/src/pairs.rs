@@ -35,10 +35,13 @@ pub fn parse(text: &str) -> Result<Vec<Pair>, Error> {
 /// Share of pairs whose right sentence is the more probable one as a whole, at the beginning of a document. Equals count half.
 ///
 /// # Errors
-/// When a token is outside the model's vocabulary, or the device fails.
+/// When a token is outside the model's vocabulary, the model's logits are not finite, or the device fails.
 pub fn accuracy(ctx: &Context, model: &Model, tokenizer: &Tokenizer, pairs: &[Pair]) -> Result<f64, Error> {
     let sentences: Vec<&str> = pairs.iter().flat_map(|p| [&p.sentence_good[..], &p.sentence_bad]).collect();
     let nats = nats(ctx, model, tokenizer, &sentences)?;
+    if nats.iter().any(|n| !n.is_finite()) {
+        return Err(crate::text::not_finite());
+    }
     let score = |n: &[f64; 2]| match n[0].total_cmp(&n[1]) {
         std::cmp::Ordering::Less => 1.0,
         std::cmp::Ordering::Equal => 0.5,
@@ -124,6 +127,9 @@ mod tests {
                 .unwrap(),
             0.5
         );
+        let mut broken = model;
+        broken.params_mut().values_mut().fill(f32::NAN);
+        assert!(accuracy(&ctx, &broken, &Tokenizer::bytes(), &pairs).is_err());
         assert!(parse("").is_err() && parse("{}").unwrap_err().to_string().starts_with("line 1: not a pair"));
     }
 }

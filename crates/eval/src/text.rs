@@ -28,7 +28,7 @@ pub struct Prediction {
 /// Reads `text` with `model`, the state going on through each of up to 32 parts.
 ///
 /// # Errors
-/// When the text has fewer than two tokens, a token is outside the model's vocabulary, or the device fails.
+/// When the text has fewer than two tokens, a token is outside the model's vocabulary, the model's logits are not finite, or the device fails.
 pub fn predict(ctx: &Context, model: &Model, tokenizer: &Tokenizer, text: &[u8]) -> Result<Prediction, crate::Error> {
     let ids = tokenizer.encode(text);
     if ids.len() < 2 {
@@ -64,6 +64,9 @@ pub fn predict(ctx: &Context, model: &Model, tokenizer: &Tokenizer, text: &[u8])
         state = next;
     }
     ctx.check()?;
+    if !nats.is_finite() {
+        return Err(not_finite());
+    }
     let share = predicted as f64 / ids.len() as f64;
     Ok(Prediction {
         tokens: predicted,
@@ -71,6 +74,13 @@ pub fn predict(ctx: &Context, model: &Model, tokenizer: &Tokenizer, text: &[u8])
         loss: nats / predicted as f64,
         bits_per_byte: nats / std::f64::consts::LN_2 / (text.len() as f64 * share),
     })
+}
+
+/// What a model with a NaN somewhere is told.
+pub(crate) fn not_finite() -> crate::Error {
+    crate::Error::Input(
+        "the model gives no finite probabilities: its file is damaged, or --dtype f16 is too narrow for it".into(),
+    )
 }
 
 #[cfg(test)]
@@ -100,5 +110,9 @@ mod tests {
         assert!((got.loss - nats / got.tokens as f64).abs() < 1e-5, "{got:?}");
         assert!((got.bits_per_byte * 2f64.ln() - got.loss).abs() < 1e-9, "one byte a token");
         assert!(predict(&ctx, &model, &tokenizer, b"").is_err());
+        let mut broken = model;
+        broken.params_mut().values_mut().fill(f32::NAN);
+        let error = predict(&ctx, &broken, &tokenizer, &text).unwrap_err().to_string();
+        assert!(error.contains("no finite probabilities"), "{error}");
     }
 }

@@ -84,6 +84,21 @@ fn what_is_written_reads_back_in_both_formats_and_all_types() {
 
 /// Every kind of damage is an error or harmless, never a panic.
 #[test]
+fn a_checkpoint_in_the_program_reads_like_a_file() {
+    let path = fixture("rwkv7.safetensors");
+    let bytes: &'static [u8] = std::fs::read(&path).unwrap().leak();
+    let (own, file) = (Checkpoint::from_static("own", bytes).unwrap(), Checkpoint::open(&path).unwrap());
+    assert!(own.names().eq(file.names()) && own.metadata() == file.metadata());
+    for name in own.names() {
+        let [own, file] = [&own, &file].map(|c| c.get(name).unwrap());
+        assert!(own.shape() == file.shape() && own.to_f32_vec().unwrap() == file.to_f32_vec().unwrap(), "{name}");
+        own.release();
+    }
+    let damaged = Checkpoint::from_static("own", &bytes[..bytes.len() - 1]).err().unwrap().to_string();
+    assert!(damaged.starts_with("own: ") && damaged.contains("truncated"), "{damaged}");
+}
+
+#[test]
 fn damaged_files_are_errors() {
     let folder = Folder::new("damage");
     let values = [1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0];

@@ -52,7 +52,7 @@ enum Task {
         /// Results, from which an interrupted experiment goes on; pictures (SVG) beside it
         #[arg(long, default_value = "states.json")]
         out: PathBuf,
-        /// Models trained at the same time; on a GPU several small ones take little longer than one
+        /// Models trained at the same time; two small ones fill a GPU better than one, more gain nothing. On the CPU each takes --threads
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
         jobs: u8,
     },
@@ -63,7 +63,7 @@ enum Task {
         /// Results, from which an interrupted experiment goes on; a picture (SVG) beside it
         #[arg(long, default_value = "recall.json")]
         out: PathBuf,
-        /// Models trained at the same time; on a GPU several small ones take little longer than one
+        /// Models trained at the same time; two small ones fill a GPU better than one, more gain nothing. On the CPU each takes --threads
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
         jobs: u8,
     },

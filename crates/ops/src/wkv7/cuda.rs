@@ -13,7 +13,7 @@ static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 const BLOCK: usize = 8;
 /// Tokens of a chunk on tensor cores.
 const CHUNK: usize = 16;
-/// Blocks that fill a GPU: with fewer sequences times heads, sequences are cut into pieces. The same for all GPUs, so that
+/// Blocks that fill a GPU: with a quarter as many sequences times heads or fewer, sequences are cut into pieces. The same for all GPUs, so that
 /// all compute the same.
 const BLOCKS: usize = 384;
 /// Fewest chunks of a piece: each piece costs two passes over the state.
