@@ -2,6 +2,7 @@
 //! RWKV-7 block with attention for time mixing and without token shifts. Embedding, ln0, ln_out and head are those of RWKV-7.
 
 use crate::rwkv7::{Norm, Residual};
+use anser_ops::attention::Chunks;
 use anser_ops::{Segment, Tape, Weight};
 use std::sync::Arc;
 
@@ -23,7 +24,7 @@ impl AttentionBlock {
         let (x, h) = x.norm(t, &self.ln1);
         let [q, k, v] = [&self.query, &self.key, &self.value].map(|w| t.linear(&h, w));
         let [q, k] = [q, k].map(|x| t.rotary(&x, segments, self.heads));
-        let y = t.attention(&q, &k, &v, segments, self.heads);
+        let (y, _) = t.attention([&q, &k, &v], segments, self.heads, Chunks::WHOLE, &[]);
         let dx = t.linear(&y, &self.output);
         let (x, h) = t.add_norm(x, &dx, self.ln2.weight, self.ln2.bias);
         let k = t.linear(&h, &self.ffn[0]);

@@ -2,6 +2,7 @@
 //!
 //! Needs a GPU: `cargo test -p anser-ops --test device -- --ignored` (the device is cuda:0).
 
+use anser_ops::attention::Chunks;
 use anser_ops::wkv7::Wkv7Inputs;
 use anser_ops::{Activation, CrossEntropy, Group, LowRank, Param, ParamSet, Segment, Tape, Var, Weight};
 use anser_tensor::{Buf, Context, DType, Device};
@@ -316,7 +317,7 @@ fn attention() {
     for (heads, n) in [(2, 16), (3, 32), (2, 64), (1, 128)] {
         let three: [Leaf; 3] = std::array::from_fn(|_| Leaf(ROWS, heads * n, 1.5, Act));
         check(&format!("attention {n}"), &three, &[], |t, x, _| {
-            vec![t.attention(&x[0], &x[1], &x[2], &segments(), heads)]
+            vec![t.attention([&x[0], &x[1], &x[2]], &segments(), heads, Chunks::WHOLE, &[]).0]
         });
         check(&format!("rotary {n}"), &three[..1], &[], |t, x, _| vec![t.rotary(&x[0], &segments(), heads)]);
     }

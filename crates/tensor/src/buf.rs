@@ -235,6 +235,22 @@ impl Buf {
         to
     }
 
+    /// Overwrites the elements from `start` on with `len` of another buffer of the same type, from its element `first` on.
+    ///
+    /// # Panics
+    /// If they don't fit or the types differ.
+    pub fn write_part(&mut self, start: usize, from: &Buf, first: usize, len: usize) {
+        assert!(start + len <= self.len && first + len <= from.len && self.dtype == from.dtype);
+        match (&mut self.data, &self.pool.cuda) {
+            (Data::Host(h), _) => h[start..start + len].copy_from_slice(&from[first..first + len]),
+            (Data::Device(p), Some(cuda)) => {
+                let (to, from) = (p.offset(start, self.dtype), from.ptr().offset(first, self.dtype));
+                cuda.copy(from, to, len * self.dtype.size());
+            }
+            _ => {}
+        }
+    }
+
     /// A copy in a buffer of its own.
     pub fn duplicate(&self) -> Buf {
         let mut to = self.pool.alloc(self.len, self.dtype);

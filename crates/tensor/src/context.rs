@@ -173,6 +173,11 @@ impl Context {
         self.0.pool.alloc(len, DType::F32)
     }
 
+    /// A buffer of `len` elements of a type, with unspecified contents; on the CPU the type is f32.
+    pub fn alloc_as(&self, dtype: DType, len: usize) -> Buf {
+        self.0.pool.alloc(len, dtype)
+    }
+
     /// A buffer of `len` activations, all zero.
     pub fn zeros(&self, len: usize) -> Buf {
         self.zeros_as(self.dtype(), len)

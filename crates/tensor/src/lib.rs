@@ -14,6 +14,7 @@ pub mod math;
 mod matrix;
 pub mod memory;
 pub mod packed;
+mod rows;
 pub mod simd;
 mod threads;
 
@@ -22,6 +23,7 @@ pub use context::{Context, Device};
 pub use dtype::DType;
 pub use matrix::DeviceMatrix;
 pub use packed::Packed;
+pub use rows::{GrowingRows, Guard};
 pub use threads::{DisjointMut, ThreadPool};
 
 /// What can go wrong below the operations.

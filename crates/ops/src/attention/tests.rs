@@ -1,3 +1,4 @@
+use super::{Chunks, Past};
 use crate::testing::{check, matrix, noise};
 use crate::{ParamSet, Segment, Tape, Var, batch};
 use anser_tensor::Context;
@@ -12,7 +13,7 @@ fn ragged(lengths: &[usize]) -> Vec<Segment> {
 }
 
 /// The definition, with the whole matrix of weights of each head.
-fn reference(x: &[Vec<f64>], segments: &[Segment], heads: usize, n: usize) -> Vec<Vec<f64>> {
+fn reference(x: &[Vec<f64>], segments: &[Segment], heads: usize, n: usize, chunks: Chunks) -> Vec<Vec<f64>> {
     let c = heads * n;
     let mut y = vec![0.0; x[0].len()];
     for s in segments {
@@ -20,12 +21,21 @@ fn reference(x: &[Vec<f64>], segments: &[Segment], heads: usize, n: usize) -> Ve
             let row = |m: usize, t: usize| &x[m][(s.start + t) * c + h * n..][..n];
             for t in 0..s.len {
                 let dot = |j: usize| row(0, t).iter().zip(row(1, j)).map(|(q, k)| q * k).sum::<f64>();
-                let scores: Vec<f64> = (0..=t).map(|j| dot(j) / (n as f64).sqrt()).collect();
+                let own = t / chunks.size;
+                let keys = |chunk: usize| (chunk * chunks.size..(chunk + 1) * chunks.size).map(dot);
+                let mut past: Vec<usize> = (0..own).collect();
+                // A stable sort leaves the earlier of equal chunks first.
+                past.sort_by(|&a, &b| keys(b).sum::<f64>().total_cmp(&keys(a).sum()));
+                past.truncate(chunks.top - 1);
+                let seen: Vec<usize> =
+                    (0..=t).filter(|j| j / chunks.size == own || past.contains(&(j / chunks.size))).collect();
+                let scores: Vec<f64> = seen.iter().map(|&j| dot(j) / (n as f64).sqrt()).collect();
                 let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let p: Vec<f64> = scores.iter().map(|s| (s - top).exp()).collect();
                 let total: f64 = p.iter().sum();
                 for e in 0..n {
-                    y[(s.start + t) * c + h * n + e] = (0..=t).map(|j| p[j] / total * row(2, j)[e]).sum();
+                    y[(s.start + t) * c + h * n + e] =
+                        seen.iter().zip(&p).map(|(&j, p)| p / total * row(2, j)[e]).sum();
                 }
             }
         }
@@ -33,44 +43,156 @@ fn reference(x: &[Vec<f64>], segments: &[Segment], heads: usize, n: usize) -> Ve
     vec![y]
 }
 
+const fn chunks(size: usize, top: usize) -> Chunks {
+    Chunks { size, top }
+}
+
 #[test]
 fn values_and_gradients() {
-    // No tokens, one token, lengths on both sides of a tile of keys and of queries, scores far apart.
-    let cases: [(&[usize], usize, usize, f32); 6] = [
-        (&[], 1, 4, 1.0),
-        (&[1], 2, 4, 1.0),
-        (&[3, 1, 18], 2, 4, 1.0),
-        (&[16, 17], 1, 5, 3.0),
-        (&[35], 1, 4, 2.0),
-        (&[2, 4], 1, 128, 1.0),
+    // No tokens, one token, lengths on both sides of a tile of keys and of queries, scores far apart; chunks smaller and larger than tiles,
+    // of one token, with and without past ones, more wanted than there are, none full, all full.
+    let cases: [(&[usize], usize, usize, f32, Chunks); 14] = [
+        (&[], 1, 4, 1.0, Chunks::WHOLE),
+        (&[1], 2, 4, 1.0, Chunks::WHOLE),
+        (&[3, 1, 18], 2, 4, 1.0, Chunks::WHOLE),
+        (&[16, 17], 1, 5, 3.0, Chunks::WHOLE),
+        (&[35], 1, 4, 2.0, Chunks::WHOLE),
+        (&[2, 4], 1, 128, 1.0, Chunks::WHOLE),
+        (&[], 1, 4, 1.0, chunks(2, 2)),
+        (&[1, 9, 1], 2, 4, 1.0, chunks(1, 3)),
+        (&[4, 23], 2, 4, 1.0, chunks(4, 2)),
+        (&[35], 1, 4, 2.0, chunks(4, 3)),
+        (&[36], 1, 4, 1.0, chunks(17, 2)),
+        (&[20, 7], 2, 5, 1.0, chunks(5, 1)),
+        (&[12, 11], 1, 4, 1.0, chunks(3, 9)),
+        (&[40], 1, 4, 3.0, chunks(1, 17)),
     ];
-    for (lengths, heads, n, scale) in cases {
+    for (lengths, heads, n, scale, chunks) in cases {
         let segments = ragged(lengths);
         let rows = lengths.iter().sum();
         let shared: Arc<[Segment]> = segments.clone().into();
         check(
             &[1, 2, 3].map(|seed| matrix(rows, heads * n, seed, scale)),
             &[],
-            |t, x, _| vec![t.attention(&x[0], &x[1], &x[2], &shared, heads)],
-            |x| reference(x, &segments, heads, n),
+            |t, x, _| vec![t.attention([&x[0], &x[1], &x[2]], &shared, heads, chunks, &[]).0],
+            |x| reference(x, &segments, heads, n, chunks),
         );
     }
+}
+
+/// q, k and v of `len` tokens.
+fn qkv(ctx: &Context, len: usize, c: usize, scale: f32) -> [Var; 3] {
+    [1, 2, 3].map(|seed| {
+        let x: Vec<f32> = noise(len * c, seed).iter().map(|v| v * scale).collect();
+        Var::constant(len, c, ctx.copy_of(&x))
+    })
+}
+
+fn attend(
+    ctx: &Context, [q, k, v]: &[Var; 3], segments: Vec<Segment>, heads: usize, chunks: Chunks, pasts: &[Past],
+) -> (Vec<f32>, Vec<Past>) {
+    let set = ParamSet::default();
+    let mut t = Tape::inference(ctx, &set);
+    let (y, pasts) = t.attention([q, k, v], &segments.into(), heads, chunks, pasts);
+    (y.to_vec(), pasts)
+}
+
+#[test]
+fn cuts_do_not_change_a_bit() {
+    let (ctx, heads, n, len) = (Context::cpu(2), 2, 8, 150);
+    let c = heads * n;
+    let x = qkv(&ctx, len, c, 2.0);
+    for chunks in [Chunks::WHOLE, chunks(16, 3), chunks(7, 2), chunks(40, 1), chunks(1, 5)] {
+        let (whole, _) = attend(&ctx, &x, batch(1, len, false), heads, chunks, &[]);
+        for cut in [1, 5, 16, 33, 149] {
+            let mut pasts = vec![Past::new(&ctx, c)];
+            let mut y = Vec::new();
+            for first in (0..len).step_by(cut) {
+                let count = cut.min(len - first);
+                let piece = x.each_ref().map(|x| Var::constant(count, c, x.buf().part(first * c, count * c)));
+                let part;
+                (part, pasts) = attend(&ctx, &piece, batch(1, count, true), heads, chunks, &pasts);
+                y.extend(part);
+            }
+            assert!(y == whole, "{chunks:?} in pieces of {cut}");
+            let [keys, values] = pasts[0].to_vecs();
+            assert!(keys == x[1].to_vec() && values == x[2].to_vec());
+        }
+    }
+}
+
+#[test]
+fn a_fork_goes_on_from_its_own_past() {
+    let (ctx, heads, n) = (Context::cpu(1), 1, 4);
+    let x = qkv(&ctx, 20, n, 1.0);
+    let rule = chunks(4, 2);
+    let rows =
+        |from: usize, count: usize| x.each_ref().map(|x| Var::constant(count, n, x.buf().part(from * n, count * n)));
+    let (_, start) = attend(&ctx, &rows(0, 9), batch(1, 9, true), heads, rule, &[Past::new(&ctx, n)]);
+    let (a, after) = attend(&ctx, &rows(9, 5), batch(1, 5, true), heads, rule, &start);
+    let (b, _) = attend(&ctx, &rows(14, 5), batch(1, 5, true), heads, rule, &start);
+    // From the same past, in either order and beside each other.
+    assert!(attend(&ctx, &rows(9, 5), batch(1, 5, true), heads, rule, &start).0 == a && a != b);
+    let segments = |slots: [usize; 2]| {
+        [0, 1].map(|i| Segment { start: 5 * i, len: 5, state_in: Some(slots[i]), state_out: Some(slots[i]) }).to_vec()
+    };
+    let (both, next) = attend(&ctx, &rows(9, 10), segments([1, 0]), heads, rule, &[start[0].clone(), start[0].clone()]);
+    assert!(both == [a, b].concat());
+    assert!(next[1].to_vecs() == after[0].to_vecs() && next[0].to_vecs() != after[0].to_vecs());
+    assert_eq!((start[0].len(), next[0].len()), (9, 14));
+}
+
+#[test]
+fn a_token_changes_nothing_before_it() {
+    let (ctx, heads, n, len) = (Context::cpu(2), 1, 8, 70);
+    let x = qkv(&ctx, len, n, 1.0);
+    let rule = chunks(8, 3);
+    let (whole, _) = attend(&ctx, &x, batch(1, len, false), heads, rule, &[]);
+    // At edges of chunks, in the last one, which is not full, and elsewhere.
+    for changed in [0, 7, 8, 30, 63, 64, 69] {
+        let other = x.each_ref().map(|x| {
+            let mut values = x.to_vec();
+            values[changed * n..][..n].iter_mut().for_each(|v| *v = 3.0 - *v);
+            Var::constant(len, n, ctx.copy_of(&values))
+        });
+        let (y, _) = attend(&ctx, &other, batch(1, len, false), heads, rule, &[]);
+        assert!(y[..changed * n] == whole[..changed * n] && y[changed * n..] != whole[changed * n..]);
+    }
+}
+
+#[test]
+fn of_equal_chunks_the_earlier_is_seen() {
+    let (ctx, n, len) = (Context::cpu(1), 4, 12);
+    let ones = || Var::constant(len, n, ctx.copy_of(&vec![1.0; len * n]));
+    let v: Vec<f32> = (0..len).flat_map(|t| [t as f32; 4]).collect();
+    let (y, _) = attend(
+        &ctx,
+        &[ones(), ones(), Var::constant(len, n, ctx.copy_of(&v))],
+        batch(1, len, false),
+        1,
+        chunks(2, 3),
+        &[],
+    );
+    // The last token sees chunks 0 and 1, which are tokens 0 to 3, and its own, 10 and 11.
+    assert_eq!(y[11 * n], (0.0 + 1.0 + 2.0 + 3.0 + 10.0 + 11.0) / 6.0);
 }
 
 #[test]
 fn large_scores_do_not_overflow_and_neighbours_do_not_matter() {
     let (heads, n, len) = (2, 16, 50);
     let c = heads * n;
-    let run = |copies: usize| {
+    let run = |copies: usize, chunks: Chunks| {
         let (ctx, set) = (Context::cpu(2), ParamSet::default());
         let mut t = Tape::inference(&ctx, &set);
         let var = |seed| {
             let x: Vec<f32> = noise(len * c, seed).iter().map(|v| v * 100.0).collect::<Vec<_>>().repeat(copies);
             Var::constant(copies * len, c, ctx.copy_of(&x))
         };
-        t.attention(&var(1), &var(2), &var(3), &batch(copies, len, false).into(), heads).to_vec()
+        t.attention([&var(1), &var(2), &var(3)], &batch(copies, len, false).into(), heads, chunks, &[]).0.to_vec()
     };
-    let one = run(1);
-    assert!(one.iter().all(|y| y.is_finite() && y.abs() <= 100.0));
-    assert!(run(3) == one.repeat(3));
+    for chunks in [Chunks::WHOLE, chunks(12, 2)] {
+        let one = run(1, chunks);
+        assert!(one.iter().all(|y| y.is_finite() && y.abs() <= 100.0));
+        assert!(run(3, chunks) == one.repeat(3));
+    }
 }
