@@ -1,6 +1,8 @@
 //! What all subcommands share: global flags, output, Ctrl-C.
 
+use anser_model::Config;
 use anser_tensor::{Context, DType, Device};
+use anyhow::ensure;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -106,6 +108,16 @@ impl Global {
         }
     }
 
+    /// What is unusual about a model.
+    pub fn remarks(&self, config: &Config) {
+        if config.left_over() > 0 {
+            self.note(format!(
+                "the last {} RWKV-7 blocks follow the last attention block: they work here, the reference implementation of RWKV-X leaves them out",
+                config.left_over()
+            ));
+        }
+    }
+
     /// A piece of the result on stdout at once; nothing with --json.
     pub fn stream(&self, text: &str) -> anyhow::Result<()> {
         let mut out = std::io::stdout().lock();
@@ -124,6 +136,33 @@ impl Global {
             out.write_all(text().as_bytes())?
         }
         Ok(out.flush()?)
+    }
+}
+
+/// The rule of a hybrid's attention, where its file doesn't say it or something else is wanted.
+#[derive(clap::Args)]
+pub struct Chunks {
+    /// Tokens of a chunk of a hybrid's attention [default: what the model file says, else 2048]
+    #[arg(long)]
+    chunk: Option<usize>,
+    /// Chunks that a token of a hybrid sees, its own counted [default: what the model file says, else 3]
+    #[arg(long)]
+    topk: Option<usize>,
+}
+
+impl Chunks {
+    /// The configuration with what was asked for.
+    pub fn apply(&self, mut config: Config) -> anyhow::Result<Config> {
+        let asked = self.chunk.is_some() || self.topk.is_some();
+        match &mut config.hybrid {
+            Some(h) => {
+                h.chunk = self.chunk.unwrap_or(h.chunk);
+                h.topk = self.topk.unwrap_or(h.topk);
+            }
+            None => ensure!(!asked, "--chunk and --topk are of attention, which this model doesn't have"),
+        }
+        config.validate()?;
+        Ok(config)
     }
 }
 

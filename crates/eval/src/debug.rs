@@ -1,7 +1,7 @@
 //! What `anser debug` computes: logits, states and gradients of given tokens, in f32, for comparison with other implementations.
 
 use anser_formats::Checkpoint;
-use anser_model::{Load, Model, State};
+use anser_model::{Config, Load, Model, State};
 use anser_ops::{CrossEntropy, Segment, Tape, batch};
 use anser_tensor::{Context, DType};
 use std::str::FromStr;
@@ -82,12 +82,15 @@ impl Tokens {
     }
 }
 
-/// Logits [B, T, V] and the final state, as `logits`, `state.{layer}.att_x`, `.wkv`, `.ffn_x`.
+/// Logits [B, T, V] and the final state, as `logits`, `state.{layer}.att_x`, `.wkv`, `.ffn_x`; of attention block j of a hybrid
+/// `state.moba.{j}.ffn_x`, `.keys` and `.values` [B, T, C].
 ///
 /// # Errors
 /// When the model doesn't load or a token is outside its vocabulary.
-pub fn logits(ctx: &Context, ckpt: &Checkpoint, tokens: &Tokens, mode: Mode) -> Result<Vec<Named>, crate::Error> {
-    let model = Model::load(ctx, ckpt, Load::Inference(DType::F32))?;
+pub fn logits(
+    ctx: &Context, ckpt: &Checkpoint, config: Config, tokens: &Tokens, mode: Mode,
+) -> Result<Vec<Named>, crate::Error> {
+    let model = Model::load_as(ctx, ckpt, config, Load::Inference(DType::F32))?;
     let (b, t, v) = (tokens.rows, tokens.len, model.config().vocab_size);
     let step = match mode {
         Mode::Parallel => t,
@@ -117,6 +120,15 @@ pub fn logits(ctx: &Context, ckpt: &Checkpoint, tokens: &Tokens, mode: Mode) -> 
         add("wkv", vec![b, h, s, s], &l.wkv);
         add("ffn_x", vec![b, c], &l.ffn_x);
     }
+    for (j, a) in state.attention.iter().enumerate() {
+        let mut add = |part: &str, shape: Vec<usize>, data: Vec<f32>| {
+            named.push(Named { name: format!("state.moba.{j}.{part}"), shape, data });
+        };
+        add("ffn_x", vec![b, c], a.ffn_x.to_vec());
+        let pasts: Vec<[Vec<f32>; 2]> = a.pasts.iter().map(|p| p.to_vecs()).collect();
+        add("keys", vec![b, t, c], pasts.iter().flat_map(|p| &p[0]).copied().collect());
+        add("values", vec![b, t, c], pasts.iter().flat_map(|p| &p[1]).copied().collect());
+    }
     ctx.check()?;
     Ok(named)
 }
@@ -126,12 +138,12 @@ pub fn logits(ctx: &Context, ckpt: &Checkpoint, tokens: &Tokens, mode: Mode) -> 
 /// # Errors
 /// When the model doesn't load, a token is outside its vocabulary or the sequences have one token only.
 pub fn grads(
-    ctx: &Context, ckpt: &Checkpoint, tokens: &Tokens, l2wrap: bool,
+    ctx: &Context, ckpt: &Checkpoint, config: Config, tokens: &Tokens, l2wrap: bool,
 ) -> Result<(f64, Vec<Named>), crate::Error> {
     if tokens.len < 2 {
         return Err(crate::Error::Input("tokens: gradients need sequences of at least 2 tokens".into()));
     }
-    let model = Model::load(ctx, ckpt, Load::Train)?;
+    let model = Model::load_as(ctx, ckpt, config, Load::Train)?;
     let (b, t) = (tokens.rows, tokens.len - 1);
     let inputs = tokens.columns(0, t);
     let targets: Vec<i32> = tokens.columns(1, t + 1).iter().map(|&i| i as i32).collect();

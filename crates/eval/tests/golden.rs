@@ -2,6 +2,7 @@
 
 use anser_eval::debug::{self, Mode, Named, Tokens};
 use anser_formats::Checkpoint;
+use anser_model::{Config, Hybrid};
 use anser_tensor::Context;
 use safetensors::SafeTensors;
 use std::collections::HashMap;
@@ -19,8 +20,8 @@ struct Expected {
     targets: Vec<Vec<i64>>,
 }
 
-fn expected() -> Expected {
-    let bytes = std::fs::read(fixture("rwkv7_expected.safetensors")).unwrap();
+fn expected(file: &str) -> Expected {
+    let bytes = std::fs::read(fixture(file)).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let mut floats = HashMap::new();
     let mut ints = HashMap::new();
@@ -41,6 +42,17 @@ fn expected() -> Expected {
     }
     let rows = |name: &str| ints[name].1.chunks(ints[name].0).map(<[i64]>::to_vec).collect();
     Expected { floats, tokens: rows("tokens"), targets: rows("targets") }
+}
+
+impl Expected {
+    /// Tokens with the last target, as `debug grads` takes them.
+    fn rows(&self) -> Vec<Vec<i64>> {
+        let row = |(x, y): (&Vec<i64>, &Vec<i64>)| {
+            assert_eq!(x[1..], y[..y.len() - 1], "targets are the tokens one further on");
+            [x.clone(), vec![*y.last().unwrap()]].concat()
+        };
+        self.tokens.iter().zip(&self.targets).map(row).collect()
+    }
 }
 
 fn tokens(rows: &[Vec<i64>]) -> Tokens {
@@ -79,13 +91,14 @@ fn contexts() -> Vec<Context> {
 
 #[test]
 fn logits_and_states_in_every_mode() {
-    let want = expected();
+    let want = expected("rwkv7_expected.safetensors");
     let tokens = tokens(&want.tokens);
     for file in ["rwkv7.pth", "rwkv7.safetensors"] {
         let ckpt = Checkpoint::open(&fixture(file)).unwrap();
         for ctx in contexts() {
             for mode in [Mode::Parallel, Mode::Recurrent, Mode::Chunked(1), Mode::Chunked(16), Mode::Chunked(23)] {
-                let got = debug::logits(&ctx, &ckpt, &tokens, mode).unwrap();
+                let config = Config::from_checkpoint(&ckpt).unwrap();
+                let got = debug::logits(&ctx, &ckpt, config, &tokens, mode).unwrap();
                 assert_eq!(got.len(), 1 + 3 * 3);
                 check(&got, &want.floats, str::to_string, 2e-5);
             }
@@ -95,20 +108,61 @@ fn logits_and_states_in_every_mode() {
 
 #[test]
 fn gradients_of_every_parameter() {
-    let want = expected();
-    let rows: Vec<Vec<i64>> =
-        want.tokens.iter().zip(&want.targets).map(|(x, y)| [x.clone(), vec![*y.last().unwrap()]].concat()).collect();
-    // The targets are the tokens one further on, or `debug grads` could not compute this.
-    for (x, y) in want.tokens.iter().zip(&want.targets) {
-        assert_eq!(x[1..], y[..y.len() - 1]);
-    }
+    let want = expected("rwkv7_expected.safetensors");
+    let rows = want.rows();
     let ckpt = Checkpoint::open(&fixture("rwkv7.pth")).unwrap();
     for ctx in contexts() {
         for l2wrap in [false, true] {
-            let (loss, got) = debug::grads(&ctx, &ckpt, &tokens(&rows), l2wrap).unwrap();
+            let config = Config::from_checkpoint(&ckpt).unwrap();
+            let (loss, got) = debug::grads(&ctx, &ckpt, config, &tokens(&rows), l2wrap).unwrap();
             assert!((loss - 6.157841048945122).abs() < 1e-5, "loss {loss}");
             let prefix = if l2wrap { "grad_l2wrap." } else { "grad." };
             check(&got, &want.floats, |n| n.replace("grad.", prefix), 1e-4);
+        }
+    }
+}
+
+/// The hybrid of the golden vectors, whose file doesn't say its chunks.
+fn hybrid() -> (Checkpoint, Config) {
+    let ckpt = Checkpoint::open(&fixture("rwkvx.pth")).unwrap();
+    let config = Config::from_checkpoint(&ckpt).unwrap();
+    assert_eq!((config.n_layer, config.hybrid), (4, Some(Hybrid { layers: 2, chunk: 2048, topk: 3 })));
+    let config = Config { hybrid: Some(Hybrid { layers: 2, chunk: 16, topk: 3 }), ..config };
+    (ckpt, config)
+}
+
+#[test]
+fn a_hybrid_in_every_mode() {
+    let (ckpt, config) = hybrid();
+    for file in ["rwkvx_sparse_expected.safetensors", "rwkvx_dense_expected.safetensors"] {
+        let want = expected(file);
+        let (tokens, len) = (tokens(&want.tokens), want.tokens[0].len());
+        for ctx in [Context::cpu(1), Context::cpu(2)] {
+            let whole = debug::logits(&ctx, &ckpt, config.clone(), &tokens, Mode::Parallel).unwrap();
+            let golden: Vec<Named> = whole.iter().filter(|t| !t.name.contains("moba")).cloned().collect();
+            assert_eq!((golden.len(), whole.len()), (1 + 3 * 4, 1 + 3 * 4 + 3 * 2));
+            check(&golden, &want.floats, str::to_string, 2e-5);
+            // Any cut gives the same bits, also of what attention keeps.
+            for mode in [Mode::Recurrent, Mode::Chunked(16), Mode::Chunked(23), Mode::Chunked(len - 1)] {
+                assert!(debug::logits(&ctx, &ckpt, config.clone(), &tokens, mode).unwrap() == whole, "{file} {mode:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_of_a_hybrid() {
+    let (ckpt, config) = hybrid();
+    for (file, loss) in [
+        ("rwkvx_sparse_expected.safetensors", 6.224993571182705),
+        ("rwkvx_dense_expected.safetensors", 6.034151070462818),
+    ] {
+        let want = expected(file);
+        for ctx in [Context::cpu(1), Context::cpu(2)] {
+            let (got_loss, got) = debug::grads(&ctx, &ckpt, config.clone(), &tokens(&want.rows()), false).unwrap();
+            assert!((got_loss - loss).abs() < 1e-5, "loss {got_loss}");
+            assert_eq!(got.iter().filter(|t| t.name.starts_with("grad.moba.")).count(), 2 * 11);
+            check(&got, &want.floats, str::to_string, 1e-4);
         }
     }
 }

@@ -74,12 +74,22 @@ impl<'m> Session<'m> {
     /// # Errors
     /// When writing fails.
     pub fn save(&self, path: &Path) -> Result<(), Error> {
-        let state = self.state();
-        let vars: Vec<_> = state.vars().map(|v| (v, v.to_vec())).collect();
-        let mut sources: Vec<Source<'_>> = vars
+        let mut state = self.state();
+        let mut tensors: Vec<(String, usize, Vec<f32>)> =
+            state.named_mut().map(|(name, v)| (name, v.rows(), v.to_vec())).collect();
+        for (j, a) in state.attention.iter().enumerate() {
+            let past = &a.pasts[0];
+            for (part, rows) in PAST.iter().zip(past.to_vecs()) {
+                tensors.push((past_name(j, part), past.len(), rows));
+            }
+        }
+        self.ctx.check()?;
+        let shapes: Vec<[usize; 2]> =
+            tensors.iter().map(|(_, rows, data)| [*rows, data.len().checked_div(*rows).unwrap_or(0)]).collect();
+        let mut sources: Vec<Source<'_>> = tensors
             .iter()
-            .enumerate()
-            .map(|(i, (v, data))| Source::new(name(i), &[v.rows(), v.cols()], Dtype::F32, data))
+            .zip(&shapes)
+            .map(|((name, _, data), shape)| Source::new(name.as_str(), shape, Dtype::F32, data))
             .collect();
         sources.push(Source::new("logits", &[self.logits.len()], Dtype::F32, &self.logits));
         let metadata = BTreeMap::from([
@@ -111,18 +121,21 @@ impl<'m> Session<'m> {
             t.read_f32_into(&mut values)?;
             Ok(values)
         };
-        let mut index = 0..;
-        let mut next = |v: &mut Var| -> Result<(), Error> {
-            let i = index.next().unwrap_or_default();
+        for (name, v) in session.state.named_mut() {
             let mut buf = v.buf().duplicate();
-            buf.copy_from(&read(&name(i), v.rows() * v.cols())?);
+            buf.copy_from(&read(&name, v.rows() * v.cols())?);
             *v = Var::constant(v.rows(), v.cols(), buf);
-            Ok(())
-        };
-        for l in &mut session.state.layers {
-            next(&mut l.att_x)?;
-            next(&mut l.wkv)?;
-            next(&mut l.ffn_x)?;
+        }
+        if let Some(chunks) = model.config().hybrid.map(|h| h.chunks()) {
+            for (j, a) in session.state.attention.iter_mut().enumerate() {
+                let c = model.config().n_embd;
+                let tokens = file.shape(&past_name(j, PAST[0])).map_or(0, |s| s[0]);
+                let mut rows = Vec::new();
+                for part in PAST {
+                    rows.push(ctx.copy_of(&read(&past_name(j, part), tokens * c)?));
+                }
+                a.pasts[0] = a.pasts[0].append(ctx, [&rows[0], &rows[1]], 0, tokens, chunks);
+            }
         }
         let len = file.shape("logits").map_or(0, |s| s.iter().product());
         session.logits = read("logits", len)?;
@@ -147,20 +160,38 @@ pub(crate) fn read(ctx: &Context, model: &Model, piece: &[u32], state: &State) -
     Ok((logits, next))
 }
 
-/// Name of the i-th state matrix.
-fn name(i: usize) -> String {
-    format!("state.{}.{}", i / 3, ["att_x", "wkv", "ffn_x"][i % 3])
+/// What attention keeps of tokens, as named in files.
+const PAST: [&str; 2] = ["keys", "values"];
+
+/// The name of one of them for attention block `j`.
+fn past_name(j: usize, part: &str) -> String {
+    format!("state.moba.{j}.{part}")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use anser_model::{Config, Init};
+    use anser_model::{Config, Hybrid, Init};
 
     #[test]
     fn pieces_forks_and_files_go_on_bitwise() {
+        go_on(&Config::new(2, 64, 300));
+        // Chunks that end at, before and after the ends of pieces.
+        for (chunk, topk) in [(64, 3), (7, 4), (1000, 2)] {
+            go_on(&Config { hybrid: Some(Hybrid { layers: 2, chunk, topk }), ..Config::new(2, 64, 300) });
+        }
+    }
+
+    fn go_on(config: &Config) {
         let ctx = Context::cpu(2);
-        let model = Model::init(&ctx, &Config::new(2, 64, 300), Init::Current, 1).unwrap();
+        let mut model = Model::init(&ctx, config, Init::Current, 1).unwrap();
+        // Output projections begin as zeros, so that nothing would pass through attention.
+        let specs = model.params().specs().to_vec();
+        for (i, s) in specs.iter().enumerate().filter(|(_, s)| s.name.ends_with("att.output.weight")) {
+            let at = s.range.clone();
+            let wave = |j: usize| ((i + j) as f32 * 0.7).sin() * 0.1;
+            model.params_mut().values_mut()[at].iter_mut().enumerate().for_each(|(j, v)| *v = wave(j));
+        }
         let tokens: Vec<u32> = (0..600).map(|i| i * 7 % 300).collect();
         let mut whole = Session::new(&ctx, &model);
         assert!(whole.logits().is_err());
@@ -177,7 +208,7 @@ mod tests {
         loaded.feed(&tokens[300..]).unwrap();
         assert!(loaded.logits().unwrap() == whole.logits().unwrap());
         assert!(fork.logits().unwrap() != whole.logits().unwrap());
-        let other = Model::init(&ctx, &Config::new(2, 64, 300), Init::Current, 2).unwrap();
+        let other = Model::init(&ctx, config, Init::Current, 2).unwrap();
         let e = Session::load(&ctx, &other, &path).err().unwrap().to_string();
         assert!(e.contains("another model"), "{e}");
         std::fs::remove_file(path).unwrap();

@@ -1,5 +1,6 @@
 use crate::Error;
 use anser_ops::Group;
+use anser_ops::attention::Chunks;
 use serde::{Deserialize, Serialize};
 
 /// Ranks of the low-rank maps.
@@ -43,6 +44,30 @@ impl Architecture {
     }
 }
 
+/// Attention blocks between the RWKV-7 blocks (RWKV-X, arXiv 2504.21463), each attention and channel mixing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hybrid {
+    /// Attention blocks, M.
+    pub layers: usize,
+    /// Tokens of a chunk of attention, B.
+    pub chunk: usize,
+    /// Chunks a token sees, k, its own counted.
+    pub topk: usize,
+}
+
+impl Hybrid {
+    /// `layers` blocks with chunks of 2048 tokens, of which 3 are seen: those of the released models.
+    pub fn new(layers: usize) -> Hybrid {
+        Hybrid { layers, chunk: 2048, topk: 3 }
+    }
+
+    /// The rule of attention.
+    pub fn chunks(&self) -> Chunks {
+        Chunks { size: self.chunk, top: self.topk }
+    }
+}
+
 /// The dimensions of a model.
 ///
 /// ```
@@ -72,6 +97,33 @@ pub struct Config {
     /// What the blocks are. A Transformer has no low-rank maps: `lora` and `double_rate` mean nothing there.
     #[serde(default, skip_serializing_if = "Architecture::is_default")]
     pub architecture: Architecture,
+    /// Attention blocks of a hybrid. The layers counted above are those of RWKV-7.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hybrid: Option<Hybrid>,
+}
+
+/// Where a parameter is in a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In block `i` of RWKV-7, or of the control.
+    Block(usize),
+    /// In attention block `j` of a hybrid.
+    Attention(usize),
+    /// In no block.
+    Outside,
+}
+
+/// Where the parameter of this name is, and its name there: `rwkv.blocks.3.att.w0` is `att.w0` in block 3.
+pub(crate) fn place(name: &str) -> (Place, &str) {
+    let name = name.strip_prefix("rwkv.").unwrap_or(name);
+    let numbered = |prefix| {
+        let (i, part) = str::strip_prefix(name, prefix)?.split_once('.')?;
+        Some((i.parse().ok()?, part))
+    };
+    if let Some((i, part)) = numbered("blocks.") {
+        return (Place::Block(i), part);
+    }
+    numbered("moba.").map_or((Place::Outside, name), |(j, part)| (Place::Attention(j), part))
 }
 
 /// A named size: (name, layers, width, ranks of released checkpoints: decay, rate, value, gate).
@@ -94,7 +146,17 @@ impl Config {
     pub fn new(n_layer: usize, n_embd: usize, vocab_size: usize) -> Config {
         let lora = LoraDims::for_width(n_embd);
         let (head_size, n_hidden, architecture) = (64, 4 * n_embd, Architecture::Rwkv7);
-        Config { n_layer, n_embd, head_size, vocab_size, n_hidden, lora, double_rate: false, architecture }
+        Config {
+            n_layer,
+            n_embd,
+            head_size,
+            vocab_size,
+            n_hidden,
+            lora,
+            double_rate: false,
+            architecture,
+            hybrid: None,
+        }
     }
 
     /// The Transformer to compare this model with: the same layers, width, heads and vocabulary, and an MLP just wide enough (in
@@ -106,7 +168,8 @@ impl Config {
     /// assert!(b.parameters() >= a.parameters() && b.parameters() < a.parameters() + 2 * 2 * 128 * 8);
     /// ```
     pub fn control(&self) -> Config {
-        let bare = Config { architecture: Architecture::Transformer, double_rate: false, n_hidden: 0, ..self.clone() };
+        let architecture = Architecture::Transformer;
+        let bare = Config { architecture, double_rate: false, n_hidden: 0, hybrid: None, ..self.clone() };
         let per_unit = 2 * self.n_embd * self.n_layer;
         let n_hidden = (self.parameters() - bare.parameters()).div_ceil(per_unit).next_multiple_of(8);
         Config { n_hidden, ..bare }
@@ -160,10 +223,50 @@ impl Config {
         if !self.n_embd.is_multiple_of(self.head_size) {
             return err(format!("head_size {} does not divide n_embd {}", self.head_size, self.n_embd));
         }
+        if let Some(h) = self.hybrid {
+            for (name, v) in [("chunk", h.chunk), ("topk", h.topk)] {
+                if v == 0 {
+                    return err(format!("{name} = 0: attention sees at least 1 chunk of at least 1 token"));
+                }
+            }
+            if h.layers > self.n_layer {
+                return err(format!("{} attention blocks don't fit between {} others", h.layers, self.n_layer));
+            }
+        }
         if ![16, 32, 64, 128].contains(&self.head_size) {
             return err(format!("head_size {}: it must be 16, 32, 64 or 128", self.head_size));
         }
         Ok(())
+    }
+
+    /// What the names of parameters begin with in block `i`, which is not one of attention.
+    pub(crate) fn block(&self, i: usize) -> String {
+        format!("{}blocks.{i}.", self.prefix())
+    }
+
+    /// What the names of all parameters but those of attention blocks begin with: hybrids keep the two kinds apart.
+    pub(crate) fn prefix(&self) -> &'static str {
+        if self.hybrid.is_some() { "rwkv." } else { "" }
+    }
+
+    /// The blocks in the order in which they work: an attention block after every n_layer / M others, rounded down, a single one after all.
+    pub(crate) fn order(&self) -> Vec<Place> {
+        let attention = self.hybrid.map_or(0, |h| h.layers);
+        let every = self.n_layer.checked_div(attention).unwrap_or(usize::MAX);
+        let mut order = Vec::new();
+        for i in 0..self.n_layer {
+            order.push(Place::Block(i));
+            if (i + 1).is_multiple_of(every) && (i + 1) / every <= attention {
+                order.push(Place::Attention((i + 1) / every - 1));
+            }
+        }
+        order
+    }
+
+    /// Blocks of RWKV-7 after the last attention block of a hybrid that has several: they work here, and the reference implementation
+    /// of RWKV-X leaves them out.
+    pub fn left_over(&self) -> usize {
+        self.hybrid.filter(|h| h.layers > 1).map_or(0, |h| self.n_layer % h.layers)
     }
 
     /// Name, shape and optimiser group of every parameter, in the official order. Layer 0 has no v0, v1, v2: the
@@ -181,9 +284,11 @@ impl Config {
             };
             out.push((name, shape.to_vec(), group));
         };
-        add("emb.weight".into(), &[v, c]);
+        let prefix = self.prefix();
+        add(format!("{prefix}emb.weight"), &[v, c]);
         for i in 0..self.n_layer {
-            let mut b = |name: &str, shape: &[usize]| add(format!("blocks.{i}.{name}"), shape);
+            let block = self.block(i);
+            let mut b = |name: &str, shape: &[usize]| add(format!("{block}{name}"), shape);
             let norms: &[&str] = if i == 0 { &["ln0", "ln1", "ln2"] } else { &["ln1", "ln2"] };
             for n in norms {
                 b(&format!("{n}.weight"), &[c]);
@@ -225,9 +330,22 @@ impl Config {
             b("ffn.key.weight", &[h, c]);
             b("ffn.value.weight", &[c, h]);
         }
-        add("ln_out.weight".into(), &[c]);
-        add("ln_out.bias".into(), &[c]);
-        add("head.weight".into(), &[v, c]);
+        add(format!("{prefix}ln_out.weight"), &[c]);
+        add(format!("{prefix}ln_out.bias"), &[c]);
+        add(format!("{prefix}head.weight"), &[v, c]);
+        for j in 0..self.hybrid.map_or(0, |h| h.layers) {
+            let mut b = |name: &str, shape: &[usize]| add(format!("moba.{j}.{name}"), shape);
+            for n in ["ln1", "ln2"] {
+                b(&format!("{n}.weight"), &[c]);
+                b(&format!("{n}.bias"), &[c]);
+            }
+            for m in ["receptance", "key", "value", "output"] {
+                b(&format!("att.{m}.weight"), &[c, c]);
+            }
+            b("ffn.x_k", &[1, 1, c]);
+            b("ffn.key.weight", &[h, c]);
+            b("ffn.value.weight", &[c, h]);
+        }
         out
     }
 
@@ -246,9 +364,15 @@ impl Config {
         if self.architecture == Architecture::Rwkv7 { self.n_layer } else { 0 }
     }
 
-    /// Numbers in the recurrent state of one sequence.
+    /// Numbers in the recurrent state of one sequence; attention blocks have one token's shift and, per token seen, [`Config::cache_len`].
     pub fn state_len(&self) -> usize {
-        self.recurrent_layers() * self.n_embd * (2 + self.head_size)
+        let attention = self.hybrid.map_or(0, |h| h.layers);
+        (self.recurrent_layers() * (2 + self.head_size) + attention) * self.n_embd
+    }
+
+    /// Numbers that attention blocks keep of every token: keys and values.
+    pub fn cache_len(&self) -> usize {
+        2 * self.n_embd * self.hybrid.map_or(0, |h| h.layers)
     }
 
     /// Floating-point operations to train on one token: 6 x (parameters - embedding), the project's convention for MFU.
@@ -302,7 +426,41 @@ mod tests {
     }
 
     #[test]
+    fn hybrids_count_and_order_like_the_reference() {
+        let hybrid = |preset, layers| Config { hybrid: Some(Hybrid::new(layers)), ..Config::preset(preset).unwrap() };
+        let (small, large) = (hybrid("0.1b", 4), hybrid("2.9b", 8));
+        assert_eq!((small.parameters(), large.parameters()), (219_361_536, 3_576_983_040));
+        // In 16 bits 12,288 and 81,920 bytes a token.
+        assert_eq!((2 * small.cache_len(), 2 * large.cache_len()), (12_288, 81_920));
+        let order = |n_layer, layers| {
+            let c = Config { hybrid: Some(Hybrid::new(layers)), ..Config::new(n_layer, 64, 8) };
+            let letter = |p: &Place| match p {
+                Place::Attention(j) => format!("a{j}"),
+                Place::Block(i) => i.to_string(),
+                Place::Outside => unreachable!(),
+            };
+            (c.order().iter().map(letter).collect::<Vec<_>>().join(" "), c.left_over())
+        };
+        assert_eq!(order(6, 2), ("0 1 2 a0 3 4 5 a1".into(), 0));
+        assert_eq!(order(5, 2), ("0 1 a0 2 3 a1 4".into(), 1));
+        assert_eq!((order(3, 1), order(3, 0)), (("0 1 2 a0".into(), 0), ("0 1 2".into(), 0)));
+        assert_eq!(order(7, 3), ("0 1 a0 2 3 a1 4 5 a2 6".into(), 1));
+        assert_eq!(place("rwkv.blocks.12.att.w0"), (Place::Block(12), "att.w0"));
+        assert_eq!(place("blocks.0.ln0.bias"), (Place::Block(0), "ln0.bias"));
+        assert_eq!(place("moba.3.ffn.x_k"), (Place::Attention(3), "ffn.x_k"));
+        assert_eq!(place("rwkv.head.weight"), (Place::Outside, "head.weight"));
+    }
+
+    #[test]
     fn impossible_models_are_named() {
+        let hybrid = |layers, chunk, topk| {
+            let c = Config { hybrid: Some(Hybrid { layers, chunk, topk }), ..Config::new(2, 64, 8) };
+            c.validate().map_err(|e| e.to_string())
+        };
+        assert!(
+            hybrid(1, 0, 3).unwrap_err().contains("chunk = 0") && hybrid(1, 8, 0).unwrap_err().contains("topk = 0")
+        );
+        assert!(hybrid(3, 8, 1).unwrap_err().contains("3 attention blocks") && hybrid(2, 1, 1).is_ok());
         let mut c = Config::new(2, 100, 256);
         assert!(c.validate().unwrap_err().to_string().contains("head_size 64 does not divide n_embd 100"));
         c.n_embd = 96;

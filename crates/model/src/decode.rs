@@ -81,9 +81,9 @@ impl<'m> DecodeStep<'m> {
         if !on_device(&model.head) || ctx.cuda().is_none() || ctx.dtype() == DType::F32 || model.config().double_rate {
             return None;
         }
-        let recurrent = |block: &'m Block| match block {
+        let recurrent = |(_, block): &'m (String, Block)| match block {
             Block::Rwkv7(block) => Some(&**block),
-            Block::Attention(_) => None,
+            _ => None,
         };
         let blocks: Vec<&Rwkv7Block> = model.blocks.iter().map(recurrent).collect::<Option<_>>()?;
         let (config, most) = (model.config(), batch.min(MOST));

@@ -3,6 +3,7 @@
 //! With n = channel 0..D-1, r01 = l / (L - 1), r10 = 1 - l / L, lin = n / (D-1) - 1/2, z = ((n mod N) - (N-1)/2) / ((N-1)/2) and
 //! zig = z |z|. Matrices are orthogonal with a gain, or zero; see [`Rule`].
 
+use crate::config::{Place, place};
 use crate::{Architecture, Config, Error, Model};
 use anser_ops::{Param, ParamSet};
 use anser_tensor::Context;
@@ -35,9 +36,11 @@ enum Rule {
 /// The rule for parameter `name` of a model.
 fn rule(c: &Config, init: Init, name: &str) -> Rule {
     let (d, layers) = (c.n_embd as f64, c.n_layer as f64);
-    let (layer, part) = match name.strip_prefix("blocks.").and_then(|s| s.split_once('.')) {
-        Some((l, part)) => (l.parse().unwrap_or(0.0), part),
-        None => (0.0, name),
+    let (place, part) = place(name);
+    let attention = matches!(place, Place::Attention(_)) || c.architecture == Architecture::Transformer;
+    let layer = match place {
+        Place::Block(i) | Place::Attention(i) => i as f64,
+        Place::Outside => 0.0,
     };
     let r01 = if c.n_layer > 1 { layer / (layers - 1.0) } else { 0.0 };
     let r10 = 1.0 - layer / layers;
@@ -84,8 +87,8 @@ fn rule(c: &Config, init: Init, name: &str) -> Rule {
         "att.k_a" => constant(if current { 1.02 } else { 1.0 }),
         "att.r_k" => constant(if current { -0.04 } else { 0.0 }),
         "att.w2" | "att.a2" | "att.v2" | "att.g2" => Rule::Orthogonal(0.1),
+        "att.query.weight" | "att.receptance.weight" | "att.key.weight" if attention => Rule::Orthogonal(0.5),
         "att.receptance.weight" | "att.value.weight" | "ffn.key.weight" => Rule::Orthogonal(1.0),
-        "att.query.weight" | "att.key.weight" if c.architecture == Architecture::Transformer => Rule::Orthogonal(0.5),
         "att.key.weight" => Rule::Orthogonal(0.1),
         "att.ln_x.weight" => constant(((1.0 + layer) / layers).powf(0.7)),
         // Everything else: the first low-rank matrices and the two output projections start at zero, LayerNorms at 1 and 0.

@@ -1,10 +1,12 @@
-//! The RWKV-7 model, written once over [`anser_ops`]: the same code trains, prefills and steps; and a Transformer as a control.
+//! The RWKV-7 model and its hybrid with attention, RWKV-X, written once over [`anser_ops`]: the same code trains, prefills and steps; and a
+//! Transformer as a control.
 //!
 //! `time_mix` and `channel_mix` in `rwkv7.rs` read like the equations of the paper (arXiv 2503.14456, section 4).
 //! This crate opens no files: it takes named tensors ([`anser_formats::Checkpoint`]) and gives them back.
 
 mod config;
 mod decode;
+mod hybrid;
 mod init;
 mod load;
 mod rwkv7;
@@ -12,12 +14,12 @@ mod state;
 mod transformer;
 
 pub use anser_ops::ParamSpec;
-pub use config::{Architecture, Config, LoraDims, PRESETS};
+pub use config::{Architecture, Config, Hybrid, LoraDims, PRESETS};
 pub use decode::{DecodeStep, Part};
 pub use init::Init;
 pub use load::Load;
 pub use rwkv7::Model;
-pub use state::{LayerState, State};
+pub use state::{AttentionState, LayerState, State};
 
 /// What can be wrong with a model or a checkpoint.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +35,11 @@ pub enum Error {
         "a Transformer reads whole sequences and has no state to go on from: it neither writes text nor trains in pieces"
     )]
     Stateless,
+    /// A hybrid that is to be trained in pieces.
+    #[error(
+        "a hybrid of RWKV-7 and attention trains on whole rows, as no gradient flows to keys and values kept of earlier pieces: set train.bptt = 0"
+    )]
+    Pieces,
     /// From the device.
     #[error(transparent)]
     Device(#[from] anser_tensor::Error),

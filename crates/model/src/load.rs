@@ -1,9 +1,12 @@
 //! From named tensors to a model: dimensions from shapes, every tensor checked, each going straight to its final place.
 
+use crate::config::{Place, place};
+use crate::hybrid::HybridBlock;
 use crate::rwkv7::{Block, ChannelMix, Norm, Rwkv7Block, TimeMix};
-use crate::transformer::AttentionBlock;
-use crate::{Architecture, Config, Error, LoraDims, Model};
+use crate::transformer::TransformerBlock;
+use crate::{Architecture, Config, Error, Hybrid, LoraDims, Model};
 use anser_formats::{CONFIG_JSON, Checkpoint, Dtype, TensorView};
+use anser_ops::attention::Chunks;
 use anser_ops::{Activation, LowRank, Param, ParamSet, Weight};
 use anser_tensor::{Context, DType, DeviceMatrix, DisjointMut, Packed, memory};
 use std::collections::HashMap;
@@ -21,7 +24,7 @@ pub enum Load {
 
 impl Config {
     /// Reads the dimensions from the shapes of a checkpoint's tensors (never from a formula), and what no shape tells from
-    /// the description in its metadata, if it has one.
+    /// the description in its metadata, if it has one. A hybrid without one has the chunks of the released models ([`Hybrid::new`]).
     ///
     /// # Errors
     /// When a tensor that tells a dimension is missing or has the wrong rank, the dimensions don't fit together, or the
@@ -40,11 +43,6 @@ impl Config {
             }
             Ok(shape.to_vec())
         };
-        if ckpt.names().any(|n| n.starts_with("moba.")) {
-            return Err(Error::Checkpoint(
-                "this is a RWKV-X hybrid (it has moba.* tensors); only RWKV-7 models load".into(),
-            ));
-        }
         check_config_json(ckpt)?;
         let said = said(ckpt)?;
         if let Some(config) = said.iter().find(|c| c.architecture == Architecture::Transformer) {
@@ -52,8 +50,20 @@ impl Config {
             config.validate()?;
             return Ok(config.clone());
         }
-        let layer = |n: &str| n.strip_prefix("blocks.")?.split('.').next()?.parse::<usize>().ok();
-        let n_layer = ckpt.names().filter_map(layer).max().map_or(0, |l| l + 1);
+        let (mut n_layer, mut attention) = (0, 0);
+        for name in ckpt.names() {
+            match place(name).0 {
+                Place::Block(i) => n_layer = n_layer.max(i + 1),
+                Place::Attention(j) => attention = attention.max(j + 1),
+                Place::Outside => {}
+            }
+        }
+        let hybrid = (attention > 0 || ckpt.names().any(|n| n.starts_with("rwkv."))).then(|| {
+            let said = said.as_ref().and_then(|c| c.hybrid);
+            Hybrid { layers: attention, ..said.unwrap_or(Hybrid::new(attention)) }
+        });
+        let prefix = if hybrid.is_some() { "rwkv." } else { "" };
+        let shape = |name: &str, rank: usize| shape(&format!("{prefix}{name}"), rank);
         let emb = shape("emb.weight", 2)?;
         let heads = shape("blocks.0.att.r_k", 2)?;
         let rank = |name: &str| Ok::<usize, Error>(shape(name, 2)?[1]);
@@ -73,6 +83,7 @@ impl Config {
             },
             double_rate: said.is_some_and(|c| c.double_rate),
             architecture: Architecture::Rwkv7,
+            hybrid,
         };
         config.validate()?;
         Ok(config)
@@ -129,8 +140,7 @@ fn check_config_json(ckpt: &Checkpoint) -> Result<(), Error> {
 
 /// Whether inference packs this tensor, and if so whether it is stored [in, out].
 fn packed_layout(name: &str) -> Option<bool> {
-    let part = name.strip_prefix("blocks.").and_then(|s| s.split_once('.')).map_or(name, |(_, part)| part);
-    match part {
+    match place(name).1 {
         "emb.weight" | "head.weight" | "ffn.key.weight" | "ffn.value.weight" => Some(false),
         "att.query.weight" | "att.receptance.weight" | "att.key.weight" | "att.value.weight" | "att.output.weight" => {
             Some(false)
@@ -146,7 +156,18 @@ impl Model {
     /// # Errors
     /// When a tensor is missing, has a wrong shape or cannot be read; the message names it.
     pub fn load(ctx: &Context, ckpt: &Checkpoint, load: Load) -> Result<Model, Error> {
-        let config = Config::from_checkpoint(ckpt)?;
+        Model::load_as(ctx, ckpt, Config::from_checkpoint(ckpt)?, load)
+    }
+
+    /// The same with another configuration than the file's own, in what its tensors don't tell.
+    ///
+    /// # Errors
+    /// As [`Model::load`], or when the configuration is impossible.
+    pub fn load_as(ctx: &Context, ckpt: &Checkpoint, config: Config, load: Load) -> Result<Model, Error> {
+        config.validate()?;
+        if config.hybrid.is_some_and(|h| h.layers > 0) && ctx.cuda().is_some() {
+            return Err(Error::Config("attention by chunks has no kernels for a GPU yet: use --device cpu".into()));
+        }
         let needed = match load {
             Load::Train => config.parameters() * 4,
             // On a GPU one matrix after another passes through memory.
@@ -313,24 +334,38 @@ impl Model {
             None => Weight::OutIn(param(name)),
         };
         let norm = |name: &str| Norm { weight: param(&format!("{name}.weight")), bias: param(&format!("{name}.bias")) };
-        let block = |i: usize| {
-            let p = |part: &str| param(&format!("blocks.{i}.{part}"));
-            let w = |part: &str| weight(&format!("blocks.{i}.{part}"));
+        let heads = config.heads();
+        let block = |place: Place| {
+            let prefix = match place {
+                Place::Attention(j) => format!("moba.{j}."),
+                Place::Block(i) => config.block(i),
+                Place::Outside => unreachable!("blocks are in order"),
+            };
+            let p = |part: &str| param(&format!("{prefix}{part}"));
+            let w = |part: &str| weight(&format!("{prefix}{part}"));
             let low_rank = |m: &str, biased: bool, activation| LowRank {
                 down: w(&format!("att.{m}1")),
                 up: w(&format!("att.{m}2")),
                 bias: biased.then(|| p(&format!("att.{m}0"))),
                 activation,
             };
-            let (ln1, ln2) = (norm(&format!("blocks.{i}.ln1")), norm(&format!("blocks.{i}.ln2")));
+            let [ln1, ln2] = ["ln1", "ln2"].map(|n| norm(&format!("{prefix}{n}")));
+            let [key, value, output] = ["key", "value", "output"].map(|m| w(&format!("att.{m}.weight")));
+            let ffn = ["key", "value"].map(|m| w(&format!("ffn.{m}.weight")));
             if config.architecture == Architecture::Transformer {
-                let [query, key, value, output] =
-                    ["query", "key", "value", "output"].map(|m| w(&format!("att.{m}.weight")));
-                let ffn = ["key", "value"].map(|m| w(&format!("ffn.{m}.weight")));
-                let heads = config.heads();
-                return Block::Attention(Box::new(AttentionBlock { ln1, query, key, value, output, heads, ln2, ffn }));
+                let query = w("att.query.weight");
+                let block = TransformerBlock { ln1, query, key, value, output, heads, ln2, ffn };
+                return (prefix, Block::Transformer(Box::new(block)));
             }
-            Block::Rwkv7(Box::new(Rwkv7Block {
+            let receptance = w("att.receptance.weight");
+            let [ffn_key, ffn_value] = ffn;
+            let ffn = ChannelMix { mix: p("ffn.x_k"), key: ffn_key, value: ffn_value };
+            let Place::Block(i) = place else {
+                let chunks = config.hybrid.map_or(Chunks::WHOLE, |h| h.chunks());
+                let block = HybridBlock { ln1, receptance, key, value, output, heads, chunks, ln2, ffn };
+                return (prefix, Block::Hybrid(Box::new(block)));
+            };
+            let block = Rwkv7Block {
                 ln1,
                 att: TimeMix {
                     mix: ["r", "w", "k", "v", "a", "g"].map(|m| p(&format!("att.x_{m}"))),
@@ -341,21 +376,23 @@ impl Model {
                     k_k: p("att.k_k"),
                     k_a: p("att.k_a"),
                     r_k: p("att.r_k"),
-                    receptance: w("att.receptance.weight"),
-                    key: w("att.key.weight"),
-                    value: w("att.value.weight"),
-                    output: w("att.output.weight"),
-                    ln_x: norm(&format!("blocks.{i}.att.ln_x")),
-                    heads: config.heads(),
+                    receptance,
+                    key,
+                    value,
+                    output,
+                    ln_x: norm(&format!("{prefix}att.ln_x")),
+                    heads,
                     rate_scale: if config.double_rate { 2.0 } else { 1.0 },
                 },
                 ln2,
-                ffn: ChannelMix { mix: p("ffn.x_k"), key: w("ffn.key.weight"), value: w("ffn.value.weight") },
-            }))
+                ffn,
+            };
+            (prefix, Block::Rwkv7(Box::new(block)))
         };
-        let (emb, ln0, ln_out, head) =
-            (weight("emb.weight"), norm("blocks.0.ln0"), norm("ln_out"), weight("head.weight"));
-        let blocks = (0..config.n_layer).map(block).collect();
+        let blocks = config.order().into_iter().map(block).collect();
+        let outside = |name: &str| format!("{}{name}", config.prefix());
+        let [emb, head] = ["emb.weight", "head.weight"].map(|m| weight(&outside(m)));
+        let (ln0, ln_out) = (norm(&outside("blocks.0.ln0")), norm(&outside("ln_out")));
         Model { emb, ln0, blocks, ln_out, head, config, params }
     }
 }
@@ -447,12 +484,12 @@ fn to_device(
     };
     for i in 0..config.n_layer {
         let stack: Vec<String> =
-            STACK.iter().map(|m| format!("blocks.{i}.{m}")).filter(|name| shapes.contains_key(name.as_str())).collect();
+            STACK.iter().map(|m| config.block(i) + m).filter(|name| shapes.contains_key(name.as_str())).collect();
         copy(&stack)?;
     }
     for (name, ..) in &list {
-        let stacked =
-            name.strip_prefix("blocks.").and_then(|s| s.split_once('.')).is_some_and(|(_, m)| STACK.contains(&m));
+        let (at, part) = place(name);
+        let stacked = matches!(at, Place::Block(_)) && STACK.contains(&part);
         if packed_layout(name).is_some() && !stacked {
             copy(std::slice::from_ref(name))?;
         }

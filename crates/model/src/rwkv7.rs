@@ -1,7 +1,8 @@
 //! RWKV-7 "Goose": the equations of arXiv 2503.14456 section 4, in the form of the released code.
 
-use crate::transformer::AttentionBlock;
-use crate::{Config, Error, LayerState, State};
+use crate::hybrid::HybridBlock;
+use crate::transformer::TransformerBlock;
+use crate::{Architecture, AttentionState, Config, Error, LayerState, State};
 use anser_ops::wkv7::Wkv7Inputs;
 use anser_ops::{CrossEntropy, Loss, LowRank, Param, ParamSet, Segment, Tape, Var, Weight};
 use std::sync::Arc;
@@ -72,7 +73,7 @@ pub(crate) struct ChannelMix {
 
 impl ChannelMix {
     /// x: [tokens, C] after ln2. Returns (output, new ffn_x arena).
-    fn forward(&self, t: &mut Tape<'_>, x: &Var, last: &Var, segments: &Arc<[Segment]>) -> (Var, Var) {
+    pub(crate) fn forward(&self, t: &mut Tape<'_>, x: &Var, last: &Var, segments: &Arc<[Segment]>) -> (Var, Var) {
         let ([xk], ffn_x) = t.token_shift(x, last, segments, [self.mix]);
         let k = t.linear(&xk, &self.key);
         let k = t.relu_squared(k);
@@ -109,7 +110,8 @@ impl Residual {
 /// One layer.
 pub(crate) enum Block {
     Rwkv7(Box<Rwkv7Block>),
-    Attention(Box<AttentionBlock>),
+    Hybrid(Box<HybridBlock>),
+    Transformer(Box<TransformerBlock>),
 }
 
 pub(crate) struct Rwkv7Block {
@@ -138,7 +140,8 @@ pub struct Model {
     pub(crate) params: ParamSet,
     pub(crate) emb: Weight,
     pub(crate) ln0: Norm,
-    pub(crate) blocks: Vec<Block>,
+    /// In the order in which they work, each with what the names of its parameters begin with.
+    pub(crate) blocks: Vec<(String, Block)>,
     pub(crate) ln_out: Norm,
     pub(crate) head: Weight,
 }
@@ -163,7 +166,8 @@ impl Model {
     /// With `checkpointing`, a recording tape keeps only each block's input and computes the block again going back.
     ///
     /// # Errors
-    /// When a token is outside the vocabulary, or a segment of a Transformer goes on from a state or wants one.
+    /// When a token is outside the vocabulary; when a segment of a Transformer, or of a hybrid while recording, goes on from a state or
+    /// wants one.
     pub fn forward<'p>(
         &'p self, t: &mut Tape<'p>, tokens: &[u32], segments: &Arc<[Segment]>, state: &State, checkpointing: bool,
     ) -> Result<(Var, State), Error> {
@@ -171,60 +175,76 @@ impl Model {
         if let Some(position) = tokens.iter().position(|&t| t as usize >= vocab) {
             return Err(Error::Token { token: tokens[position], position, vocab });
         }
-        let states = |s: &Segment| s.state_in.or(s.state_out).is_some();
-        if self.config.recurrent_layers() < self.config.n_layer && segments.iter().any(states) {
-            return Err(Error::Stateless);
+        if segments.iter().any(|s| s.state_in.or(s.state_out).is_some()) {
+            if self.config.architecture == Architecture::Transformer {
+                return Err(Error::Stateless);
+            }
+            if self.config.hybrid.is_some() && t.is_recording() {
+                return Err(Error::Pieces);
+            }
         }
         let x = t.embedding(tokens, &self.emb);
         let mut x = Residual { x: t.layer_norm(&x, self.ln0.weight, self.ln0.bias), dx: None };
         let mut v_first: Option<Var> = None;
-        let mut layers = Vec::with_capacity(self.blocks.len());
-        for (i, block) in self.blocks.iter().enumerate() {
+        let mut next = State { layers: Vec::new(), attention: Vec::new() };
+        for (prefix, block) in &self.blocks {
             // Below the lowest trainable parameter there is nothing to go back for.
-            let prefix = format!("blocks.{i}.");
-            let trainable = || self.params.specs().iter().any(|p| p.trainable && p.name.starts_with(&prefix));
+            let trainable = || self.params.specs().iter().any(|p| p.trainable && p.name.starts_with(prefix));
             let again = checkpointing && t.is_recording() && (x.x.needs_grad() || trainable());
             let segments = segments.clone();
-            let block = match block {
-                Block::Rwkv7(block) => block,
-                Block::Attention(block) if again => {
-                    let whole = x.sum(t);
-                    let out = t.checkpoint(&[&whole], move |t, i| {
-                        let x = Residual { x: i[0].clone(), dx: None };
-                        vec![block.forward(t, x, &segments).sum(t)]
-                    });
+            // A checkpoint keeps one tensor of each block: the sum.
+            let whole = |x: Var| Residual { x, dx: None };
+            match block {
+                Block::Rwkv7(block) => {
+                    let s = &state.layers[next.layers.len()];
+                    let (next_v, next_s);
+                    (x, next_v, next_s) = if again {
+                        let sum = x.sum(t);
+                        let mut inputs = vec![&sum, &s.att_x, &s.wkv, &s.ffn_x];
+                        inputs.extend(v_first.as_ref());
+                        let out = t.checkpoint(&inputs, move |t, i| {
+                            let s = LayerState { att_x: i[1].clone(), wkv: i[2].clone(), ffn_x: i[3].clone() };
+                            let (x, v, s) = block.forward(t, whole(i[0].clone()), i.get(4), &s, &segments);
+                            vec![x.sum(t), v, s.att_x, s.wkv, s.ffn_x]
+                        });
+                        let [x, v, att_x, wkv, ffn_x] = <[Var; 5]>::try_from(out).unwrap_or_else(|_| unreachable!());
+                        (whole(x), v, LayerState { att_x, wkv, ffn_x })
+                    } else {
+                        block.forward(t, x, v_first.as_ref(), s, &segments)
+                    };
+                    // Only the first block's value is v_first; later blocks hand it on.
+                    v_first = Some(v_first.unwrap_or(next_v));
+                    next.layers.push(next_s);
+                }
+                Block::Hybrid(block) => {
+                    let s = &state.attention[next.attention.len()];
+                    let next_s;
+                    (x, next_s) = if again {
+                        let (sum, pasts) = (x.sum(t), s.pasts.clone());
+                        let out = t.checkpoint(&[&sum, &s.ffn_x], move |t, i| {
+                            let s = AttentionState { ffn_x: i[1].clone(), pasts: pasts.clone() };
+                            let (x, s) = block.forward(t, whole(i[0].clone()), &s, &segments);
+                            vec![x.sum(t), s.ffn_x]
+                        });
+                        let [x, ffn_x] = <[Var; 2]>::try_from(out).unwrap_or_else(|_| unreachable!());
+                        (whole(x), AttentionState { ffn_x, pasts: s.pasts.clone() })
+                    } else {
+                        block.forward(t, x, s, &segments)
+                    };
+                    next.attention.push(next_s);
+                }
+                Block::Transformer(block) if again => {
+                    let sum = x.sum(t);
+                    let out = t
+                        .checkpoint(&[&sum], move |t, i| vec![block.forward(t, whole(i[0].clone()), &segments).sum(t)]);
                     let [sum] = <[Var; 1]>::try_from(out).unwrap_or_else(|_| unreachable!());
-                    x = Residual { x: sum, dx: None };
-                    continue;
+                    x = whole(sum);
                 }
-                Block::Attention(block) => {
-                    x = block.forward(t, x, &segments);
-                    continue;
-                }
-            };
-            let s = &state.layers[layers.len()];
-            let (next_x, next_v, next_s) = if again {
-                // One tensor is kept of each block.
-                let whole = x.sum(t);
-                let mut inputs = vec![&whole, &s.att_x, &s.wkv, &s.ffn_x];
-                inputs.extend(v_first.as_ref());
-                let out = t.checkpoint(&inputs, move |t, i| {
-                    let s = LayerState { att_x: i[1].clone(), wkv: i[2].clone(), ffn_x: i[3].clone() };
-                    let x = Residual { x: i[0].clone(), dx: None };
-                    let (x, v, s) = block.forward(t, x, i.get(4), &s, &segments);
-                    vec![x.sum(t), v, s.att_x, s.wkv, s.ffn_x]
-                });
-                let [x, v, att_x, wkv, ffn_x] = <[Var; 5]>::try_from(out).unwrap_or_else(|_| unreachable!());
-                (Residual { x, dx: None }, v, LayerState { att_x, wkv, ffn_x })
-            } else {
-                block.forward(t, x, v_first.as_ref(), s, &segments)
-            };
-            // Only the first block's value is v_first; later blocks hand it on.
-            (x, v_first) = (next_x, Some(v_first.unwrap_or(next_v)));
-            layers.push(next_s);
+                Block::Transformer(block) => x = block.forward(t, x, &segments),
+            }
         }
         let (_, hidden) = x.norm(t, &self.ln_out);
-        Ok((hidden, State { layers }))
+        Ok((hidden, next))
     }
 
     /// Logits of hidden vectors: [n, C] to [n, V].
@@ -250,6 +270,7 @@ impl Model {
         if c.double_rate {
             add(2);
         }
+        c.hybrid.iter().for_each(|h| [h.layers, h.chunk, h.topk].iter().for_each(|&d| add(d as u64)));
         self.params.values().iter().for_each(|v| add(v.to_bits().into()));
         format!("{hash:016x}")
     }

@@ -1,5 +1,6 @@
 use crate::Config;
 use anser_ops::Var;
+use anser_ops::attention::Past;
 use anser_tensor::{Context, DType};
 
 /// The recurrent state of one layer: an arena with one row per slot (sequence).
@@ -13,11 +14,22 @@ pub struct LayerState {
     pub ffn_x: Var,
 }
 
-/// The recurrent state of all layers. A forward pass takes one and returns the next; segments say which rows it reads and writes.
+/// The state of one attention block of a hybrid.
+#[derive(Clone)]
+pub struct AttentionState {
+    /// Last input of channel mixing (after ln2): [slots, C].
+    pub ffn_x: Var,
+    /// Keys and values seen, one past per slot.
+    pub pasts: Vec<Past>,
+}
+
+/// The state of all layers. A forward pass takes one and returns the next; segments say which rows it reads and writes.
 #[derive(Clone)]
 pub struct State {
     /// One per recurrent layer.
     pub layers: Vec<LayerState>,
+    /// One per attention block of a hybrid.
+    pub attention: Vec<AttentionState>,
 }
 
 impl State {
@@ -32,7 +44,10 @@ impl State {
         let zeros = |cols: usize| Var::constant(slots, cols, ctx.zeros(slots * cols));
         let matrix = || Var::constant(slots, n, ctx.zeros_as(wkv, slots * n));
         let layer = |_| LayerState { att_x: zeros(c), wkv: matrix(), ffn_x: zeros(c) };
-        State { layers: (0..config.recurrent_layers()).map(layer).collect() }
+        let past = |_| Past::new(ctx, c);
+        let attention = |_| AttentionState { ffn_x: zeros(c), pasts: (0..slots).map(past).collect() };
+        let layers = (0..config.recurrent_layers()).map(layer).collect();
+        State { layers, attention: (0..config.hybrid.map_or(0, |h| h.layers)).map(attention).collect() }
     }
 
     /// The same values, cut off from where they came from: gradients stop here, and can be read here.
@@ -50,13 +65,28 @@ impl State {
         self.layers.first().map_or(0, |l| l.att_x.rows())
     }
 
-    /// The matrices in order: att_x, wkv, ffn_x of layer 0, 1, ..
+    /// The matrices in order: att_x, wkv, ffn_x of layer 0, 1, .., then ffn_x of attention blocks.
     pub fn vars(&self) -> impl Iterator<Item = &Var> {
-        self.layers.iter().flat_map(|l| [&l.att_x, &l.wkv, &l.ffn_x])
+        let layers = self.layers.iter().flat_map(|l| [&l.att_x, &l.wkv, &l.ffn_x]);
+        layers.chain(self.attention.iter().map(|a| &a.ffn_x))
+    }
+
+    /// The same for writing, each with the name it has in files: `state.0.att_x`, .., `state.moba.0.ffn_x`.
+    pub fn named_mut(&mut self) -> impl Iterator<Item = (String, &mut Var)> {
+        let layers = self.layers.iter_mut().enumerate().flat_map(|(i, l)| {
+            let parts = [("att_x", &mut l.att_x), ("wkv", &mut l.wkv), ("ffn_x", &mut l.ffn_x)];
+            parts.map(|(part, v)| (format!("state.{i}.{part}"), v))
+        });
+        let attention = self.attention.iter_mut().enumerate();
+        layers.chain(attention.map(|(j, a)| (format!("state.moba.{j}.ffn_x"), &mut a.ffn_x)))
     }
 
     fn map(&self, f: impl Fn(&Var) -> Var) -> State {
         let layer = |l: &LayerState| LayerState { att_x: f(&l.att_x), wkv: f(&l.wkv), ffn_x: f(&l.ffn_x) };
-        State { layers: self.layers.iter().map(layer).collect() }
+        let attention = |a: &AttentionState| AttentionState { ffn_x: f(&a.ffn_x), pasts: a.pasts.clone() };
+        State {
+            layers: self.layers.iter().map(layer).collect(),
+            attention: self.attention.iter().map(attention).collect(),
+        }
     }
 }

@@ -6,7 +6,7 @@ use anser_ops::attention::Chunks;
 use anser_ops::{Segment, Tape, Weight};
 use std::sync::Arc;
 
-pub(crate) struct AttentionBlock {
+pub(crate) struct TransformerBlock {
     pub(crate) ln1: Norm,
     pub(crate) query: Weight,
     pub(crate) key: Weight,
@@ -18,7 +18,7 @@ pub(crate) struct AttentionBlock {
     pub(crate) ffn: [Weight; 2],
 }
 
-impl AttentionBlock {
+impl TransformerBlock {
     /// x: [tokens, C] to [tokens, C].
     pub(crate) fn forward(&self, t: &mut Tape<'_>, x: Residual, segments: &Arc<[Segment]>) -> Residual {
         let (x, h) = x.norm(t, &self.ln1);

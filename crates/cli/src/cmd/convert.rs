@@ -1,4 +1,4 @@
-use crate::global::{Global, Stored};
+use crate::global::{Chunks, Global, Stored};
 use anser_formats::{CONFIG_JSON, Checkpoint, Dtype, Source, int8, write_pth, write_safetensors};
 use anser_model::{Architecture, Config};
 use anser_tensor::DType;
@@ -17,6 +17,8 @@ pub struct Args {
     /// With --dtype int8: says for every matrix how much rounding changes it
     #[arg(long)]
     report: bool,
+    #[command(flatten)]
+    chunks: Chunks,
 }
 
 /// Runs the subcommand.
@@ -24,7 +26,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let same = std::fs::canonicalize(&args.input).ok() == std::fs::canonicalize(&args.out).ok();
     ensure!(!(same && args.out.exists()), "{}: input and output are the same file; name another", args.out.display());
     let ckpt = Checkpoint::open(&args.input)?;
-    let config = Config::from_checkpoint(&ckpt)?;
+    let config = args.chunks.apply(Config::from_checkpoint(&ckpt)?)?;
     let mut sources = Vec::new();
     let mut report = Vec::new();
     let (mut small, to_int8) = (false, matches!(global.stored, Some(Stored::Int8)));
@@ -61,12 +63,21 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             args.out.display()
         ),
         Some("pth") if small => anyhow::bail!("{}: int8 is written as .safetensors", args.out.display()),
-        Some("pth") => write_pth(&args.out, &sources)?,
+        Some("pth") => {
+            if let Some(h) = config.hybrid {
+                let (chunk, topk) = (h.chunk, h.topk);
+                global.note(format!("a .pth file doesn't say its chunks: load it with --chunk {chunk} --topk {topk}"));
+            }
+            write_pth(&args.out, &sources)?
+        }
         Some("safetensors") => {
             // What a Hugging Face folder says about itself is not true of the file written.
             let mut metadata = ckpt.metadata().clone();
             metadata.remove(CONFIG_JSON);
             metadata.remove(int8::INT8);
+            if config.hybrid.is_some() {
+                metadata.extend([config.description()]);
+            }
             if small {
                 metadata.insert(int8::INT8.into(), int8::GROUP.to_string());
             }

@@ -1,7 +1,7 @@
-use crate::global::Global;
+use crate::global::{Chunks, Global};
 use anser_eval::debug::{self, Mode, Named, Tokens};
 use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
-use anser_model::{Load, Model};
+use anser_model::{Config, Load, Model};
 use anser_train::{Hyper, Schedule};
 use anyhow::{Context as _, ensure};
 use serde_json::json;
@@ -36,6 +36,8 @@ struct Input {
     /// safetensors file to write (replaced if it exists)
     #[arg(long)]
     out: PathBuf,
+    #[command(flatten)]
+    chunks: Chunks,
 }
 
 #[derive(clap::Args)]
@@ -91,20 +93,22 @@ struct Trajectory {
     /// safetensors file for the final weights
     #[arg(long)]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    chunks: Chunks,
 }
 
 /// Runs the subcommand.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     match &args.what {
         What::Logits(a) => {
-            let (ckpt, tokens) = open(&a.input)?;
-            let out = debug::logits(&global.exact_context()?, &ckpt, &tokens, a.mode)?;
+            let (ckpt, config, tokens) = open(&a.input)?;
+            let out = debug::logits(&global.exact_context()?, &ckpt, config, &tokens, a.mode)?;
             write(&a.input.out, &out)?;
             global.result(json!({ "out": a.input.out, "tensors": out.len() }), String::new)
         }
         What::Grads(a) => {
-            let (ckpt, tokens) = open(&a.input)?;
-            let (loss, out) = debug::grads(&global.exact_context()?, &ckpt, &tokens, a.l2wrap)?;
+            let (ckpt, config, tokens) = open(&a.input)?;
+            let (loss, out) = debug::grads(&global.exact_context()?, &ckpt, config, &tokens, a.l2wrap)?;
             write(&a.input.out, &out)?;
             let json = json!({ "loss": loss });
             global.result(json.clone(), || format!("{json}\n"))
@@ -113,10 +117,12 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     }
 }
 
-fn open(input: &Input) -> anyhow::Result<(Checkpoint, Tokens)> {
+fn open(input: &Input) -> anyhow::Result<(Checkpoint, Config, Tokens)> {
     let text = std::fs::read_to_string(&input.tokens).with_context(|| format!("{}", input.tokens.display()))?;
     let tokens = Tokens::from_json(&text).with_context(|| format!("{}", input.tokens.display()))?;
-    Ok((Checkpoint::open(&input.model)?, tokens))
+    let file = Checkpoint::open(&input.model)?;
+    let config = input.chunks.apply(Config::from_checkpoint(&file)?)?;
+    Ok((file, config, tokens))
 }
 
 fn write(path: &Path, tensors: &[Named]) -> anyhow::Result<()> {
@@ -134,7 +140,9 @@ fn trajectory(a: &Trajectory, global: &Global) -> anyhow::Result<()> {
     };
     ensure!(t1 >= 2, "{}: tokens has rows of {t1}; at least 2 are needed", a.batches.display());
     let ids = tokens.to_u32_vec()?;
-    let mut model = Model::load(&ctx, &Checkpoint::open(&a.model)?, Load::Train)?;
+    let file = Checkpoint::open(&a.model)?;
+    let config = a.chunks.apply(Config::from_checkpoint(&file)?)?;
+    let mut model = Model::load_as(&ctx, &file, config, Load::Train)?;
     let schedule = Schedule { init: a.lr_init, last: a.lr_final, warmup: a.warmup, total: steps as u64 };
     let hyper = Hyper { beta1: a.beta1, beta2: a.beta2, eps: a.adam_eps, weight_decay: a.weight_decay };
     let got = anser_train::trajectory(&ctx, &mut model, &ids, b, t1 - 1, schedule, hyper, a.grad_clip, a.l2wrap)?;

@@ -1,7 +1,7 @@
-use crate::global::{Global, Interrupted, stop};
+use crate::global::{Chunks, Global, Interrupted, stop};
 use anser_formats::Checkpoint;
 use anser_infer::{Sampler, SamplerOrder, Sampling, Session, TextStream};
-use anser_model::{Load, Model};
+use anser_model::{Config, Load, Model};
 use anser_tensor::{Context, DType};
 use anser_tokenizer::Tokenizer;
 use anyhow::{Context as _, ensure};
@@ -78,6 +78,8 @@ pub struct Common {
     /// Adds to a token's logit, as in 261=-2.5; -inf bans the token (may be given several times)
     #[arg(long, value_name = "TOKEN=BIAS", allow_hyphen_values = true, value_parser = bias)]
     logit_bias: Vec<(u32, f32)>,
+    #[command(flatten)]
+    chunks: Chunks,
 }
 
 fn bias(s: &str) -> Result<(u32, f32), String> {
@@ -111,7 +113,9 @@ impl Common {
         let path = ckpt.path().display();
         let name = self.tokenizer.as_deref().or(ckpt.metadata().get("anser.tokenizer").map(String::as_str));
         let tokenizer = Tokenizer::from_name(name.unwrap_or("world"))?;
-        let model = Model::load(ctx, &ckpt, Load::Inference(global.dtype()?.unwrap_or(DType::BF16)))
+        let config = self.chunks.apply(Config::from_checkpoint(&ckpt)?).with_context(|| path.to_string())?;
+        global.remarks(&config);
+        let model = Model::load_as(ctx, &ckpt, config, Load::Inference(global.dtype()?.unwrap_or(DType::BF16)))
             .with_context(|| path.to_string())?;
         let (vocab, all) = (model.config().vocab_size, tokenizer.vocab_size());
         ensure!(

@@ -16,6 +16,7 @@ pub struct Args {
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let ckpt = Checkpoint::open(&args.model)?;
     let config = Config::from_checkpoint(&ckpt)?;
+    global.remarks(&config);
     let mut tensors = Vec::new();
     for name in ckpt.names() {
         if let Some(t) = ckpt.get(name) {
@@ -39,6 +40,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         let mut s = format!(
             "{}: {} layers, width {}, {} heads of {}, vocabulary {}{}\n{} parameters, state of {} numbers per sequence\n",
             match c.architecture {
+                Architecture::Rwkv7 if c.hybrid.is_some() => "RWKV-X",
                 Architecture::Rwkv7 => "RWKV-7",
                 Architecture::Transformer => "Transformer",
             },
@@ -51,6 +53,16 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             c.parameters(),
             c.state_len(),
         );
+        if let Some(h) = c.hybrid {
+            let _ = writeln!(
+                s,
+                "{} attention blocks, chunks of {} tokens of which {} are seen; {} more numbers per token",
+                h.layers,
+                h.chunk,
+                h.topk,
+                c.cache_len()
+            );
+        }
         for t in &tensors {
             let (name, dtype) = (t["name"].as_str().unwrap_or_default(), t["dtype"].as_str().unwrap_or_default());
             let _ = writeln!(s, "{name:40} {dtype:5} {}", t["shape"]);

@@ -1,0 +1,35 @@
+//! The attention block of RWKV-X (arXiv 2504.21463): chunk sparse attention without positions, then RWKV-7's channel mixing.
+
+use crate::rwkv7::{ChannelMix, Norm, Residual};
+use crate::state::AttentionState;
+use anser_ops::attention::Chunks;
+use anser_ops::{Segment, Tape, Weight};
+use std::sync::Arc;
+
+pub(crate) struct HybridBlock {
+    pub(crate) ln1: Norm,
+    /// Of queries, as RWKV names them.
+    pub(crate) receptance: Weight,
+    pub(crate) key: Weight,
+    pub(crate) value: Weight,
+    pub(crate) output: Weight,
+    pub(crate) heads: usize,
+    pub(crate) chunks: Chunks,
+    pub(crate) ln2: Norm,
+    pub(crate) ffn: ChannelMix,
+}
+
+impl HybridBlock {
+    /// x: [tokens, C]. Returns (x, state).
+    pub(crate) fn forward(
+        &self, t: &mut Tape<'_>, x: Residual, state: &AttentionState, segments: &Arc<[Segment]>,
+    ) -> (Residual, AttentionState) {
+        let (x, h) = x.norm(t, &self.ln1);
+        let [q, k, v] = [&self.receptance, &self.key, &self.value].map(|w| t.linear(&h, w));
+        let (y, pasts) = t.attention([&q, &k, &v], segments, self.heads, self.chunks, &state.pasts);
+        let dx = t.linear(&y, &self.output);
+        let (x, h) = t.add_norm(x, &dx, self.ln2.weight, self.ln2.bias);
+        let (dx, ffn_x) = self.ffn.forward(t, &h, &state.ffn_x, segments);
+        (Residual { x, dx: Some(dx) }, AttentionState { ffn_x, pasts })
+    }
+}
