@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 use global::{Global, Interrupted};
 use std::process::ExitCode;
 
-/// Trains and runs RWKV-7 language models.
+/// Trains and runs RWKV-7 and RWKV-X language models.
 #[derive(Parser)]
 #[command(name = "anser", version, propagate_version = true)]
 struct Cli {
@@ -29,6 +29,7 @@ enum Command {
     Tokenize(cmd::tokenize::Tokenize),
     Detokenize(cmd::tokenize::Detokenize),
     Convert(cmd::convert::Args),
+    Expand(cmd::expand::Args),
     Bench(cmd::bench::Args),
     Debug(cmd::debug::Args),
 }
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         Command::Tokenize(args) => cmd::tokenize::tokenize(&args, &global),
         Command::Detokenize(args) => cmd::tokenize::detokenize(&args, &global),
         Command::Convert(args) => cmd::convert::run(&args, &global),
+        Command::Expand(args) => cmd::expand::run(&args, &global),
         Command::Bench(args) => cmd::bench::run(&args, &global),
         Command::Debug(args) => cmd::debug::run(&args, &global),
     };

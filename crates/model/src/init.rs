@@ -207,6 +207,16 @@ fn fill(config: &Config, init: Init, seed: u64, name: &str, [rows, cols]: [usize
     }
 }
 
+impl Config {
+    /// The initial values of a parameter that is a vector, or constant.
+    pub(crate) fn vector(&self, name: &str) -> Vec<f32> {
+        match rule(self, Init::Current, name) {
+            Rule::Each(f) => (0..self.n_embd).map(|i| f(i) as f32).collect(),
+            _ => unreachable!("{name} is a matrix"),
+        }
+    }
+}
+
 impl Model {
     /// A new model; the same seed gives the same values on any number of threads.
     ///

@@ -6,6 +6,7 @@
 
 mod config;
 mod decode;
+mod expand;
 mod hybrid;
 mod init;
 mod load;
@@ -16,6 +17,7 @@ mod transformer;
 pub use anser_ops::ParamSpec;
 pub use config::{Architecture, Config, Hybrid, LoraDims, PRESETS};
 pub use decode::{DecodeStep, Part};
+pub use expand::Expansion;
 pub use init::Init;
 pub use load::Load;
 pub use rwkv7::Model;

@@ -1,9 +1,9 @@
 use crate::events::Events;
-use crate::{Bptt, Error, Recompute, RecomputeMode, RunConfig, Settings, StepInfo, Trainer, loss_curve};
+use crate::{Bptt, Error, ModelConfig, Recompute, RecomputeMode, RunConfig, Settings, StepInfo, Trainer, loss_curve};
 use anser_data::{Batch, Binidx, Built, Dataset, Options, Tokens, bundled};
 use anser_formats::{Checkpoint, write_atomic};
 use anser_infer::{Sampler, Sampling, Session};
-use anser_model::{Config, Load, Model};
+use anser_model::{Config, Hybrid, Load, Model};
 use anser_tensor::{Context, DType, bench, memory};
 use anser_tokenizer::{StreamDecoder, Tokenizer};
 use serde_json::{Value, json};
@@ -420,8 +420,10 @@ fn model(ctx: &Context, config: &RunConfig, tokenizer: Option<&Tokenizer>) -> Re
     };
     if !m.load.as_os_str().is_empty() {
         let file = Checkpoint::open(&m.load)?;
-        fits(&Config::from_checkpoint(&file)?)?;
-        return Ok(Model::load(ctx, &file, Load::Train)?);
+        let mut dims = Config::from_checkpoint(&file)?;
+        dims.hybrid = chunks(m, dims.hybrid)?;
+        fits(&dims)?;
+        return Ok(Model::load_as(ctx, &file, dims, Load::Train)?);
     }
     let vocab = match (m.vocab_size, tokenizer) {
         (0, Some(t)) => t.vocab_size(),
@@ -436,9 +438,19 @@ fn model(ctx: &Context, config: &RunConfig, tokenizer: Option<&Tokenizer>) -> Re
         dims.head_size = m.head_size;
     }
     dims.double_rate = m.double_rate;
+    dims.hybrid = chunks(m, (m.attention > 0).then(|| Hybrid::new(m.attention)))?;
     dims.validate()?;
     fits(&dims)?;
     Ok(Model::init(ctx, &dims, m.init, m.seed)?)
+}
+
+/// A hybrid with the chunks that the configuration names.
+fn chunks(m: &ModelConfig, hybrid: Option<Hybrid>) -> Result<Option<Hybrid>, Error> {
+    if hybrid.is_none() && (m.chunk > 0 || m.topk > 0) {
+        return Err(Error::Config("model.chunk and model.topk are of attention: set model.attention too".into()));
+    }
+    let or = |asked: usize, found: usize| if asked == 0 { found } else { asked };
+    Ok(hybrid.map(|h| Hybrid { chunk: or(m.chunk, h.chunk), topk: or(m.topk, h.topk), ..h }))
 }
 
 /// Names of the dimensions in which a checkpoint's model is not the configured one.
@@ -451,12 +463,16 @@ fn dimensions_differ(config: &RunConfig, found: &Config) -> Option<String> {
         "" => (m.n_layer, m.n_embd),
         name => Config::preset(name).map_or((0, 0), |c| (c.n_layer, c.n_embd)),
     };
+    let of = |f: fn(Hybrid) -> usize| found.hybrid.map_or(0, f);
     let wanted = [
         ("n_layer", layers, found.n_layer),
         ("n_embd", width, found.n_embd),
         ("head_size", if m.head_size == 0 { found.head_size } else { m.head_size }, found.head_size),
         ("vocab_size", if m.vocab_size == 0 { found.vocab_size } else { m.vocab_size }, found.vocab_size),
         ("double_rate", m.double_rate.into(), found.double_rate.into()),
+        ("attention", m.attention, of(|h| h.layers)),
+        ("chunk", if m.chunk == 0 { of(|h| h.chunk) } else { m.chunk }, of(|h| h.chunk)),
+        ("topk", if m.topk == 0 { of(|h| h.topk) } else { m.topk }, of(|h| h.topk)),
     ];
     let names: Vec<&str> = wanted.iter().filter(|w| w.1 != w.2).map(|w| w.0).collect();
     (!names.is_empty()).then(|| names.join(", "))

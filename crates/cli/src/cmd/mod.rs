@@ -6,6 +6,7 @@ pub mod convert;
 pub mod data;
 pub mod debug;
 pub mod eval;
+pub mod expand;
 pub mod generate;
 pub mod inspect;
 pub mod quickstart;

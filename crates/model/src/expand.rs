@@ -1,0 +1,63 @@
+//! Block expansion: a RWKV-7 model becomes a hybrid (RWKV-X, arXiv 2504.21463, section 3.3).
+
+use crate::config::{Place, place};
+use crate::{Config, Error, Hybrid};
+use anser_formats::{Checkpoint, Source};
+
+/// What an inserted block begins as. In both ways its matrices are those of the RWKV-7 block before it (receptance for queries), its
+/// norms are 1 and 0, and its token shift is that of a new block.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Expansion {
+    /// The two output projections are zero, so that the hybrid gives the logits of the model it was made of.
+    #[default]
+    Identity,
+    /// The output projections are copied too, as the code released with the paper does: the hybrid begins as another, worse model.
+    Copy,
+}
+
+impl Hybrid {
+    /// The checkpoint of a RWKV-7 model as one of a hybrid: its configuration, and tensors in the types of the file.
+    ///
+    /// # Errors
+    /// When the checkpoint is no RWKV-7 model or a tensor is missing, or the hybrid is impossible.
+    pub fn expand(self, ckpt: &Checkpoint, how: Expansion) -> Result<(Config, Vec<Source<'_>>), Error> {
+        let plain = Config::from_checkpoint(ckpt)?;
+        if plain.hybrid.is_some() || plain.recurrent_layers() == 0 {
+            return Err(Error::Config("only a model of RWKV-7 blocks alone can be expanded".into()));
+        }
+        if self.layers == 0 {
+            return Err(Error::Config("there must be at least 1 attention block to insert".into()));
+        }
+        let config = Config { hybrid: Some(self), ..plain };
+        config.validate()?;
+        let before = |j: usize| (j + 1) * (config.n_layer / self.layers) - 1;
+        let mut sources = Vec::new();
+        for (name, shape, _) in config.tensors() {
+            let (at, part) = place(&name);
+            let output = matches!(part, "att.output.weight" | "ffn.value.weight");
+            let inherited = part.ends_with("weight") && !part.starts_with("ln");
+            let from = match at {
+                Place::Attention(_) if !inherited || output && how == Expansion::Identity => None,
+                Place::Attention(j) => Some(format!("blocks.{}.{part}", before(j))),
+                _ => name.strip_prefix("rwkv.").map(str::to_string),
+            };
+            sources.push(match from {
+                Some(from) => {
+                    let t = ckpt.get(&from).ok_or_else(|| Error::Checkpoint(format!("tensor {from} is missing")))?;
+                    let values = Box::new(move || {
+                        let values = t.to_f32_vec()?;
+                        t.release();
+                        Ok(values.into())
+                    });
+                    Source { name, shape: t.shape().into(), dtype: t.dtype(), values }
+                }
+                None => {
+                    let dtype = ckpt.get("head.weight").map_or(anser_formats::Dtype::F32, |t| t.dtype());
+                    let values = if output { vec![0.0; shape.iter().product()] } else { config.vector(&name) };
+                    Source { name, shape, dtype, values: Box::new(move || Ok(values.clone().into())) }
+                }
+            });
+        }
+        Ok((config, sources))
+    }
+}
