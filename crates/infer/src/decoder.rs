@@ -215,7 +215,7 @@ impl<'m> Decoder<'m> {
             let (att_x, wkv, ffn_x) = (part(&l.att_x), in_f32(&l.wkv), part(&l.ffn_x));
             LayerState { att_x, wkv, ffn_x }
         };
-        Ok(State { layers: self.state.layers.iter().map(layer).collect(), attention: Vec::new() })
+        Ok(State { layers: self.state.layers.iter().map(layer).collect(), attention: Vec::new(), cache: None })
     }
 
     /// Puts a state of one slot into a slot.

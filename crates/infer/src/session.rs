@@ -1,8 +1,9 @@
 use crate::{Decoder, Error};
 use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
-use anser_model::{Model, State};
+use anser_model::{Cache, Model, State};
 use anser_ops::{Tape, Var, batch};
 use anser_tensor::Context;
+use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -25,6 +26,27 @@ impl<'m> Session<'m> {
         Session { ctx: ctx.clone(), model, state, logits: Vec::new(), decoder: None }
     }
 
+    /// The session with a bound on what attention keeps of it, before it reads anything.
+    ///
+    /// # Errors
+    /// When the bound doesn't fit the model ([`Cache::validate`]).
+    pub fn bounded(mut self, cache: Cache) -> Result<Session<'m>, Error> {
+        cache.validate(self.model.config())?;
+        self.state.cache = Some(cache);
+        Ok(self)
+    }
+
+    /// Tokens that attention keeps now.
+    pub fn cached(&self) -> usize {
+        self.state.attention.first().map_or(0, |a| a.pasts[0].len())
+    }
+
+    /// Bytes of the state.
+    pub fn bytes(&self) -> usize {
+        let pasts = self.state.attention.iter().map(|a| a.pasts[0].bytes()).sum::<usize>();
+        self.state.vars().map(|v| v.buf().bytes()).sum::<usize>() + pasts
+    }
+
     /// Reads tokens; long prompts in pieces, so that memory stays bounded.
     ///
     /// # Errors
@@ -44,8 +66,11 @@ impl<'m> Session<'m> {
         }
         self.state = self.state();
         self.decoder = None;
-        for piece in tokens.chunks(piece(&self.ctx)) {
-            (self.logits, self.state) = read(&self.ctx, self.model, piece, &self.state)?;
+        let mut rest = tokens;
+        while !rest.is_empty() {
+            let now;
+            (now, rest) = rest.split_at(rest.len().min(piece(&self.ctx)).min(self.state.room(0)));
+            (self.logits, self.state) = read(&self.ctx, self.model, now, &self.state)?;
         }
         Ok(())
     }
@@ -79,8 +104,8 @@ impl<'m> Session<'m> {
             state.named_mut().map(|(name, v)| (name, v.rows(), v.to_vec())).collect();
         for (j, a) in state.attention.iter().enumerate() {
             let past = &a.pasts[0];
-            for (part, rows) in PAST.iter().zip(past.to_vecs()) {
-                tensors.push((past_name(j, part), past.len(), rows));
+            for (i, rows) in past.to_vecs().into_iter().enumerate() {
+                tensors.push((past_name(j, i), past.len(), rows));
             }
         }
         self.ctx.check()?;
@@ -92,10 +117,13 @@ impl<'m> Session<'m> {
             .map(|((name, _, data), shape)| Source::new(name.as_str(), shape, Dtype::F32, data))
             .collect();
         sources.push(Source::new("logits", &[self.logits.len()], Dtype::F32, &self.logits));
-        let metadata = BTreeMap::from([
+        let mut metadata = BTreeMap::from([
             (FORMAT.to_string(), "1".to_string()),
             ("anser.model".to_string(), self.model.fingerprint()),
         ]);
+        if let Some(cache) = state.cache {
+            metadata.insert(CACHE.into(), json!(cache).to_string());
+        }
         Ok(write_safetensors(path, &sources, &metadata)?)
     }
 
@@ -126,15 +154,21 @@ impl<'m> Session<'m> {
             buf.copy_from(&read(&name, v.rows() * v.cols())?);
             *v = Var::constant(v.rows(), v.cols(), buf);
         }
+        if let Some(text) = file.metadata().get(CACHE) {
+            let cache =
+                serde_json::from_str(text).map_err(|e| Error::State(format!("{}: {CACHE}: {e}", path.display())))?;
+            session = session.bounded(cache)?;
+        }
         if let Some(chunks) = model.config().hybrid.map(|h| h.chunks()) {
+            let c = model.config().n_embd;
             for (j, a) in session.state.attention.iter_mut().enumerate() {
-                let c = model.config().n_embd;
-                let tokens = file.shape(&past_name(j, PAST[0])).map_or(0, |s| s[0]);
+                let tokens = file.shape(&past_name(j, 0)).map_or(0, |s| s[0]);
                 let mut rows = Vec::new();
-                for part in PAST {
-                    rows.push(ctx.copy_of(&read(&past_name(j, part), tokens * c)?));
+                while rows.len() < 2 || file.shape(&past_name(j, rows.len())).is_some() {
+                    rows.push(ctx.copy_of(&read(&past_name(j, rows.len()), tokens * c)?));
                 }
-                a.pasts[0] = a.pasts[0].append(ctx, [&rows[0], &rows[1]], 0, tokens, chunks);
+                let past = a.pasts[0].append(ctx, [&rows[0], &rows[1]], 0, tokens, chunks);
+                a.pasts[0] = past.noting(ctx, &rows[2..].iter().collect::<Vec<_>>(), 0, tokens);
             }
         }
         let len = file.shape("logits").map_or(0, |s| s.iter().product());
@@ -160,29 +194,38 @@ pub(crate) fn read(ctx: &Context, model: &Model, piece: &[u32], state: &State) -
     Ok((logits, next))
 }
 
-/// What attention keeps of tokens, as named in files.
-const PAST: [&str; 2] = ["keys", "values"];
+/// Key of a state file's metadata with the bound on what attention keeps.
+const CACHE: &str = "anser.cache";
 
-/// The name of one of them for attention block `j`.
-fn past_name(j: usize, part: &str) -> String {
+/// The name of the i-th matrix that attention block `j` keeps: keys, values, what its bound notes.
+fn past_name(j: usize, i: usize) -> String {
+    let part = ["keys", "values", "notes.0", "notes.1"].get(i).unwrap_or(&"notes.2");
     format!("state.moba.{j}.{part}")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use anser_model::{Config, Hybrid, Init};
+    use anser_model::{Config, Eviction, Hybrid, Init};
 
     #[test]
     fn pieces_forks_and_files_go_on_bitwise() {
-        go_on(&Config::new(2, 64, 300));
+        let hybrid =
+            |chunk, topk| Config { hybrid: Some(Hybrid { layers: 2, chunk, topk }), ..Config::new(2, 64, 300) };
+        go_on(&Config::new(2, 64, 300), None);
         // Chunks that end at, before and after the ends of pieces.
         for (chunk, topk) in [(64, 3), (7, 4), (1000, 2)] {
-            go_on(&Config { hybrid: Some(Hybrid { layers: 2, chunk, topk }), ..Config::new(2, 64, 300) });
+            go_on(&hybrid(chunk, topk), None);
+        }
+        // The past is given up at the same places whatever the pieces, so that nothing changes there either.
+        for by in [Eviction::Recent, Eviction::Attention, Eviction::Error] {
+            for whole_chunks in [false, true] {
+                go_on(&hybrid(16, 3), Some(Cache::new(120, by, whole_chunks)));
+            }
         }
     }
 
-    fn go_on(config: &Config) {
+    fn go_on(config: &Config, cache: Option<Cache>) {
         let ctx = Context::cpu(2);
         let mut model = Model::init(&ctx, config, Init::Current, 1).unwrap();
         // Output projections begin as zeros, so that nothing would pass through attention.
@@ -193,10 +236,24 @@ mod tests {
             model.params_mut().values_mut()[at].iter_mut().enumerate().for_each(|(j, v)| *v = wave(j));
         }
         let tokens: Vec<u32> = (0..600).map(|i| i * 7 % 300).collect();
-        let mut whole = Session::new(&ctx, &model);
+        let session = || match cache {
+            Some(cache) => Session::new(&ctx, &model).bounded(cache).unwrap(),
+            None => Session::new(&ctx, &model),
+        };
+        let mut whole = session();
         assert!(whole.logits().is_err());
         whole.feed(&tokens).unwrap();
-        let mut parts = Session::new(&ctx, &model);
+        if let Some(cache) = cache {
+            assert!(whole.cached() < cache.most);
+            let mut one_by_one = session();
+            for &t in &tokens {
+                one_by_one.feed(&[t]).unwrap();
+            }
+            assert!(one_by_one.logits().unwrap() == whole.logits().unwrap());
+        } else if config.hybrid.is_some() {
+            assert_eq!(whole.cached(), 600);
+        }
+        let mut parts = session();
         parts.feed(&tokens[..300]).unwrap();
         let path = std::env::temp_dir().join(format!("anser-state-{}.safetensors", std::process::id()));
         parts.save(&path).unwrap();

@@ -1,5 +1,7 @@
 //! The attention block of RWKV-X (arXiv 2504.21463): chunk sparse attention without positions, then RWKV-7's channel mixing.
 
+use crate::Cache;
+use crate::cache::Written;
 use crate::rwkv7::{ChannelMix, Norm, Residual};
 use crate::state::AttentionState;
 use anser_ops::attention::Chunks;
@@ -20,13 +22,20 @@ pub(crate) struct HybridBlock {
 }
 
 impl HybridBlock {
-    /// x: [tokens, C]. Returns (x, state).
+    /// x: [tokens, C]. Returns (x, state). With a bound on the cache, `written` is what the block before wrote.
     pub(crate) fn forward(
         &self, t: &mut Tape<'_>, x: Residual, state: &AttentionState, segments: &Arc<[Segment]>,
+        bound: Option<(&Cache, Option<Written>)>,
     ) -> (Residual, AttentionState) {
         let (x, h) = x.norm(t, &self.ln1);
         let [q, k, v] = [&self.receptance, &self.key, &self.value].map(|w| t.linear(&h, w));
-        let (y, pasts) = t.attention([&q, &k, &v], segments, self.heads, self.chunks, &state.pasts);
+        let (y, mut pasts) = t.attention([&q, &k, &v], segments, self.heads, self.chunks, &state.pasts);
+        if let Some((cache, written)) = &bound {
+            for (s, slot) in segments.iter().filter_map(|s| Some((s, s.state_out?))) {
+                let of = (self.chunks, self.heads);
+                pasts[slot] = cache.bound(t.ctx(), &pasts[slot], of, (s, slot), &q, written.as_ref());
+            }
+        }
         let dx = t.linear(&y, &self.output);
         let (x, h) = t.add_norm(x, &dx, self.ln2.weight, self.ln2.bias);
         let (dx, ffn_x) = self.ffn.forward(t, &h, &state.ffn_x, segments);

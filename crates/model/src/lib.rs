@@ -4,6 +4,7 @@
 //! `time_mix` and `channel_mix` in `rwkv7.rs` read like the equations of the paper (arXiv 2503.14456, section 4).
 //! This crate opens no files: it takes named tensors ([`anser_formats::Checkpoint`]) and gives them back.
 
+mod cache;
 mod config;
 mod decode;
 mod expand;
@@ -15,6 +16,7 @@ mod state;
 mod transformer;
 
 pub use anser_ops::ParamSpec;
+pub use cache::{Cache, Eviction};
 pub use config::{Architecture, Config, Hybrid, LoraDims, PRESETS};
 pub use decode::{DecodeStep, Part};
 pub use expand::Expansion;

@@ -1,8 +1,9 @@
 //! RWKV-7 "Goose": the equations of arXiv 2503.14456 section 4, in the form of the released code.
 
+use crate::cache::Written;
 use crate::hybrid::HybridBlock;
 use crate::transformer::TransformerBlock;
-use crate::{Architecture, AttentionState, Config, Error, LayerState, State};
+use crate::{Architecture, AttentionState, Config, Error, Eviction, LayerState, State};
 use anser_ops::wkv7::Wkv7Inputs;
 use anser_ops::{CrossEntropy, Loss, LowRank, Param, ParamSet, Segment, Tape, Var, Weight};
 use std::sync::Arc;
@@ -37,10 +38,10 @@ pub(crate) struct TimeMix {
 }
 
 impl TimeMix {
-    /// x: [tokens, C] after ln1. Returns (output, v_first, new att_x arena, new wkv arena).
+    /// x: [tokens, C] after ln1. Returns (output, v_first, new att_x arena, new wkv arena, the value and key that were written).
     fn forward(
         &self, t: &mut Tape<'_>, x: &Var, v_first: Option<&Var>, state: &LayerState, segments: &Arc<[Segment]>,
-    ) -> (Var, Var, Var, Var) {
+    ) -> (Var, Var, Var, Var, [Var; 2]) {
         // r, k and v side by side, for one product; their gradients come first going back, those of the low-rank maps are added.
         let [mr, mw, mk, mv, ma, mg] = self.mix;
         let ([xr, xk, xv, xw, xa, xg], att_x) = t.token_shift(x, &state.att_x, segments, [mr, mk, mv, mw, ma, mg]);
@@ -60,7 +61,7 @@ impl TimeMix {
         let inputs = Wkv7Inputs { r: &r, w: &w, k: &key.k, v: &v, a: &key.a, b: &key.b };
         let (y, wkv) = t.wkv7(inputs, &state.wkv, segments, self.heads);
         let y = t.read_out(&y, &r, &key.k, &v, &gate, self.r_k, self.ln_x.weight, self.ln_x.bias, self.heads);
-        (t.linear(&y, &self.output), v_first, att_x, wkv)
+        (t.linear(&y, &self.output), v_first, att_x, wkv, [v, key.k])
     }
 }
 
@@ -122,12 +123,17 @@ pub(crate) struct Rwkv7Block {
 }
 
 impl Rwkv7Block {
-    /// x: [tokens, C]. Returns (x, v_first, state).
+    /// x: [tokens, C]. Returns (x, v_first, state), and what was written into `written` if it is wanted.
     fn forward(
         &self, t: &mut Tape<'_>, x: Residual, v_first: Option<&Var>, state: &LayerState, segments: &Arc<[Segment]>,
+        written: Option<&mut Option<Written>>,
     ) -> (Residual, Var, LayerState) {
         let (x, h) = x.norm(t, &self.ln1);
-        let (dx, v_first, att_x, wkv) = self.att.forward(t, &h, v_first, state, segments);
+        let (dx, v_first, att_x, wkv, rows) = self.att.forward(t, &h, v_first, state, segments);
+        match written {
+            Some(to) => *to = Some(Written { rows, states: wkv.clone() }),
+            None => drop(rows),
+        }
         let (x, h) = t.add_norm(x, &dx, self.ln2.weight, self.ln2.bias);
         let (dx, ffn_x) = self.ffn.forward(t, &h, &state.ffn_x, segments);
         (Residual { x, dx: Some(dx) }, v_first, LayerState { att_x, wkv, ffn_x })
@@ -186,7 +192,8 @@ impl Model {
         let x = t.embedding(tokens, &self.emb);
         let mut x = Residual { x: t.layer_norm(&x, self.ln0.weight, self.ln0.bias), dx: None };
         let mut v_first: Option<Var> = None;
-        let mut next = State { layers: Vec::new(), attention: Vec::new() };
+        let mut next = State { layers: Vec::new(), attention: Vec::new(), cache: state.cache };
+        let mut written = None;
         for (prefix, block) in &self.blocks {
             // Below the lowest trainable parameter there is nothing to go back for.
             let trainable = || self.params.specs().iter().any(|p| p.trainable && p.name.starts_with(prefix));
@@ -204,13 +211,14 @@ impl Model {
                         inputs.extend(v_first.as_ref());
                         let out = t.checkpoint(&inputs, move |t, i| {
                             let s = LayerState { att_x: i[1].clone(), wkv: i[2].clone(), ffn_x: i[3].clone() };
-                            let (x, v, s) = block.forward(t, whole(i[0].clone()), i.get(4), &s, &segments);
+                            let (x, v, s) = block.forward(t, whole(i[0].clone()), i.get(4), &s, &segments, None);
                             vec![x.sum(t), v, s.att_x, s.wkv, s.ffn_x]
                         });
                         let [x, v, att_x, wkv, ffn_x] = <[Var; 5]>::try_from(out).unwrap_or_else(|_| unreachable!());
                         (whole(x), v, LayerState { att_x, wkv, ffn_x })
                     } else {
-                        block.forward(t, x, v_first.as_ref(), s, &segments)
+                        let wanted = state.cache.filter(|c| c.by == Eviction::Error).map(|_| &mut written);
+                        block.forward(t, x, v_first.as_ref(), s, &segments, wanted)
                     };
                     // Only the first block's value is v_first; later blocks hand it on.
                     v_first = Some(v_first.unwrap_or(next_v));
@@ -223,13 +231,14 @@ impl Model {
                         let (sum, pasts) = (x.sum(t), s.pasts.clone());
                         let out = t.checkpoint(&[&sum, &s.ffn_x], move |t, i| {
                             let s = AttentionState { ffn_x: i[1].clone(), pasts: pasts.clone() };
-                            let (x, s) = block.forward(t, whole(i[0].clone()), &s, &segments);
+                            let (x, s) = block.forward(t, whole(i[0].clone()), &s, &segments, None);
                             vec![x.sum(t), s.ffn_x]
                         });
                         let [x, ffn_x] = <[Var; 2]>::try_from(out).unwrap_or_else(|_| unreachable!());
                         (whole(x), AttentionState { ffn_x, pasts: s.pasts.clone() })
                     } else {
-                        block.forward(t, x, s, &segments)
+                        let bound = state.cache.as_ref().map(|c| (c, written.take()));
+                        block.forward(t, x, s, &segments, bound)
                     };
                     next.attention.push(next_s);
                 }

@@ -1,4 +1,4 @@
-use crate::Config;
+use crate::{Cache, Config};
 use anser_ops::Var;
 use anser_ops::attention::Past;
 use anser_tensor::{Context, DType};
@@ -30,6 +30,9 @@ pub struct State {
     pub layers: Vec<LayerState>,
     /// One per attention block of a hybrid.
     pub attention: Vec<AttentionState>,
+    /// A bound on what attention keeps. Where a sequence is cut decides when it is applied: it is the same for every cut that ends where
+    /// [`State::room`] ends.
+    pub cache: Option<Cache>,
 }
 
 impl State {
@@ -47,7 +50,8 @@ impl State {
         let past = |_| Past::new(ctx, c);
         let attention = |_| AttentionState { ffn_x: zeros(c), pasts: (0..slots).map(past).collect() };
         let layers = (0..config.recurrent_layers()).map(layer).collect();
-        State { layers, attention: (0..config.hybrid.map_or(0, |h| h.layers)).map(attention).collect() }
+        let attention = (0..config.hybrid.map_or(0, |h| h.layers)).map(attention).collect();
+        State { layers, attention, cache: None }
     }
 
     /// The same values, cut off from where they came from: gradients stop here, and can be read here.
@@ -63,6 +67,12 @@ impl State {
     /// Number of slots.
     pub fn slots(&self) -> usize {
         self.layers.first().map_or(0, |l| l.att_x.rows())
+    }
+
+    /// Tokens that the sequence in `slot` may grow by until attention gives up a part of its past.
+    pub fn room(&self, slot: usize) -> usize {
+        let kept = self.attention.first().map_or(0, |a| a.pasts[slot].len());
+        self.cache.map_or(usize::MAX, |c| c.most.saturating_sub(kept).max(1))
     }
 
     /// The matrices in order: att_x, wkv, ffn_x of layer 0, 1, .., then ffn_x of attention blocks.
@@ -87,6 +97,7 @@ impl State {
         State {
             layers: self.layers.iter().map(layer).collect(),
             attention: self.attention.iter().map(attention).collect(),
+            cache: self.cache,
         }
     }
 }

@@ -38,6 +38,11 @@ impl GrowingRows {
         self.cols
     }
 
+    /// Type of the elements.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     /// Bytes of memory behind it, shared or not.
     pub fn bytes(&self) -> usize {
         self.read().bytes()

@@ -12,16 +12,18 @@ pub struct Past {
     pub(super) values: GrowingRows,
     /// f32 [chunks, C].
     pub(super) means: GrowingRows,
+    /// Whatever else is kept of every token.
+    notes: Vec<GrowingRows>,
 }
 
 impl Past {
     /// Nothing seen, for keys of `c` channels.
     pub fn new(ctx: &Context, c: usize) -> Past {
         let rows = |dtype| GrowingRows::new(ctx, c, dtype);
-        Past { keys: rows(ctx.dtype()), values: rows(ctx.dtype()), means: rows(DType::F32) }
+        Past { keys: rows(ctx.dtype()), values: rows(ctx.dtype()), means: rows(DType::F32), notes: Vec::new() }
     }
 
-    /// Tokens seen.
+    /// Tokens kept.
     #[allow(clippy::len_without_is_empty)] // nobody asks
     pub fn len(&self) -> usize {
         self.keys.len()
@@ -29,12 +31,46 @@ impl Past {
 
     /// Bytes of memory.
     pub fn bytes(&self) -> usize {
-        [&self.keys, &self.values, &self.means].iter().map(|r| r.bytes()).sum()
+        self.rows().chain([&self.means]).map(GrowingRows::bytes).sum()
     }
 
-    /// Copies of keys and values [tokens, C] as f32; waits for the device.
-    pub fn to_vecs(&self) -> [Vec<f32>; 2] {
-        [self.keys.to_vec(), self.values.to_vec()]
+    /// What is kept of every token: keys, values, notes.
+    fn rows(&self) -> impl Iterator<Item = &GrowingRows> {
+        [&self.keys, &self.values].into_iter().chain(&self.notes)
+    }
+
+    /// Copies of what is kept of every token, [tokens, C] as f32: keys, values, then notes; waits for the device.
+    pub fn to_vecs(&self) -> Vec<Vec<f32>> {
+        self.rows().map(GrowingRows::to_vec).collect()
+    }
+
+    /// The same with notes of the last `count` tokens: rows of `notes`, as many matrices every time, from row `first` on.
+    pub fn noting(&self, ctx: &Context, notes: &[&Buf], first: usize, count: usize) -> Past {
+        let c = self.keys.cols();
+        let add = |(i, from): (usize, &&Buf)| {
+            let before = self.notes.get(i).cloned().unwrap_or_else(|| GrowingRows::new(ctx, c, ctx.dtype()));
+            before.append(ctx, from, first, count)
+        };
+        Past { notes: notes.iter().enumerate().map(add).collect(), ..self.clone() }
+    }
+
+    /// The tokens of these numbers alone, ascending, as if nothing else had been seen.
+    pub fn keep(&self, ctx: &Context, tokens: &[usize], chunks: Chunks) -> Past {
+        let c = self.keys.cols();
+        let gather = |rows: &GrowingRows| {
+            let from = rows.read();
+            GrowingRows::new(ctx, c, rows.dtype()).append_with(ctx, tokens.len(), |to, at| {
+                let mut done = 0;
+                for run in tokens.chunk_by(|a, b| a + 1 == *b) {
+                    to.write_part(at + done * c, &from, run[0] * c, run.len() * c);
+                    done += run.len();
+                }
+            })
+        };
+        let (keys, values) = (gather(&self.keys), gather(&self.values));
+        let none = GrowingRows::new(ctx, c, DType::F32);
+        let means = grown(ctx, &none, &keys, chunks);
+        Past { keys, values, means, notes: self.notes.iter().map(gather).collect() }
     }
 
     /// Keys, values and means for reading.
@@ -46,17 +82,8 @@ impl Past {
     pub fn append(&self, ctx: &Context, [k, v]: [&Buf; 2], first: usize, count: usize, chunks: Chunks) -> Past {
         let keys = self.keys.append(ctx, k, first, count);
         let values = self.values.append(ctx, v, first, count);
-        let (known, full) = (self.means.len(), keys.len() / chunks.size);
-        let means = match full - known {
-            0 => self.means.clone(),
-            new => self.means.append_with(ctx, new, |to, at| {
-                let c = keys.cols();
-                if !ctx.is_dry() {
-                    super::means(ctx, &keys.read(), known..full, chunks.size, &mut to[at..at + new * c]);
-                }
-            }),
-        };
-        Past { keys, values, means }
+        let means = grown(ctx, &self.means, &keys, chunks);
+        Past { keys, values, means, notes: self.notes.clone() }
     }
 
     /// What segments see: for each the past that its rows of `k` and `v` were appended to; `None` where it starts from nothing and
@@ -76,4 +103,17 @@ impl Past {
         });
         (seen.collect(), next)
     }
+}
+
+/// The means with those of chunks that have become full.
+fn grown(ctx: &Context, means: &GrowingRows, keys: &GrowingRows, chunks: Chunks) -> GrowingRows {
+    let (known, full) = (means.len(), keys.len() / chunks.size);
+    if full == known {
+        return means.clone();
+    }
+    means.append_with(ctx, full - known, |to, at| {
+        if !ctx.is_dry() {
+            super::means(ctx, &keys.read(), known..full, chunks.size, &mut to[at..at + (full - known) * keys.cols()]);
+        }
+    })
 }

@@ -115,8 +115,7 @@ fn cuts_do_not_change_a_bit() {
                 y.extend(part);
             }
             assert!(y == whole, "{chunks:?} in pieces of {cut}");
-            let [keys, values] = pasts[0].to_vecs();
-            assert!(keys == x[1].to_vec() && values == x[2].to_vec());
+            assert!(pasts[0].to_vecs() == [x[1].to_vec(), x[2].to_vec()]);
         }
     }
 }
@@ -195,4 +194,28 @@ fn large_scores_do_not_overflow_and_neighbours_do_not_matter() {
         assert!(one.iter().all(|y| y.is_finite() && y.abs() <= 100.0));
         assert!(run(3, chunks) == one.repeat(3));
     }
+}
+
+#[test]
+fn what_is_kept_is_as_if_nothing_else_had_been() {
+    let (ctx, n, rule) = (Context::cpu(1), 4, chunks(4, 2));
+    let x = qkv(&ctx, 30, n, 1.0);
+    let rows = |numbers: &[usize]| {
+        x.each_ref().map(|x| {
+            let data: Vec<f32> = numbers.iter().flat_map(|&i| x.data()[i * n..][..n].to_vec()).collect();
+            Var::constant(numbers.len(), n, ctx.copy_of(&data))
+        })
+    };
+    let first: Vec<usize> = (0..20).collect();
+    let (_, all) = attend(&ctx, &rows(&first), batch(1, 20, true), 1, rule, &[Past::new(&ctx, n)]);
+    let all = all[0].noting(&ctx, &[x[0].buf()], 0, 20);
+    let kept = [0, 1, 2, 3, 8, 9, 13, 17, 18, 19];
+    let few = all.keep(&ctx, &kept, rule);
+    let (_, want) = attend(&ctx, &rows(&kept), batch(1, 10, true), 1, rule, &[Past::new(&ctx, n)]);
+    assert_eq!((few.len(), few.to_vecs().len()), (10, 3));
+    assert!(few.to_vecs()[..2] == want[0].to_vecs()[..] && few.to_vecs()[2] == rows(&kept)[0].to_vec());
+    let next: Vec<usize> = (20..30).collect();
+    let go_on = |past: Past| attend(&ctx, &rows(&next), batch(1, 10, true), 1, rule, &[past]).0;
+    assert!(go_on(few) == go_on(want[0].clone()));
+    assert_eq!(all.keep(&ctx, &[], rule).len(), 0);
 }
