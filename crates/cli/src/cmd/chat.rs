@@ -36,7 +36,7 @@ const HELP: &str = "/new  start over\n/retry  another answer\n/think off|fast|on
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let mut sampler = Sampler::new(args.common.sampling())?;
     let ctx = global.context()?;
-    let (model, tokenizer) = args.common.load(&ctx, global)?;
+    let (model, tokenizer) = args.common.source.load(&ctx, global)?;
     let fresh = || -> anyhow::Result<Session<'_>> {
         let mut session = Session::new(&ctx, &model);
         if let Some(text) = &args.system {

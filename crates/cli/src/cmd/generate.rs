@@ -39,15 +39,22 @@ pub struct Args {
     stats: bool,
 }
 
-/// What `generate` and `chat` share: the model and how tokens are chosen.
+/// A model to be read from and written with.
 #[derive(clap::Args)]
-pub struct Common {
+pub struct Source {
     /// Checkpoint or Hugging Face folder [default: the small model that is part of this program, see models/README.md]
     #[arg(long)]
     model: Option<PathBuf>,
     /// Tokenizer: world, world-4096 or bytes [default: what the model file says, else world]
     #[arg(long)]
     tokenizer: Option<String>,
+}
+
+/// What `generate` and `chat` share: the model and how tokens are chosen.
+#[derive(clap::Args)]
+pub struct Common {
+    #[command(flatten)]
+    pub source: Source,
     /// 0: always the most probable token
     #[arg(long, default_value_t = 1.0)]
     temperature: f32,
@@ -101,7 +108,9 @@ impl Common {
             logit_bias: self.logit_bias.iter().copied().collect(),
         }
     }
+}
 
+impl Source {
     /// Loads the model and its tokenizer.
     pub fn load(&self, ctx: &Context, global: &Global) -> anyhow::Result<(Model, Tokenizer)> {
         let ckpt = match &self.model {
@@ -127,7 +136,7 @@ impl Common {
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let mut sampler = Sampler::new(args.common.sampling())?;
     let ctx = global.context()?;
-    let (model, tokenizer) = args.common.load(&ctx, global)?;
+    let (model, tokenizer) = args.common.source.load(&ctx, global)?;
 
     let mut prompt = args.prompt.clone().into_bytes();
     if args.prompt == "-" {
