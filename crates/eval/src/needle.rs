@@ -74,7 +74,7 @@ impl Test {
             }
             _ => match self.lengths.iter().find(|&&l| l < least) {
                 Some(l) => wrong(format!(
-                    "lengths: a prompt of {} has at least {least} {} tokens, not {l}: name a greater length",
+                    "lengths: a prompt of {} has at least {least} tokens of {}, not {l}: name a greater length",
                     self.task, self.tokenizer
                 )),
                 None => Ok(()),
@@ -334,7 +334,7 @@ mod tests {
         let e = |t: Test| t.validate(&needles).unwrap_err().to_string();
         let short = needles.shortest() - 1;
         let said = e(Test { lengths: vec![1000, short], ..t.clone() });
-        assert!(said.contains(&format!("{} bytes tokens, not {short}", short + 1)), "{said}");
+        assert!(said.contains(&format!("{} tokens of bytes, not {short}", short + 1)), "{said}");
         assert!(e(Test { depths: 0, ..t.clone() }).contains("depths"));
         assert!(e(Test { count: 0, ..t.clone() }).contains("count"));
         assert!(e(Test { lengths: vec![], ..t }).contains("lengths"));

@@ -439,11 +439,13 @@ fn needles(config: &RunConfig, tokenizer: Option<&Tokenizer>) -> Result<Option<M
     let mix = Mix { needles, share, shortest, answer_only, seed };
     let (task, name, least) = (d.needle_task, tokenizer.name(), mix.least());
     if shortest > 0 && shortest < least {
-        return Err(Error::Config(format!("data.needle_min: a sample of {task} has at least {least} {name} tokens")));
+        return Err(Error::Config(format!(
+            "data.needle_min: a sample of {task} has at least {least} tokens of {name}"
+        )));
     }
     if ctx < least.max(shortest) {
         let least = least.max(shortest);
-        return Err(Error::Config(format!("train.ctx: a sample of {task} has at least {least} {name} tokens")));
+        return Err(Error::Config(format!("train.ctx: a sample of {task} has at least {least} tokens of {name}")));
     }
     Ok(Some(mix))
 }
