@@ -157,6 +157,10 @@ fn what_cannot_be_trained_is_said_in_one_line() {
         (train(&["data.path=", "train.ctx=2000000", "model.n_layer=6", "model.n_embd=256"]), "train.micro_rows = 1"),
         (train(&["model.n_layer=10000", "model.n_embd=8192"]), "train a smaller model"),
         (train(&["model.train_only=[\"haed*\"]"]), "no parameter is named"),
+        (train(&["data.needles=0.5"]), "train.ctx: a sample of passkey has at least 253 tokens of bytes"),
+        (train(&["data.needles=1", "data.needle_min=40"]), "data.needle_min: a sample of passkey has at least"),
+        (train(&["data.needles=1", "data.needle_task=niah4"]), "`niah3`"),
+        (train(&["data.needles=1", "data.needle_task=niah2", "data.needle_text=no.txt"]), "no.txt"),
         (train(&["train.lr_init=1e30", "train.steps=30", "train.grad_clip=0"]), "is not finite"),
     ] {
         assert!(code == 1 && err.contains(says), "{says}: {code} {err}");
@@ -255,6 +259,75 @@ fn experiments_from_files() {
     assert!(code == 1 && err.starts_with("error: r.toml") && err.lines().count() == 1, "{err}");
     let (code, _, err) = anser(&f.0, &["eval", "recall", "r.toml", "--out", "none/recall.json"]);
     assert!(code == 1 && err.contains("none/recall.json") && err.lines().count() == 1, "{err}");
+}
+
+#[test]
+fn needles_are_trained_on_and_asked_for() {
+    let f = prepared("needles");
+    let set = ["train.ctx=700", "train.steps=3", "data.needles=0.5", "data.needle_min=340", "output.save_every=0"];
+    let set: Vec<&str> = set.iter().flat_map(|s| ["--set", s]).collect();
+    let train = |more: &[&str]| {
+        let (code, _, err) = anser(&f.0, &[&["train", "c.toml"], &set[..], more].concat());
+        assert_eq!(code, 0, "{err}");
+        std::fs::read(f.0.join("run/model.safetensors")).unwrap()
+    };
+    let first = train(&[]);
+    assert!(first == train(&[]), "the same rows twice");
+    assert!(first != train(&["--set", "data.needles=0.25"]));
+    let model = "run/model.safetensors";
+    for (task, rest) in [(&["passkey"][..], "passkey"), (&["niah", "--task", "3", "--text", "t.txt"], "niah3")] {
+        let args = ["--model", model, "--lengths", "700,600,700", "--depths", "2", "--count", "2", "--json"];
+        let (code, out, err) = anser(&f.0, &[&["eval"], task, &args].concat());
+        assert_eq!(code, 0, "{err}");
+        let result: serde_json::Value = serde_json::from_str(&out).unwrap();
+        assert_eq!((result["runs"].as_array().unwrap().len(), &result["accuracy"]), (4, &serde_json::json!(0.0)));
+        assert_eq!(err.lines().count(), 4, "{err}");
+        assert!(f.0.join(format!("{rest}.json")).exists() && f.0.join(format!("{rest}.svg")).exists());
+        // Everything is done: the table comes at once.
+        let (code, out, err) = anser(&f.0, &[&["eval"], task, &args[..8]].concat());
+        assert!(code == 0 && out.starts_with("| depth | 600 | 700 |\n") && err.is_empty(), "{out}{err}");
+    }
+    for (args, code, says) in [
+        (&["passkey", "--lengths", "20"][..], 1, "has at least 82 tokens of world-4096, not 20: name a greater length"),
+        (&["passkey", "--depths", "0"], 1, "depths: there must be at least 1"),
+        (&["passkey", "--count", "0"], 1, "count: there must be at least 1"),
+        (&["passkey", "--lengths", "90"], 1, "another experiment"),
+        (&["niah", "--task", "1", "--text", "t.txt"], 1, "tasks 2 and 3 take one"),
+        (&["niah", "--task", "2", "--text", "no.txt"], 1, "no.txt"),
+        (&["niah", "--task", "4"], 2, "4 is not in 1..=3"),
+        (&["niah"], 2, "--task"),
+    ] {
+        let (got, out, err) = anser(&f.0, &[&["eval"], args].concat());
+        assert!(got == code && out.is_empty() && err.contains(says), "{args:?}: {got} {err}");
+        assert!(code == 2 || err.lines().count() == 1, "{err}");
+    }
+}
+
+#[test]
+#[cfg(unix)]
+fn an_interrupted_search_for_needles_goes_on() {
+    let f = Folder::new("search");
+    let args = ["eval", "passkey", "--lengths", "90,100", "--depths", "40", "--count", "2", "--threads", "1"];
+    let program = assert_cmd::cargo::cargo_bin("anser");
+    let mut command = Command::new(program);
+    let child = command.current_dir(&f.0).args(args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let asked = || -> usize {
+        let text = std::fs::read_to_string(f.0.join("passkey.json")).unwrap_or_default();
+        text.matches("\"asked\"").count()
+    };
+    while asked() < 3 {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let ended = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert!(ended.status.code() == Some(130) && said.contains("goes on from there"), "{said}");
+    let before = asked();
+    assert!((3..80).contains(&before) && f.0.join("passkey.svg").exists());
+    let (code, out, err) = anser(&f.0, &args);
+    assert!(code == 0 && out.contains("| 100% |") && asked() == 80, "{out}{err}");
+    // The last cell before may have been whole or in work.
+    assert!((80 - before..=81 - before).contains(&err.lines().count()), "{before}: {err}");
 }
 
 #[test]

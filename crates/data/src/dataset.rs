@@ -26,6 +26,14 @@ impl Batch {
         self.tokens.len() / ctx
     }
 
+    /// Adds the rows of another batch.
+    pub fn append(&mut self, other: Batch) {
+        let at = self.tokens.len();
+        self.tokens.extend(other.tokens);
+        self.targets.extend(other.targets);
+        self.starts.extend(other.starts.iter().map(|s| at + s));
+    }
+
     /// Rows `from..to` of `ctx` tokens as a batch.
     pub fn slice(&self, ctx: usize, from: usize, to: usize) -> Batch {
         let (a, b) = (from * ctx, (to * ctx).min(self.tokens.len()));
@@ -171,9 +179,18 @@ impl Dataset {
         }
     }
 
+    /// Tokens of a sample.
+    pub fn ctx(&self) -> usize {
+        self.options.ctx
+    }
+
     /// The batch of a step.
     pub fn train(&self, step: u64, rows: usize) -> Batch {
-        let first = step * rows as u64;
+        self.rows(step * rows as u64, rows)
+    }
+
+    /// Rows from the `first`-th of the run on.
+    pub fn rows(&self, first: u64, rows: usize) -> Batch {
         let mut batch = Batch::default();
         let mut shuffle = Shuffle::default();
         for i in first..first + rows as u64 {

@@ -1,5 +1,5 @@
 //! From text to batches: binidx files and how they are built, the bundled corpus, sample orders, held-out data, and synthetic
-//! tasks: digit reversal, products in groups, associative recall.
+//! tasks: digit reversal, products in groups, associative recall, needles in haystacks.
 
 mod binidx;
 mod build;
@@ -8,6 +8,7 @@ mod dataset;
 pub mod digits;
 mod documents;
 pub mod groups;
+pub mod needle;
 mod order;
 mod random;
 pub mod recall;

@@ -125,7 +125,7 @@ pub fn logits(
             named.push(Named { name: format!("state.moba.{j}.{part}"), shape, data });
         };
         add("ffn_x", vec![b, c], a.ffn_x.to_vec());
-        let pasts: Vec<[Vec<f32>; 2]> = a.pasts.iter().map(|p| p.to_vecs()).collect();
+        let pasts: Vec<Vec<Vec<f32>>> = a.pasts.iter().map(|p| p.to_vecs()).collect();
         add("keys", vec![b, t, c], pasts.iter().flat_map(|p| &p[0]).copied().collect());
         add("values", vec![b, t, c], pasts.iter().flat_map(|p| &p[1]).copied().collect());
     }

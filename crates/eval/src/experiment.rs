@@ -196,18 +196,7 @@ impl<T: Tasks> Experiment<T> {
     pub fn run(
         &self, contexts: &[Context], out: Option<&Path>, stop: &AtomicBool, note: &(dyn Fn(String) + Sync),
     ) -> Result<Vec<Run>, Error> {
-        let mut results = Results { experiment: json(self)?, runs: Vec::new() };
-        if let Some(path) = out.filter(|p| p.exists()) {
-            let bad = |why: String| Error::Input(format!("{}: {why}; name another file", path.display()));
-            let text = std::fs::read_to_string(path).map_err(|e| bad(e.to_string()))?;
-            let old: Results = serde_json::from_str(&text).map_err(|e| bad(format!("no results: {e}")))?;
-            if old.experiment != results.experiment {
-                return Err(bad("it holds the results of another experiment".into()));
-            }
-            results = old;
-        }
-        // What cannot be written is said before the work.
-        results.save(out)?;
+        let results = Results::<Run>::open(self, out)?;
         let (tasks, mut plan) = (self.task.tasks()?, Vec::new());
         for task in &tasks {
             for (width, layers, kind, lr, seed) in self.grid() {
@@ -335,13 +324,30 @@ fn json(value: &impl Serialize) -> Result<serde_json::Value, Error> {
 
 /// What is in a file of results.
 #[derive(Serialize, Deserialize)]
-struct Results {
+pub(crate) struct Results<R> {
     experiment: serde_json::Value,
-    runs: Vec<Run>,
+    pub(crate) runs: Vec<R>,
 }
 
-impl Results {
-    fn save(&self, out: Option<&Path>) -> Result<(), Error> {
+impl<R: Serialize + DeserializeOwned> Results<R> {
+    /// The results that `out` has of an experiment, none if there is no such file.
+    pub(crate) fn open(experiment: &impl Serialize, out: Option<&Path>) -> Result<Results<R>, Error> {
+        let mut results = Results { experiment: json(experiment)?, runs: Vec::new() };
+        if let Some(path) = out.filter(|p| p.exists()) {
+            let bad = |why: String| Error::Input(format!("{}: {why}; name another file", path.display()));
+            let text = std::fs::read_to_string(path).map_err(|e| bad(e.to_string()))?;
+            let old: Results<R> = serde_json::from_str(&text).map_err(|e| bad(format!("no results: {e}")))?;
+            if old.experiment != results.experiment {
+                return Err(bad("it holds the results of another experiment".into()));
+            }
+            results = old;
+        }
+        // What cannot be written is said before the work.
+        results.save(out)?;
+        Ok(results)
+    }
+
+    pub(crate) fn save(&self, out: Option<&Path>) -> Result<(), Error> {
         let Some(path) = out else { return Ok(()) };
         let text = serde_json::to_string_pretty(self).map_err(|e| Error::Input(e.to_string()))?;
         Ok(write_atomic(path, |f| f.write_all(text.as_bytes())).map_err(anser_train::Error::from)?)

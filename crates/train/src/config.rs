@@ -1,5 +1,5 @@
 use crate::{Bptt, Error, Hyper, Recompute, Schedule, Settings};
-use anser_data::Order;
+use anser_data::{Order, needle};
 use anser_model::Init;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -47,6 +47,11 @@ pub struct DataConfig {
     pub resets: bool,
     pub held_out: f64,
     pub seed: u64,
+    pub needles: f64,
+    pub needle_task: needle::Task,
+    pub needle_text: PathBuf,
+    pub needle_min: usize,
+    pub needle_answer_only: bool,
 }
 
 /// Section `[train]`.
@@ -201,6 +206,9 @@ impl RunConfig {
         if !(0.0..1.0).contains(&d.held_out) {
             return wrong("data.held_out", "it must be at least 0 and below 1");
         }
+        if !(0.0..=1.0).contains(&d.needles) {
+            return wrong("data.needles", "it must be at least 0 and at most 1");
+        }
         Ok(())
     }
 
@@ -310,6 +318,7 @@ mod tests {
         assert!(e("[train]\nctx = \"long\"", &[]).contains("train.ctx = \"long\": it must be of type integer"));
         assert!(e("[train]\nctx = -5", &[]).contains("-5"), "{}", e("[train]\nctx = -5", &[]));
         assert!(e("", &["data.order=random"]).contains("official"));
+        assert!(e("", &["data.needle_task=niah4"]).contains("niah3"));
         assert!(e("[train\n", &[]).contains("line 1"), "{}", e("[train\n", &[]));
         for bad in [
             "train.ctx=0",
@@ -317,6 +326,8 @@ mod tests {
             "train.steps=0",
             "train.beta1=1.0",
             "data.held_out=1.0",
+            "data.needles=1.5",
+            "data.needles=nan",
             "train.lr_init=nan",
             "train.adam_eps=0.0",
             "train.grad_clip=-1.0",

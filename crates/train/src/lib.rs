@@ -13,7 +13,7 @@ mod trajectory;
 pub use anser_ops::Recompute;
 pub use config::{BpttMode, DataConfig, ModelConfig, OutputConfig, RecomputeMode, RunConfig, TrainConfig};
 pub use optim::{AdamW, GradNorm, Hyper};
-pub use plot::{Line, chart, loss_curve};
+pub use plot::{Line, chart, heat_map, loss_curve};
 pub use run::{Event, Summary, run, write_text};
 pub use schedule::Schedule;
 pub use trainer::{Bptt, Settings, StepInfo, Trainer};

@@ -1,6 +1,7 @@
 use crate::events::Events;
 use crate::{Bptt, Error, ModelConfig, Recompute, RecomputeMode, RunConfig, Settings, StepInfo, Trainer, loss_curve};
-use anser_data::{Batch, Binidx, Built, Dataset, Options, Tokens, bundled};
+use anser_data::needle::{Mix, Needles};
+use anser_data::{Batch, Binidx, Built, Dataset, Options, Tokens, bundled, documents};
 use anser_formats::{Checkpoint, write_atomic};
 use anser_infer::{Sampler, Sampling, Session};
 use anser_model::{Config, Hybrid, Load, Model};
@@ -113,6 +114,7 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
     };
     let data = Dataset::new(tokens, options)?;
     let held_out = data.held_out(config.output.eval_rows);
+    let needles = needles(config, tokenizer.as_ref())?;
 
     let mut settings = config.settings(config.train.steps);
     let resumed = Trainer::resume(ctx, folder, settings, |w| on(Event::Warning(w)))?;
@@ -218,7 +220,9 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
     let (out, mut interrupted) = (&config.output, false);
     let every = |n: u64, step: u64| n > 0 && step.is_multiple_of(n);
     // The next batch is read while one is computed.
-    let read = |step: u64| micro_batches(data.train(step, config.train.rows), config.train.ctx, micro);
+    let rows = config.train.rows;
+    let whole = |step: u64| needles.as_ref().map_or_else(|| data.train(step, rows), |n| n.train(&data, step, rows));
+    let read = |step: u64| micro_batches(whole(step), config.train.ctx, micro);
     let mut batch = read(trainer.steps());
     while total.is_none_or(|n| trainer.steps() < n) {
         let timer = Instant::now();
@@ -407,6 +411,43 @@ fn tokens(config: &RunConfig) -> Result<(Tokens, Option<Tokenizer>), Error> {
         (said, _) => said.to_string(),
     };
     Ok((tokens, named(&name)?))
+}
+
+/// The rows of needles among those of the data set, if any are wanted.
+fn needles(config: &RunConfig, tokenizer: Option<&Tokenizer>) -> Result<Option<Mix>, Error> {
+    let (d, ctx) = (&config.data, config.train.ctx);
+    if d.needles == 0.0 {
+        return Ok(None);
+    }
+    let unknown = || Error::Config("data.needles: samples are text, and data.tokenizer is \"none\": name one".into());
+    let tokenizer = *tokenizer.ok_or_else(unknown)?;
+    let text = match (d.needle_task.takes_text(), d.needle_text.as_os_str().is_empty()) {
+        (false, _) => None,
+        (true, false) => Some(documents(&d.needle_text)?.join("\n")),
+        (true, true) => {
+            let mut text = bundled::corpus();
+            let mut end = (text.len() as f64 * (1.0 - d.held_out)) as usize;
+            while !text.is_char_boundary(end) {
+                end -= 1;
+            }
+            text.truncate(end);
+            Some(text)
+        }
+    };
+    let (share, shortest, answer_only, seed) = (d.needles, d.needle_min, d.needle_answer_only, d.seed);
+    let needles = Needles::new(d.needle_task, tokenizer, text.as_deref());
+    let mix = Mix { needles, share, shortest, answer_only, seed };
+    let (task, name, least) = (d.needle_task, tokenizer.name(), mix.least());
+    if shortest > 0 && shortest < least {
+        return Err(Error::Config(format!(
+            "data.needle_min: a sample of {task} has at least {least} tokens of {name}"
+        )));
+    }
+    if ctx < least.max(shortest) {
+        let least = least.max(shortest);
+        return Err(Error::Config(format!("train.ctx: a sample of {task} has at least {least} tokens of {name}")));
+    }
+    Ok(Some(mix))
 }
 
 /// The model to begin with.

@@ -36,16 +36,16 @@ const HELP: &str = "/new  start over\n/retry  another answer\n/think off|fast|on
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let mut sampler = Sampler::new(args.common.sampling())?;
     let ctx = global.context()?;
-    let (model, tokenizer) = args.common.load(&ctx, global)?;
+    let (model, tokenizer) = args.common.source.load(&ctx, global)?;
     let fresh = || -> anyhow::Result<Session<'_>> {
-        let mut session = Session::new(&ctx, &model);
+        let mut session = args.common.source.session(&ctx, &model, None)?;
         if let Some(text) = &args.system {
             session.feed(&tokenizer.encode(chat::system(text).as_bytes()))?;
         }
         Ok(session)
     };
     let mut session = match &args.load_state {
-        Some(path) => Session::load(&ctx, &model, path)?,
+        Some(path) => args.common.source.session(&ctx, &model, Some(path))?,
         None => fresh()?,
     };
     // A file that cannot be written is found before the first word.

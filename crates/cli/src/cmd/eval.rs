@@ -1,7 +1,9 @@
+use crate::cmd::generate::Source;
 use crate::global::{Global, Interrupted, stop};
+use anser_data::needle::{Needles, Task as Hidden};
 use anser_eval::experiment::{Experiment, Run, Tasks};
 use anser_eval::text::{Prediction, predict};
-use anser_eval::{digits, pairs, recall, states};
+use anser_eval::{digits, needle, pairs, recall, states};
 use anser_formats::{Checkpoint, write_atomic};
 use anser_model::{Load, Model};
 use anser_tensor::Context;
@@ -67,6 +69,28 @@ enum Task {
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
         jobs: u8,
     },
+    /// A pass key in a long text (Mohtashami and Jaggi; RWKV-X): how often a model finds it again, by length and depth
+    Passkey {
+        #[command(flatten)]
+        needles: Grid,
+        /// Results, from which an interrupted test goes on; a picture (SVG) beside it
+        #[arg(long, default_value = "passkey.json")]
+        out: PathBuf,
+    },
+    /// The single needles of RULER: a number in sentences that repeat (1), a number (2) or a UUID (3) in a text
+    Niah {
+        /// 1, 2 or 3
+        #[arg(long, value_parser = clap::value_parser!(u8).range(1..=3))]
+        task: u8,
+        /// The text of tasks 2 and 3, a text or .jsonl file (also .xz, .zst, .gz) [default: the bundled text]
+        #[arg(long)]
+        text: Option<PathBuf>,
+        #[command(flatten)]
+        needles: Grid,
+        /// Results, from which an interrupted test goes on; a picture (SVG) beside it [default: niah1.json, niah2.json or niah3.json]
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
     /// How well a model predicts text and .jsonl files (also .xz, .zst, .gz): cross entropy per token, bits per byte
     Text(Files),
     /// Minimal pairs (BLiMP): how often the right sentence of two is the more probable one. A line of a file is an object with "sentence_good" and
@@ -86,6 +110,25 @@ struct Files {
     /// Files
     #[arg(required = true)]
     files: Vec<PathBuf>,
+}
+
+/// Which needles a model is to find.
+#[derive(clap::Args)]
+struct Grid {
+    #[command(flatten)]
+    source: Source,
+    /// Lengths of prompts, in tokens of the model
+    #[arg(long, value_delimiter = ',', default_value = "1024,2048,4096")]
+    lengths: Vec<usize>,
+    /// Number of depths, evenly from 0% to 100%
+    #[arg(long, default_value_t = 5)]
+    depths: usize,
+    /// Samples of each length and depth
+    #[arg(long, default_value_t = 5)]
+    count: usize,
+    /// Seed of the samples
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
 }
 
 impl Files {
@@ -115,6 +158,12 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             picture(out, "", &recall::picture(&runs))?;
             global.result(json!({ "runs": runs }), || recall::table(&e.task, &runs))
         }
+        Task::Passkey { needles, out } => hidden(Hidden::Passkey, None, needles, out, global),
+        Task::Niah { task, text, needles, out } => {
+            let task = [Hidden::Niah1, Hidden::Niah2, Hidden::Niah3][usize::from(*task) - 1];
+            let out = out.clone().unwrap_or_else(|| format!("{task}.json").into());
+            hidden(task, text.as_deref(), needles, &out, global)
+        }
         Task::Text(files) => text(files, global),
         Task::Pairs(files) => pairs(files, global),
     }
@@ -139,6 +188,42 @@ fn pairs(of: &Files, global: &Global) -> anyhow::Result<()> {
         let line = |(name, n, right): &(String, usize, f64)| format!("{name}: {:.1}% of {n}\n", 100.0 * right);
         all.iter().map(line).collect::<String>() + &format!("{:.2}% of {count} pairs\n", 100.0 * mean)
     })
+}
+
+fn hidden(task: Hidden, file: Option<&Path>, grid: &Grid, out: &Path, global: &Global) -> anyhow::Result<()> {
+    ensure!(
+        file.is_none() || task.takes_text(),
+        "--text: the haystack of {task} is not a text; tasks 2 and 3 take one"
+    );
+    let text = file.map(anser_data::documents).transpose()?.map(|d| d.join("\n"));
+    let ctx = global.context()?;
+    let (model, tokenizer) = grid.source.load(&ctx, global)?;
+    let needles = Needles::new(task, tokenizer, text.as_deref());
+    let mut lengths = grid.lengths.clone();
+    lengths.sort_unstable();
+    lengths.dedup();
+    let test = needle::Test {
+        task,
+        lengths,
+        depths: grid.depths,
+        count: grid.count,
+        seed: grid.seed,
+        model: model.fingerprint(),
+        tokenizer: tokenizer.name().into(),
+        text: file.map(|f| f.display().to_string()).unwrap_or_default(),
+        cache: grid.source.bound(),
+    };
+    // Whether the bound fits the model is seen here.
+    let fresh = grid.source.session(&ctx, &model, None)?;
+    let mut answer = |sample: &_| needle::write(fresh.fork(), &tokenizer, sample, stop());
+    let cells = test.run(&needles, Some(out), stop(), &|line| global.note(line), &mut answer)?;
+    picture(out, "", &test.picture(&cells))?;
+    if stop().load(Ordering::SeqCst) {
+        return Err(interrupted(global, out));
+    }
+    let right =
+        cells.iter().map(|c| c.right).sum::<usize>() as f64 / cells.iter().map(|c| c.asked).sum::<usize>() as f64;
+    global.result(json!({ "accuracy": right, "experiment": test, "runs": cells }), || test.table(&cells))
 }
 
 fn text(of: &Files, global: &Global) -> anyhow::Result<()> {
@@ -232,10 +317,15 @@ fn experiment<T: Tasks>(
     let contexts = (0..jobs).map(|_| global.context()).collect::<anyhow::Result<Vec<_>>>()?;
     let runs = e.run(&contexts, Some(out), stop(), &|line| global.note(line))?;
     if stop().load(Ordering::SeqCst) {
-        global.note(format!("stopped; finished runs are in {}, the same command goes on from there", out.display()));
-        return Err(Interrupted.into());
+        return Err(interrupted(global, out));
     }
     Ok((e, runs))
+}
+
+/// Says where the results of interrupted work are.
+fn interrupted(global: &Global, out: &Path) -> anyhow::Error {
+    global.note(format!("stopped; finished runs are in {}, the same command goes on from there", out.display()));
+    Interrupted.into()
 }
 
 /// Writes a picture beside `out`.

@@ -1,13 +1,13 @@
 use crate::global::{Chunks, Global, Interrupted, stop};
 use anser_formats::Checkpoint;
 use anser_infer::{Sampler, SamplerOrder, Sampling, Session, TextStream};
-use anser_model::{Config, Load, Model};
+use anser_model::{Cache, Config, Eviction, Load, Model};
 use anser_tensor::{Context, DType};
 use anser_tokenizer::Tokenizer;
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use serde_json::json;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -39,15 +39,34 @@ pub struct Args {
     stats: bool,
 }
 
-/// What `generate` and `chat` share: the model and how tokens are chosen.
+/// A model to be read from and written with.
 #[derive(clap::Args)]
-pub struct Common {
+pub struct Source {
     /// Checkpoint or Hugging Face folder [default: the small model that is part of this program, see models/README.md]
     #[arg(long)]
     model: Option<PathBuf>,
     /// Tokenizer: world, world-4096 or bytes [default: what the model file says, else world]
     #[arg(long)]
     tokenizer: Option<String>,
+    #[command(flatten)]
+    chunks: Chunks,
+    /// Tokens that each attention block of a hybrid keeps at most, so that memory and time per token stay bounded [default: all]
+    #[arg(long, value_name = "TOKENS")]
+    cache: Option<usize>,
+    /// What stays in a full cache beside the most recent tokens: recent (more of them), attention (what recent queries looked at) or error
+    /// (what the state has forgotten)
+    #[arg(long, default_value = "error", requires = "cache")]
+    evict: Eviction,
+    /// Single tokens stay, not whole chunks
+    #[arg(long, requires = "cache")]
+    evict_tokens: bool,
+}
+
+/// What `generate` and `chat` share: the model and how tokens are chosen.
+#[derive(clap::Args)]
+pub struct Common {
+    #[command(flatten)]
+    pub source: Source,
     /// 0: always the most probable token
     #[arg(long, default_value_t = 1.0)]
     temperature: f32,
@@ -78,8 +97,6 @@ pub struct Common {
     /// Adds to a token's logit, as in 261=-2.5; -inf bans the token (may be given several times)
     #[arg(long, value_name = "TOKEN=BIAS", allow_hyphen_values = true, value_parser = bias)]
     logit_bias: Vec<(u32, f32)>,
-    #[command(flatten)]
-    chunks: Chunks,
 }
 
 fn bias(s: &str) -> Result<(u32, f32), String> {
@@ -103,7 +120,9 @@ impl Common {
             logit_bias: self.logit_bias.iter().copied().collect(),
         }
     }
+}
 
+impl Source {
     /// Loads the model and its tokenizer.
     pub fn load(&self, ctx: &Context, global: &Global) -> anyhow::Result<(Model, Tokenizer)> {
         let ckpt = match &self.model {
@@ -127,11 +146,28 @@ impl Common {
     }
 }
 
+impl Source {
+    /// The bound on what attention keeps, if one was asked for.
+    pub fn bound(&self) -> Option<Cache> {
+        self.cache.map(|most| Cache::new(most, self.evict, !self.evict_tokens))
+    }
+
+    /// A new session, or one that goes on from a state file, which says its own bound.
+    pub fn session<'m>(&self, ctx: &Context, model: &'m Model, state: Option<&Path>) -> anyhow::Result<Session<'m>> {
+        match (state, self.bound()) {
+            (Some(path), None) => Ok(Session::load(ctx, model, path)?),
+            (Some(_), Some(_)) => bail!("--cache: a state file says what it keeps; leave --cache out"),
+            (None, Some(cache)) => Ok(Session::new(ctx, model).bounded(cache)?),
+            (None, None) => Ok(Session::new(ctx, model)),
+        }
+    }
+}
+
 /// Runs the subcommand.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let mut sampler = Sampler::new(args.common.sampling())?;
     let ctx = global.context()?;
-    let (model, tokenizer) = args.common.load(&ctx, global)?;
+    let (model, tokenizer) = args.common.source.load(&ctx, global)?;
 
     let mut prompt = args.prompt.clone().into_bytes();
     if args.prompt == "-" {
@@ -139,10 +175,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         std::io::stdin().read_to_end(&mut prompt).context("stdin")?;
     }
     let mut tokens = tokenizer.encode(&prompt);
-    let mut session = match &args.load_state {
-        Some(path) => Session::load(&ctx, &model, path)?,
-        None => Session::new(&ctx, &model),
-    };
+    let mut session = args.common.source.session(&ctx, &model, args.load_state.as_deref())?;
     if tokens.is_empty() && args.load_state.is_none() {
         // An empty prompt starts a document.
         tokens.push(tokenizer.end_of_document());
