@@ -75,6 +75,7 @@ pub fn train(
         checkpointing: false,
         recompute: recompute.least(),
         bptt: Bptt::Whole,
+        long_ce: None,
     };
     let mut trainer = Trainer::new(ctx, Model::init(ctx, &config, Init::Noise, 1)?, settings);
     let room = match ctx.cuda() {

@@ -47,6 +47,7 @@ pub fn train(
         checkpointing: false,
         recompute: Recompute::Nothing,
         bptt: Bptt::Whole,
+        long_ce: None,
     };
     let mut trainer = Trainer::new(ctx, Model::init(ctx, &config(), Init::Current, seed)?, settings);
     while trainer.steps() < steps && !stop.load(Ordering::SeqCst) {

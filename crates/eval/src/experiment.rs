@@ -129,6 +129,7 @@ impl Recipe {
             checkpointing: false,
             recompute: Recompute::Nothing,
             bptt: Bptt::Whole,
+            long_ce: None,
         }
     }
 }

@@ -1,4 +1,4 @@
-use crate::{Bptt, Error, Hyper, Recompute, Schedule, Settings};
+use crate::{Bptt, Error, Hyper, LongCe, Recompute, Schedule, Settings};
 use anser_data::{Order, needle};
 use anser_model::Init;
 use serde::{Deserialize, Serialize};
@@ -78,6 +78,11 @@ pub struct TrainConfig {
     pub tune: bool,
     pub bptt: usize,
     pub bptt_mode: BpttMode,
+    pub long_ce_context: usize,
+    pub long_ce_stride: usize,
+    pub long_ce_from: usize,
+    pub long_ce_gamma: f64,
+    pub long_ce_normalise: bool,
 }
 
 /// See [`Recompute`].
@@ -203,6 +208,21 @@ impl RunConfig {
                 return wrong(&format!("train.{name}"), "it must be at least 0 and below 1");
             }
         }
+        if let Some(l) = t.long_ce() {
+            if l.stride == 0 {
+                return wrong("train.long_ce_stride", "it must be at least 1");
+            }
+            if l.from < l.context {
+                return wrong("train.long_ce_from", "it must be at least train.long_ce_context, the tokens before it");
+            }
+            if !(l.gamma.is_finite() && l.gamma > 0.0) {
+                return wrong("train.long_ce_gamma", "it must be above 0");
+            }
+            if !l.reaches(t.ctx) {
+                let why = format!("no target of a row of train.ctx = {} tokens would be weighted", t.ctx);
+                return wrong("train.long_ce_from", &why);
+            }
+        }
         if !(0.0..1.0).contains(&d.held_out) {
             return wrong("data.held_out", "it must be at least 0 and below 1");
         }
@@ -228,7 +248,16 @@ impl RunConfig {
                 (n, BpttMode::Exact) => Bptt::Exact(n),
                 (n, BpttMode::Truncated) => Bptt::Truncated(n),
             },
+            long_ce: t.long_ce(),
         }
+    }
+}
+
+impl TrainConfig {
+    fn long_ce(&self) -> Option<LongCe> {
+        let (context, stride, from) = (self.long_ce_context, self.long_ce_stride, self.long_ce_from);
+        let (gamma, normalise) = (self.long_ce_gamma, self.long_ce_normalise);
+        (context > 0).then_some(LongCe { context, stride, from, gamma, normalise })
     }
 }
 
@@ -333,6 +362,18 @@ mod tests {
             "train.grad_clip=-1.0",
         ] {
             assert!(e("", &[bad]).starts_with(bad.split_once('=').unwrap().0), "{bad}: {}", e("", &[bad]));
+        }
+        let long = ["train.ctx=64", "train.long_ce_context=16", "train.long_ce_stride=8", "train.long_ce_from=32"];
+        assert!(parse("", &long).is_ok());
+        for (bad, says) in [
+            ("train.long_ce_stride=0", "at least 1"),
+            ("train.long_ce_from=15", "at least train.long_ce_context"),
+            ("train.long_ce_from=64", "no target of a row of train.ctx = 64"),
+            ("train.long_ce_gamma=0", "above 0"),
+            ("train.long_ce_gamma=inf", "above 0"),
+        ] {
+            let e = e("", &[&long[..], &[bad]].concat());
+            assert!(e.starts_with(bad.split_once('=').unwrap().0) && e.contains(says), "{bad}: {e}");
         }
     }
 }

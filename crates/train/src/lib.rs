@@ -3,6 +3,7 @@
 
 mod config;
 mod events;
+mod long_ce;
 mod optim;
 mod plot;
 mod run;
@@ -12,6 +13,7 @@ mod trajectory;
 
 pub use anser_ops::Recompute;
 pub use config::{BpttMode, DataConfig, ModelConfig, OutputConfig, RecomputeMode, RunConfig, TrainConfig};
+pub use long_ce::LongCe;
 pub use optim::{AdamW, GradNorm, Hyper};
 pub use plot::{Line, chart, heat_map, loss_curve};
 pub use run::{Event, Summary, run, write_text};

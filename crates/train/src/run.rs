@@ -182,6 +182,8 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
         0 => known,
         n => Some(n),
     };
+    // A step of cross entropy is three forward passes.
+    let more = 1.0 + settings.long_ce.map_or(0.0, |l| l.passes(settings.ctx)) / 3.0;
     on(Event::Started {
         config: trainer.config().clone(),
         steps: total,
@@ -190,7 +192,7 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
         memory: needed,
         // Matrix products take most of the time; the share is what our benchmark reaches.
         seconds: match total {
-            Some(n) => (n - trainer.steps().min(n)) as f64 * per_step * flops / (0.42 * peak),
+            Some(n) => (n - trainer.steps().min(n)) as f64 * per_step * flops * more / (0.42 * peak),
             None => config.train.minutes * 60.0,
         },
     });
@@ -241,17 +243,21 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
         let speed = (done - first) as f64 * per_step / computing;
         let mfu = flops * speed / peak;
         on(Event::Step { info, tokens_per_second: speed, mfu });
-        let line = json!({
+        let mut line = json!({
             "step": info.step, "loss": info.loss, "lr": info.lr, "grad_norm": info.grad_norm,
             "tokens_per_second": speed, "mfu": mfu,
         });
-        let scalars = [
+        let mut scalars = vec![
             ("loss/train", info.loss),
             ("lr", info.lr),
             ("grad_norm", info.grad_norm),
             ("speed/tokens_per_second", speed),
             ("speed/mfu", mfu),
         ];
+        if settings.long_ce.is_some() {
+            line["mean_weight"] = json!(info.mean_weight);
+            scalars.push(("loss/mean_weight", info.mean_weight));
+        }
         log.add(info.step, line, &scalars)?;
         if total.is_none() {
             times.push(time);

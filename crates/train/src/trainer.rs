@@ -1,4 +1,4 @@
-use crate::{AdamW, Error, GradNorm, Hyper, Schedule};
+use crate::{AdamW, Error, GradNorm, Hyper, LongCe, Schedule};
 use anser_data::Batch;
 use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
 use anser_model::{Config, Load, Model, State};
@@ -28,6 +28,8 @@ pub struct Settings {
     pub recompute: Recompute,
     /// How far gradients go back along a row.
     pub bptt: Bptt,
+    /// Weights of targets; `None`: all count the same.
+    pub long_ce: Option<LongCe>,
 }
 
 /// Back-propagation through time along a row of `ctx` tokens.
@@ -56,8 +58,10 @@ impl Bptt {
 pub struct StepInfo {
     /// Number of the step, from 0.
     pub step: u64,
-    /// Mean cross entropy before it, nats a token.
+    /// Mean cross entropy before it, nats a token, whatever the weights of targets.
     pub loss: f64,
+    /// Mean weight of the targets before it is made 1: see [`LongCe`], 1 without.
+    pub mean_weight: f64,
     /// Learning rate of the 1x groups.
     pub lr: f64,
     /// Gradient norm before clipping.
@@ -83,16 +87,19 @@ const EVALUATED: usize = 8;
 struct Piece {
     tokens: Vec<u32>,
     targets: Vec<i32>,
+    /// Losses with a short context.
+    short: Vec<Option<f32>>,
     segments: Arc<[Segment]>,
 }
 
-/// Cuts rows of `ctx` tokens into pieces of `len`. Where a sequence goes on from one piece to the next, its state does so
-/// in the slot with the number of the row.
-fn pieces(b: &Batch, ctx: usize, len: usize) -> Vec<Piece> {
+/// Cuts rows of `ctx` tokens into pieces of `len`, with the losses that their targets have with a short context, if there are any. Where
+/// a sequence goes on from one piece to the next, its state does so in the slot with the number of the row.
+fn pieces(b: &Batch, short: &[Option<f32>], ctx: usize, len: usize) -> Vec<Piece> {
     let rows = b.len(ctx);
     let cut = |from: usize| {
         let to = (from + len).min(ctx);
         let (mut tokens, mut targets, mut segments) = (Vec::new(), Vec::new(), Vec::new());
+        let mut losses = Vec::new();
         for row in 0..rows {
             let range = row * ctx + from..row * ctx + to;
             // Beginnings of sequences inside the piece; what comes before the first goes on from the piece before.
@@ -114,11 +121,17 @@ fn pieces(b: &Batch, ctx: usize, len: usize) -> Vec<Piece> {
                 });
             }
             tokens.extend_from_slice(&b.tokens[range.clone()]);
+            losses.extend_from_slice(short.get(range.clone()).unwrap_or_default());
             targets.extend_from_slice(&b.targets[range]);
         }
-        Piece { tokens, targets, segments: segments.into() }
+        Piece { tokens, targets, short: losses, segments: segments.into() }
     };
     (0..ctx).step_by(len).map(cut).filter(|p| !p.tokens.is_empty()).collect()
+}
+
+/// The sum of weights over the targets that are not ignored.
+fn of_targets(weights: &[f32], targets: &[i32]) -> f64 {
+    weights.iter().zip(targets).filter(|(_, t)| **t >= 0).map(|(w, _)| f64::from(*w)).sum()
 }
 
 const STEP: &str = "anser.step";
@@ -166,15 +179,22 @@ impl Trainer {
     /// When a token is outside the vocabulary, or the loss or a gradient is not finite: nothing is changed then.
     pub fn step(&mut self, micro: &[Batch]) -> Result<StepInfo, Error> {
         let targets: usize = micro.iter().flat_map(|b| &b.targets).filter(|t| **t >= 0).count();
-        let opts = CrossEntropy { divisor: targets.max(1) as f64, l2wrap: self.settings.l2wrap };
+        let targets = targets.max(1) as f64;
+        let opts = CrossEntropy { divisor: targets, l2wrap: self.settings.l2wrap };
+        let short =
+            micro.iter().map(|b| self.short_losses(&self.ctx, b, self.settings)).collect::<Result<Vec<_>, _>>()?;
+        let factor = match self.settings.long_ce {
+            Some(l) if l.normalise => targets / self.sum_of_weights(l, micro, &short)?.max(f64::MIN_POSITIVE),
+            _ => 1.0,
+        };
         // A GPU overwrites them with the first gradients of the step.
         let mut written = self.ctx.cuda().map(|_| Written::nothing(self.model.params()));
         if written.is_none() {
             self.grads.clear();
         }
-        let mut losses = Vec::new();
-        for b in micro {
-            self.back_propagate(b, opts, written.as_mut(), &mut losses)?;
+        let (mut losses, mut weight) = (Vec::new(), 0.0);
+        for (b, short) in micro.iter().zip(&short) {
+            weight += self.back_propagate(b, short, factor, opts, written.as_mut(), &mut losses)?;
         }
         if let Some(w) = written {
             w.clear_others(&self.ctx, self.model.params(), &self.grads);
@@ -184,7 +204,9 @@ impl Trainer {
         let norm = GradNorm::new(&self.ctx, self.model.params(), &self.grads, settings.grad_clip);
         self.adam.step(&self.ctx, self.model.params_mut(), &self.grads, settings.hyper, lr, &norm);
         // All work is under way; here the device is waited for.
-        let (norm, loss) = (norm.norm(), losses.iter().map(Loss::loss).sum::<f64>());
+        let (norm, mean_weight) = (norm.norm(), weight / targets);
+        let unweighted = if settings.long_ce.is_some() { Loss::unweighted } else { Loss::loss };
+        let loss = losses.iter().map(unweighted).sum::<f64>();
         self.ctx.check()?;
         if !(loss.is_finite() && norm.is_finite()) {
             self.adam.steps = step;
@@ -196,15 +218,43 @@ impl Trainer {
             };
             return Err(Error::NotFinite { step, what });
         }
-        Ok(StepInfo { step, loss, lr, grad_norm: norm })
+        Ok(StepInfo { step, loss, mean_weight, lr, grad_norm: norm })
     }
 
-    /// Adds the gradients of a micro-batch, and its parts of the loss to `losses`.
+    /// Losses of a micro-batch with a short context, if targets are to be weighted by them.
+    fn short_losses(&self, ctx: &Context, b: &Batch, settings: Settings) -> Result<Vec<Option<f32>>, Error> {
+        let Settings { ctx: t, bptt, long_ce: Some(long_ce), .. } = settings else { return Ok(Vec::new()) };
+        long_ce.short_losses(ctx, &self.model, b, t, b.len(t) * bptt.piece(t))
+    }
+
+    /// The sum of the weights of all targets.
+    fn sum_of_weights(&self, long_ce: LongCe, micro: &[Batch], short: &[Vec<Option<f32>>]) -> Result<f64, Error> {
+        let Settings { ctx: t, bptt, .. } = self.settings;
+        let mut sum = 0.0;
+        for (b, short) in micro.iter().zip(short) {
+            let pieces = pieces(b, short, t, bptt.piece(t));
+            let slots = if pieces.len() > 1 { b.len(t) } else { 0 };
+            let mut state = State::zeros(&self.ctx, self.model.config(), slots);
+            for piece in &pieces {
+                let mut tape = Tape::inference(&self.ctx, self.model.params());
+                let hidden;
+                (hidden, state) = self.model.forward(&mut tape, &piece.tokens, &piece.segments, &state, false)?;
+                let weights = long_ce.weights(&self.ctx, &self.model, &hidden, &piece.targets, &piece.short);
+                sum += of_targets(&weights, &piece.targets);
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Adds the gradients of a micro-batch, and its parts of the loss to `losses`. Targets with a loss in `short` are weighted, all weights
+    /// multiplied by `factor`; returns the sum of the weights before that.
     fn back_propagate(
-        &mut self, b: &Batch, opts: CrossEntropy, mut written: Option<&mut Written>, losses: &mut Vec<Loss>,
-    ) -> Result<(), Error> {
-        let Settings { ctx: t, checkpointing, recompute, bptt, .. } = self.settings;
-        let mut pieces = pieces(b, t, bptt.piece(t));
+        &mut self, b: &Batch, short: &[Option<f32>], factor: f64, opts: CrossEntropy,
+        mut written: Option<&mut Written>, losses: &mut Vec<Loss>,
+    ) -> Result<f64, Error> {
+        let Settings { ctx: t, checkpointing, recompute, bptt, long_ce, .. } = self.settings;
+        let mut pieces = pieces(b, short, t, bptt.piece(t));
+        let mut sum = 0.0;
         for p in &mut pieces {
             if let Some(before) = self.segments.iter().find(|s| **s == p.segments) {
                 p.segments = before.clone();
@@ -217,7 +267,17 @@ impl Trainer {
             let tape = Tape::recording(&self.ctx, self.model.params(), &mut self.grads);
             let mut tape = tape.noting(written.as_deref_mut()).recomputing(recompute);
             let (hidden, next) = self.model.forward(&mut tape, &piece.tokens, &piece.segments, state, checkpointing)?;
-            losses.push(self.model.loss(&mut tape, &hidden, &piece.targets, None, opts));
+            let weighted = factor != 1.0 || piece.short.iter().any(Option::is_some);
+            let weights = long_ce.filter(|_| weighted).map(|l| {
+                let mut weights = l.weights(&self.ctx, &self.model, &hidden, &piece.targets, &piece.short);
+                sum += of_targets(&weights, &piece.targets);
+                weights.iter_mut().for_each(|w| *w = (f64::from(*w) * factor) as f32);
+                weights
+            });
+            if weights.is_none() {
+                sum += piece.targets.iter().filter(|t| **t >= 0).count() as f64;
+            }
+            losses.push(self.model.loss(&mut tape, &hidden, &piece.targets, weights.as_deref(), opts));
             for (v, g) in next.vars().zip(from_next) {
                 g.into_iter().for_each(|g| v.add_grad(g));
             }
@@ -230,7 +290,7 @@ impl Trainer {
             for piece in &pieces {
                 state = record(piece, &state, Vec::new())?;
             }
-            return Ok(());
+            return Ok(sum);
         }
         let mut states = vec![state];
         for piece in &pieces[..pieces.len().saturating_sub(1)] {
@@ -245,7 +305,7 @@ impl Trainer {
             record(piece, &state, from_next)?;
             from_next = state.vars().map(|v| v.take_grad()).collect();
         }
-        Ok(())
+        Ok(sum)
     }
 
     /// Mean cross entropy on a batch without training on it.
@@ -258,7 +318,7 @@ impl Trainer {
         let opts = CrossEntropy { divisor: count, l2wrap: false };
         let mut loss = 0.0;
         for first in (0..b.len(t)).step_by(EVALUATED) {
-            for piece in pieces(&b.slice(t, first, first + EVALUATED), t, t) {
+            for piece in pieces(&b.slice(t, first, first + EVALUATED), &[], t, t) {
                 let mut tape = Tape::inference(&self.ctx, self.model.params());
                 let state = State::zeros(&self.ctx, self.model.config(), 0);
                 let (hidden, _) = self.model.forward(&mut tape, &piece.tokens, &piece.segments, &state, false)?;
@@ -301,6 +361,7 @@ impl Trainer {
         let dry = self.ctx.dry();
         let (t, piece) = (settings.ctx, settings.bptt.piece(settings.ctx));
         let n = rows * piece;
+        let short = self.short_losses(&dry, &Batch::rows(vec![0; rows * t], vec![0; rows * t], t), settings)?;
         let cut = piece < t;
         let segments = batch(rows, piece, cut).into();
         let mut none = dry.alloc_f32(0);
@@ -308,7 +369,9 @@ impl Trainer {
         let state = State::zeros(&dry, self.model.config(), if cut { rows } else { 0 });
         let (hidden, _) = self.model.forward(&mut tape, &vec![0; n], &segments, &state, settings.checkpointing)?;
         let opts = CrossEntropy { divisor: 1.0, l2wrap: false };
-        let _kept = self.model.loss(&mut tape, &hidden, &vec![0; n], None, opts);
+        let targets = vec![0; n];
+        let weights = settings.long_ce.map(|l| l.weights(&dry, &self.model, &hidden, &targets, &short[..n]));
+        let _kept = self.model.loss(&mut tape, &hidden, &targets, weights.as_deref(), opts);
         drop(hidden);
         tape.backward();
         // Exact back-propagation keeps the states between the pieces.

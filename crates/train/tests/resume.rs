@@ -22,6 +22,7 @@ fn settings() -> Settings {
         checkpointing: false,
         recompute: Recompute::Nothing,
         bptt: Bptt::Whole,
+        long_ce: None,
     }
 }
 

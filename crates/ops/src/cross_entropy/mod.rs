@@ -30,6 +30,7 @@ enum Place {
     Host {
         loss: f64,
         per_token: Vec<f32>,
+        divisor: f64,
     },
     /// `total` is one f64, not yet divided.
     Device {
@@ -46,6 +47,12 @@ impl Loss {
             Place::Host { loss, .. } => *loss,
             Place::Device { total, divisor, .. } => total.to_f64().first().map_or(0.0, |t| t / divisor),
         }
+    }
+
+    /// The same with all weights 1: the mean cross entropy, which tells how good a model is whatever it is trained for. Waits for the device.
+    pub fn unweighted(&self) -> f64 {
+        let (Place::Host { divisor, .. } | Place::Device { divisor, .. }) = &self.0;
+        self.per_token().iter().map(|&l| l as f64).sum::<f64>() / divisor
     }
 
     /// Negative log-likelihood of each row in nats, unweighted; 0 for ignored rows. Waits for the device.
@@ -129,7 +136,7 @@ impl<'p> Tape<'p> {
             if let Some(dx) = dx {
                 x.add_grad(dx);
             }
-            return Loss(Place::Host { loss: 0.0, per_token });
+            return Loss(Place::Host { loss: 0.0, per_token, divisor: opts.divisor });
         }
         for start in (0..rows).step_by(chunk) {
             let n = chunk.min(rows - start);
@@ -161,6 +168,6 @@ impl<'p> Tape<'p> {
         }
         let weighted = |(i, &l): (usize, &f32)| weights.map_or(1.0, |w| w[i] as f64) * l as f64;
         let loss = per_token.iter().enumerate().map(weighted).sum::<f64>() / opts.divisor;
-        Loss(Place::Host { loss, per_token })
+        Loss(Place::Host { loss, per_token, divisor: opts.divisor })
     }
 }
