@@ -161,6 +161,8 @@ fn what_cannot_be_trained_is_said_in_one_line() {
         (train(&["data.needles=1", "data.needle_min=40"]), "data.needle_min: a sample of passkey has at least"),
         (train(&["data.needles=1", "data.needle_task=niah4"]), "`niah3`"),
         (train(&["data.needles=1", "data.needle_task=niah2", "data.needle_text=no.txt"]), "no.txt"),
+        (train(&["train.long_ce_context=16", "train.long_ce_from=8"]), "train.long_ce_from: it must be at least"),
+        (train(&["train.long_ce_context=16"]), "no target of a row of train.ctx = 32"),
         (train(&["train.lr_init=1e30", "train.steps=30", "train.grad_clip=0"]), "is not finite"),
     ] {
         assert!(code == 1 && err.contains(says), "{says}: {code} {err}");
@@ -169,6 +171,23 @@ fn what_cannot_be_trained_is_said_in_one_line() {
     assert!(!f.0.join("x.bin").exists() && !f.0.join("x.idx").exists());
     let (code, out, _) = anser(&f.0, &["train", "--defaults"]);
     assert!(code == 0 && out.contains("lr_init"));
+}
+
+#[test]
+fn targets_are_weighted_by_what_a_long_context_tells() {
+    let f = prepared("long");
+    let sets = ["context=8", "stride=8", "from=16"].map(|s| format!("train.long_ce_{s}"));
+    let (code, _, err) = anser(
+        &f.0,
+        &["train", "c.toml", "--set", &sets[0], "--set", &sets[1], "--set", &sets[2], "--set", "train.steps=20"],
+    );
+    assert_eq!(code, 0, "{err}");
+    let lines = std::fs::read_to_string(f.0.join("run/metrics.jsonl")).unwrap();
+    let weights: Vec<f64> = lines
+        .lines()
+        .filter_map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["mean_weight"].as_f64())
+        .collect();
+    assert!(weights.len() == 20 && weights.iter().all(|w| (0.5..2.0).contains(w) && *w != 1.0), "{weights:?}");
 }
 
 #[test]

@@ -5,7 +5,7 @@
 use anser_data::{Dataset, Options, Order, Tokens};
 use anser_model::{Config, Init, Model};
 use anser_tensor::{Context, DType, Device};
-use anser_train::{Bptt, Error, Hyper, Recompute, Schedule, Settings, StepInfo, Trainer};
+use anser_train::{Bptt, Error, Hyper, LongCe, Recompute, Schedule, Settings, StepInfo, Trainer};
 
 fn settings() -> Settings {
     let schedule = Schedule { init: 3e-3, last: 3e-4, warmup: 2, total: 10 };
@@ -22,6 +22,8 @@ fn settings() -> Settings {
         long_ce: None,
     }
 }
+
+const LONG_CE: Option<LongCe> = Some(LongCe { context: 8, stride: 4, from: 12, gamma: 2.0, normalise: true });
 
 fn data() -> Dataset {
     let text: Vec<u32> = (0..20_000u32).map(|i| (i * i / 7 + i % 13) % 64).collect();
@@ -57,8 +59,10 @@ fn steps(ctx: &Context, settings: Settings) -> (Vec<StepInfo>, Vec<f32>) {
 #[ignore = "needs a GPU"]
 fn a_step_is_the_cpus() {
     for checkpointing in [false, true] {
-        for bptt in [Bptt::Whole, Bptt::Exact(11), Bptt::Truncated(16)] {
-            let settings = Settings { checkpointing, bptt, ..settings() };
+        for (bptt, long_ce) in
+            [(Bptt::Whole, None), (Bptt::Exact(11), LONG_CE), (Bptt::Truncated(16), None), (Bptt::Whole, LONG_CE)]
+        {
+            let settings = Settings { checkpointing, bptt, long_ce, ..settings() };
             let want = steps(&Context::cpu(2), settings);
             for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::BF16, 2e-2)] {
                 let got = steps(&gpu(dtype), settings);
@@ -132,9 +136,10 @@ fn activations_are_few() {
 #[ignore = "needs a GPU"]
 fn memory_is_forecast_and_launches_are_counted() {
     let ways = [(true, Recompute::Nothing)].into_iter().chain(Recompute::LEVELS.map(|what| (false, what)));
-    for (checkpointing, recompute) in ways {
+    let ways = ways.flat_map(|way| [(way, None), (way, LONG_CE)]);
+    for ((checkpointing, recompute), long_ce) in ways {
         let ctx = gpu(DType::BF16);
-        let settings = Settings { checkpointing, recompute, ..settings() };
+        let settings = Settings { checkpointing, recompute, long_ce, ..settings() };
         let mut t = Trainer::new(&ctx, model(), settings);
         ctx.trim();
         let forecast = t.forecast(4).unwrap();

@@ -3,7 +3,7 @@
 use anser_data::{Dataset, Options, Order, Tokens};
 use anser_model::{Config, Init, Model};
 use anser_tensor::Context;
-use anser_train::{Bptt, Error, Hyper, Recompute, Schedule, Settings, StepInfo, Trainer};
+use anser_train::{Bptt, Error, Hyper, LongCe, Recompute, Schedule, Settings, StepInfo, Trainer};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -107,7 +107,19 @@ fn kill_at_any_moment() {
 
 #[test]
 fn losses_go_on_and_damaged_checkpoints_are_skipped() {
+    let long_ce = LongCe { context: 8, stride: 4, from: 12, gamma: 2.0, normalise: true };
+    for settings in [settings(), Settings { long_ce: Some(long_ce), ..settings() }] {
+        go_on(settings);
+    }
+}
+
+fn go_on(settings: Settings) {
     let (ctx, folder) = (Context::cpu(2), Folder::new("skip"));
+    let fresh = |ctx: &Context| {
+        let mut t = fresh(ctx);
+        *t.settings_mut() = settings;
+        t
+    };
     let mut losses = Vec::new();
     let mut whole = fresh(&ctx);
     run(&mut whole, 20, |_, i| losses.push(i));
@@ -121,12 +133,12 @@ fn losses_go_on_and_damaged_checkpoints_are_skipped() {
     let bytes = std::fs::read(&newest).unwrap();
     std::fs::write(&newest, &bytes[..bytes.len() / 2]).unwrap();
     let mut warnings = Vec::new();
-    let mut t = Trainer::resume(&ctx, &folder.0, settings(), |w| warnings.push(w)).unwrap().unwrap();
+    let mut t = Trainer::resume(&ctx, &folder.0, settings, |w| warnings.push(w)).unwrap().unwrap();
     assert!(t.steps() == 9 && warnings.len() == 1, "{warnings:?}");
     let mut rest = Vec::new();
     run(&mut t, 20, |_, i| rest.push(i));
     assert_eq!(rest, losses[9..]);
-    assert!(Trainer::resume(&ctx, Path::new("no/such/folder"), settings(), |_| {}).unwrap().is_none());
+    assert!(Trainer::resume(&ctx, Path::new("no/such/folder"), settings, |_| {}).unwrap().is_none());
 }
 
 #[test]
