@@ -1,6 +1,6 @@
 //! What all subcommands share: global flags, output, Ctrl-C.
 
-use anser_model::Config;
+use anser_model::{Cache, Config, Eviction};
 use anser_tensor::{Context, DType, Device};
 use anyhow::ensure;
 use std::io::Write;
@@ -163,6 +163,28 @@ impl Chunks {
         }
         config.validate()?;
         Ok(config)
+    }
+}
+
+/// A bound on what a hybrid's attention keeps.
+#[derive(clap::Args)]
+pub struct Bound {
+    /// Tokens that each attention block of a hybrid keeps at most, so that memory and time per token stay bounded [default: all]
+    #[arg(long, value_name = "TOKENS")]
+    cache: Option<usize>,
+    /// What stays in a full cache beside the most recent tokens: recent (more of them), attention (what recent queries looked at) or error
+    /// (what the state has forgotten)
+    #[arg(long, default_value = "error", requires = "cache")]
+    evict: Eviction,
+    /// Single tokens stay, not whole chunks
+    #[arg(long, requires = "cache")]
+    evict_tokens: bool,
+}
+
+impl Bound {
+    /// The bound, if one was asked for.
+    pub fn cache(&self) -> Option<Cache> {
+        self.cache.map(|most| Cache::new(most, self.evict, !self.evict_tokens))
     }
 }
 

@@ -3,12 +3,13 @@
 use crate::profile::Limits;
 use anser_data::Batch;
 use anser_infer::{Decoder, Session};
-use anser_model::{Config, Init, Model};
+use anser_model::{Cache, Config, Init, Model};
 use anser_ops::{ParamSet, Tape, Var, batch, wkv7::Wkv7Inputs};
 use anser_tensor::cuda::Span;
 use anser_tensor::{Context, DType, bench, memory};
 use anser_tokenizer::Tokenizer;
 use anser_train::{Bptt, Hyper, Recompute, RecomputeMode, Schedule, Settings, Trainer};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// Speed of training.
@@ -47,7 +48,8 @@ pub struct Decode {
     pub bandwidth: f64,
 }
 
-fn median(mut seconds: Vec<f64>) -> f64 {
+/// The middle one.
+pub(crate) fn median(mut seconds: Vec<f64>) -> f64 {
     seconds.sort_by(f64::total_cmp);
     seconds[seconds.len() / 2]
 }
@@ -335,6 +337,14 @@ pub fn tokenize(tokenizer: &Tokenizer) -> Tokenize {
     Tokenize { bytes_per_second: text.len() as f64 / seconds, bytes: text.len(), tokens }
 }
 
+/// A model for inference whose matrices are noise, in `dtype` on the CPU, in the type of activations on a GPU.
+pub(crate) fn noise(ctx: &Context, config: &Config, dtype: DType) -> Result<Model, crate::Error> {
+    Ok(match ctx.cuda() {
+        Some(_) => Model::noise(ctx, config, 1)?,
+        None => Model::init(ctx, config, Init::Noise, 1)?.packed(ctx, dtype),
+    })
+}
+
 /// Decoding around one position of a long sequence.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 pub struct Position {
@@ -342,25 +352,39 @@ pub struct Position {
     pub position: usize,
     /// Seconds a token, median over the stretch that ends here.
     pub seconds: f64,
+    /// Bytes of the state.
+    pub bytes: usize,
     /// Bytes of resident memory of the process; 0 where the system doesn't say.
     pub resident: u64,
 }
 
-/// Decodes `tokens` tokens one by one with a randomly initialised model and looks at ten positions.
+/// Decodes `tokens` tokens one by one with a model of noise, what its attention keeps bounded by `cache`; looks at ten positions, each told to `on`
+/// at once. When `stop` becomes true, those that there are come back.
 ///
 /// # Errors
-/// When there is no such size.
-pub fn flat(ctx: &Context, preset: &str, dtype: DType, tokens: usize) -> Result<Vec<Position>, crate::Error> {
-    let model = Model::init(ctx, &Config::preset(preset)?, Init::Current, 1)?.packed(ctx, dtype);
+/// When the bound doesn't fit the model, or memory runs out.
+pub fn flat(
+    ctx: &Context, config: &Config, dtype: DType, cache: Option<Cache>, tokens: usize, stop: &AtomicBool,
+    on: &mut dyn FnMut(&Position),
+) -> Result<Vec<Position>, crate::Error> {
+    let model = noise(ctx, config, dtype)?;
     let mut session = Session::new(ctx, &model);
+    if let Some(cache) = cache {
+        session = session.bounded(cache)?;
+    }
     let stretch = tokens.div_ceil(10).max(1);
     let (mut seconds, mut out) = (Vec::new(), Vec::new());
     for i in 1..=tokens {
         let start = Instant::now();
-        session.feed(&[(i * 7919 % 60000) as u32])?;
+        session.feed(&[(i * 7919 % config.vocab_size) as u32])?;
         seconds.push(start.elapsed().as_secs_f64());
         if i.is_multiple_of(stretch) || i == tokens {
-            out.push(Position { position: i, seconds: median(std::mem::take(&mut seconds)), resident: resident() });
+            let seconds = median(std::mem::take(&mut seconds));
+            out.push(Position { position: i, seconds, bytes: session.bytes(), resident: resident() });
+            out.last().into_iter().for_each(&mut *on);
+        }
+        if stop.load(Ordering::SeqCst) {
+            break;
         }
     }
     Ok(out)

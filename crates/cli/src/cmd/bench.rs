@@ -1,11 +1,16 @@
-use crate::global::Global;
+use crate::cmd::eval::picture;
+use crate::global::{Bound, Chunks, Global, Interrupted, stop};
 use anser_eval::bench;
+use anser_eval::long::{Long, Row};
 use anser_eval::profile::{chrome_trace, kinds, table};
+use anser_formats::Checkpoint;
+use anser_model::{Config, Hybrid};
 use anser_tensor::DType;
 use anser_tokenizer::Tokenizer;
 use anyhow::{Context, ensure};
 use serde_json::json;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 
 /// Measures speed, beside what limits it on this machine
 #[derive(clap::Args)]
@@ -62,14 +67,33 @@ enum What {
         #[arg(long)]
         tune: bool,
     },
-    /// Time per token and memory along one long sequence, which a recurrent model keeps flat
+    /// Time per token and memory along one long sequence that is read token by token: a recurrent model keeps both flat, a hybrid with --cache too
     Flat {
-        /// Size
-        #[arg(long, default_value = "tiny")]
-        preset: String,
-        /// Tokens decoded
+        #[command(flatten)]
+        dims: Dims,
+        /// Tokens read
         #[arg(long, default_value_t = 100_000)]
         tokens: usize,
+    },
+    /// How reading a prompt, one token more and the state grow with the length: a hybrid, the same with dense attention, RWKV-7 with as many blocks
+    Long {
+        #[command(flatten)]
+        dims: Dims,
+        /// Lengths of prompts [default: powers of two from 1024 to 16384, on a GPU to 131072]
+        #[arg(long, value_delimiter = ',')]
+        lengths: Vec<usize>,
+        /// Positions after which single tokens are timed [default: the lengths]
+        #[arg(long, value_delimiter = ',')]
+        decode_at: Vec<usize>,
+        /// Single tokens timed there; the median counts
+        #[arg(long, default_value_t = 16)]
+        decode: usize,
+        /// Seconds of reading for each of the three models, after which longer prompts are left out
+        #[arg(long, default_value_t = 60.0)]
+        budget: f64,
+        /// Pictures (SVG), with -prefill and -decode before the extension
+        #[arg(long)]
+        out: Option<PathBuf>,
     },
     /// Encoding the bundled text on one core
     Tokenizer {
@@ -77,6 +101,43 @@ enum What {
         #[arg(long, default_value = "world")]
         tokenizer: String,
     },
+}
+
+/// A model of noise: its speed is that of any weights.
+#[derive(clap::Args)]
+struct Dims {
+    /// Size
+    #[arg(long, default_value = "tiny")]
+    preset: String,
+    /// Dimensions of this checkpoint instead; its weights are not read
+    #[arg(long, conflicts_with = "preset")]
+    model: Option<PathBuf>,
+    /// Attention blocks among the RWKV-7 blocks [default: none in flat, one for 4 of them in long]
+    #[arg(long)]
+    attention: Option<usize>,
+    #[command(flatten)]
+    chunks: Chunks,
+    #[command(flatten)]
+    bound: Bound,
+}
+
+impl Dims {
+    /// The dimensions; `attention` gives the default number of attention blocks among so many others.
+    fn config(&self, attention: fn(usize) -> usize) -> anyhow::Result<Config> {
+        let mut config = match &self.model {
+            Some(path) => Config::from_checkpoint(&Checkpoint::open(path)?)?,
+            None => Config::preset(&self.preset)?,
+        };
+        ensure!(
+            config.hybrid.is_none() || self.attention.is_none(),
+            "--attention: the model has attention blocks already; leave it out"
+        );
+        let blocks = self.attention.unwrap_or_else(|| attention(config.n_layer));
+        if config.hybrid.is_none() && blocks > 0 {
+            config.hybrid = Some(Hybrid::new(blocks));
+        }
+        self.chunks.apply(config)
+    }
 }
 
 /// A training step.
@@ -244,15 +305,57 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                 )
             })
         }
-        What::Flat { preset, tokens } => {
-            let positions = bench::flat(&ctx, preset, global.dtype()?.unwrap_or(DType::BF16), *tokens)?;
-            global.result(json!({ "positions": positions }), || {
-                let line = |p: &bench::Position| {
-                    let (us, mb) = (p.seconds * 1e6, p.resident as f64 / 1e6);
-                    format!("{:8} tokens: {us:7.1} us a token, {mb:.1} MB resident\n", p.position)
-                };
-                positions.iter().map(line).collect()
-            })
+        What::Flat { dims, tokens } => {
+            let (config, dtype) = (dims.config(|_| 0)?, global.dtype()?.unwrap_or(DType::BF16));
+            let mut told = Ok(());
+            let mut tell = |p: &bench::Position| {
+                let (us, state, resident) = (p.seconds * 1e6, p.bytes as f64 / 1e6, p.resident as f64 / 1e6);
+                let at = p.position;
+                let line =
+                    format!("{at:8} tokens: {us:7.1} us a token, {state:.2} MB of state, {resident:.1} MB resident\n");
+                if told.is_ok() {
+                    told = global.stream(&line);
+                }
+            };
+            let positions = bench::flat(&ctx, &config, dtype, dims.bound.cache(), *tokens, stop(), &mut tell)?;
+            told?;
+            global.result(json!({ "positions": positions }), String::new)?;
+            if stop().load(Ordering::SeqCst) { Err(Interrupted.into()) } else { Ok(()) }
+        }
+        What::Long { dims, lengths, decode_at, decode, budget, out } => {
+            let config = dims.config(|blocks| (blocks / 4).max(1))?;
+            global.remarks(&config);
+            let longest = if ctx.cuda().is_some() { 17 } else { 14 };
+            let powers = (10..=longest).map(|i| 1 << i).collect();
+            let test = Long {
+                config,
+                dtype: global.dtype()?.unwrap_or(DType::BF16),
+                cache: dims.bound.cache(),
+                lengths: if lengths.is_empty() { powers } else { lengths.clone() },
+                decode_at: decode_at.clone(),
+                decode: *decode,
+                budget: *budget,
+            };
+            let measured = test.run(&ctx, stop(), &mut |line| global.note(line))?;
+            if let Some(out) = out {
+                for (name, svg) in measured.pictures() {
+                    picture(out, &format!("-{name}"), &svg)?;
+                }
+            }
+            let row = |r: &Row| {
+                let [dense, rwkv7] = ["dense", "rwkv7"].map(|other| measured.faster_than(other, r));
+                let mut json = json!(r);
+                json["prefill_tokens_per_second"] = json!(r.tokens as f64 / r.prefill_seconds);
+                json["times_faster_than_dense"] = json!({ "prefill": dense[0], "decode": dense[1] });
+                json["times_faster_than_rwkv7"] = json!({ "prefill": rwkv7[0], "decode": rwkv7[1] });
+                json
+            };
+            let rows: Vec<_> = measured.rows.iter().map(row).collect();
+            let skipped: Vec<_> =
+                measured.skipped.iter().map(|(model, tokens)| json!({ "model": model, "tokens": tokens })).collect();
+            let json = json!({ "config": test.config, "cache": test.cache, "rows": rows, "skipped": skipped });
+            global.result(json, || measured.table())?;
+            if stop().load(Ordering::SeqCst) { Err(Interrupted.into()) } else { Ok(()) }
         }
         What::Tokenizer { tokenizer } => {
             let r = bench::tokenize(&Tokenizer::from_name(tokenizer)?);

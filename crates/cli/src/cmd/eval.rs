@@ -329,7 +329,7 @@ fn interrupted(global: &Global, out: &Path) -> anyhow::Error {
 }
 
 /// Writes a picture beside `out`.
-fn picture(out: &Path, suffix: &str, svg: &str) -> anyhow::Result<()> {
+pub fn picture(out: &Path, suffix: &str, svg: &str) -> anyhow::Result<()> {
     let stem = out.file_stem().unwrap_or_default().to_string_lossy();
     let path = out.with_file_name(format!("{stem}{suffix}.svg"));
     Ok(write_atomic(&path, |f| f.write_all(svg.as_bytes()))?)

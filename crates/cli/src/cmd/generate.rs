@@ -1,7 +1,7 @@
-use crate::global::{Chunks, Global, Interrupted, stop};
+use crate::global::{Bound, Chunks, Global, Interrupted, stop};
 use anser_formats::Checkpoint;
 use anser_infer::{Sampler, SamplerOrder, Sampling, Session, TextStream};
-use anser_model::{Cache, Config, Eviction, Load, Model};
+use anser_model::{Cache, Config, Load, Model};
 use anser_tensor::{Context, DType};
 use anser_tokenizer::Tokenizer;
 use anyhow::{Context as _, bail, ensure};
@@ -50,16 +50,8 @@ pub struct Source {
     tokenizer: Option<String>,
     #[command(flatten)]
     chunks: Chunks,
-    /// Tokens that each attention block of a hybrid keeps at most, so that memory and time per token stay bounded [default: all]
-    #[arg(long, value_name = "TOKENS")]
-    cache: Option<usize>,
-    /// What stays in a full cache beside the most recent tokens: recent (more of them), attention (what recent queries looked at) or error
-    /// (what the state has forgotten)
-    #[arg(long, default_value = "error", requires = "cache")]
-    evict: Eviction,
-    /// Single tokens stay, not whole chunks
-    #[arg(long, requires = "cache")]
-    evict_tokens: bool,
+    #[command(flatten)]
+    bound: Bound,
 }
 
 /// What `generate` and `chat` share: the model and how tokens are chosen.
@@ -149,7 +141,7 @@ impl Source {
 impl Source {
     /// The bound on what attention keeps, if one was asked for.
     pub fn bound(&self) -> Option<Cache> {
-        self.cache.map(|most| Cache::new(most, self.evict, !self.evict_tokens))
+        self.bound.cache()
     }
 
     /// A new session, or one that goes on from a state file, which says its own bound.

@@ -1,0 +1,205 @@
+//! How time and memory grow with the length of a sequence: for a hybrid (RWKV-X, arXiv 2504.21463, section 4.4), the same with dense
+//! attention, and RWKV-7 alone with as many blocks.
+
+use crate::bench::{median, noise};
+use anser_infer::Session;
+use anser_model::{Cache, Config, Hybrid};
+use anser_ops::attention::Chunks;
+use anser_tensor::{Context, DType};
+use anser_train::{Line, chart};
+use serde::Serialize;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// What is measured.
+#[derive(Clone, Debug)]
+pub struct Long {
+    /// The hybrid.
+    pub config: Config,
+    /// Type of its weights on the CPU.
+    pub dtype: DType,
+    /// A bound on what its attention keeps.
+    pub cache: Option<Cache>,
+    /// Lengths that are read.
+    pub lengths: Vec<usize>,
+    /// Positions after which single tokens are read, too; empty: all of `lengths`.
+    pub decode_at: Vec<usize>,
+    /// How many; the median counts.
+    pub decode: usize,
+    /// Seconds of reading for each model, after which longer lengths are left out.
+    pub budget: f64,
+}
+
+/// One model after one length.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Row {
+    /// hybrid, dense or rwkv7.
+    pub model: &'static str,
+    /// Tokens read.
+    pub tokens: usize,
+    /// Seconds that took.
+    pub prefill_seconds: f64,
+    /// Seconds for one token more; `None` where it was not asked for.
+    pub decode_seconds: Option<f64>,
+    /// Bytes of the state, what attention keeps among it.
+    pub bytes: usize,
+    /// Tokens that attention keeps.
+    pub cached: usize,
+}
+
+/// What came of it.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Measured {
+    /// By model, then by length.
+    pub rows: Vec<Row>,
+    /// What the budget left out: model and length.
+    pub skipped: Vec<(&'static str, usize)>,
+}
+
+/// Tokens between two looks at the clock: as many as a GPU reads at a time.
+const STRETCH: usize = 4096;
+
+impl Long {
+    /// The three models.
+    fn models(&self) -> [(&'static str, Config, Option<Cache>); 3] {
+        let (config, layers) = (&self.config, self.config.hybrid.map_or(0, |h| h.layers));
+        let dense = Hybrid { layers, chunk: Chunks::WHOLE.size, topk: Chunks::WHOLE.top };
+        [
+            ("hybrid", config.clone(), self.cache),
+            ("dense", Config { hybrid: Some(dense), ..config.clone() }, None),
+            ("rwkv7", Config { hybrid: None, n_layer: config.n_layer + layers, ..config.clone() }, None),
+        ]
+    }
+
+    /// Reads sequences of all lengths with all models, their weights noise. What happens goes to `log`; when `stop` becomes true, what
+    /// there is comes back.
+    ///
+    /// # Errors
+    /// When there is nothing to measure, the bound doesn't fit the model, or memory runs out.
+    pub fn run(&self, ctx: &Context, stop: &AtomicBool, log: &mut dyn FnMut(String)) -> Result<Measured, crate::Error> {
+        let wrong = |what: &str| Err(crate::Error::Input(what.into()));
+        let mut positions: Vec<usize> = self.lengths.iter().chain(&self.decode_at).copied().collect();
+        positions.sort_unstable();
+        positions.dedup();
+        match positions[..] {
+            [] => return wrong("there must be a length to read"),
+            [0, ..] => return wrong("a length must be at least 1"),
+            _ => {}
+        }
+        if self.config.hybrid.is_none_or(|h| h.layers == 0) {
+            return wrong("there must be an attention block to compare with others");
+        }
+        if let Some(cache) = self.cache {
+            cache.validate(&self.config)?;
+        }
+        let mut measured = Measured::default();
+        for (name, config, cache) in self.models() {
+            let model = noise(ctx, &config, self.dtype)?;
+            let tokens: Vec<u32> = (0..STRETCH).map(|i| (i * 7919 % config.vocab_size) as u32).collect();
+            // Kernels are loaded and memory is taken.
+            Session::new(ctx, &model).feed(&tokens[..positions[0].min(STRETCH)])?;
+            let mut session = Session::new(ctx, &model);
+            if let Some(cache) = cache {
+                session = session.bounded(cache)?;
+            }
+            let (mut read, mut seconds) = (0, 0.0);
+            for (i, &position) in positions.iter().enumerate() {
+                while read < position && seconds < self.budget && !stop.load(Ordering::SeqCst) {
+                    let now = STRETCH.min(position - read);
+                    let start = Instant::now();
+                    session.feed(&tokens[..now])?;
+                    seconds += start.elapsed().as_secs_f64();
+                    read += now;
+                }
+                if stop.load(Ordering::SeqCst) {
+                    return Ok(measured);
+                }
+                if read < position {
+                    log(format!("{name}: {read} tokens took {seconds:.0} s; longer ones are left out"));
+                    measured.skipped.extend(positions[i..].iter().map(|&p| (name, p)));
+                    break;
+                }
+                let decode = self.decode_at.is_empty() || self.decode_at.contains(&position);
+                let row = Row {
+                    model: name,
+                    tokens: position,
+                    prefill_seconds: seconds,
+                    decode_seconds: if decode { Some(one_more(&session, &tokens, self.decode)?) } else { None },
+                    bytes: session.bytes(),
+                    cached: session.cached(),
+                };
+                log(format!("{name}: {position} tokens in {:.1} ms", 1e3 * seconds));
+                measured.rows.push(row);
+            }
+        }
+        Ok(measured)
+    }
+}
+
+/// Seconds for one token more, the median of `count`, after one to warm up. The session stays as it is.
+fn one_more(session: &Session<'_>, tokens: &[u32], count: usize) -> Result<f64, crate::Error> {
+    let mut fork = session.fork();
+    fork.feed(&tokens[..1])?;
+    let mut seconds = Vec::new();
+    for i in 0..count.max(1) {
+        let start = Instant::now();
+        fork.feed(&[tokens[i % tokens.len()]])?;
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    Ok(median(seconds))
+}
+
+impl Measured {
+    /// How many times faster a row is than the model `other` after as many tokens: reading them, and one more.
+    pub fn faster_than(&self, other: &str, row: &Row) -> [Option<f64>; 2] {
+        let other = self.rows.iter().find(|r| r.model == other && r.tokens == row.tokens);
+        let ratio = |of: fn(&Row) -> Option<f64>| Some(of(other?)? / of(row)?);
+        [ratio(|r| Some(r.prefill_seconds)), ratio(|r| r.decode_seconds)]
+    }
+
+    /// The rows as a table.
+    pub fn table(&self) -> String {
+        let mut text = String::from(
+            "                    reading                              one token more                       state\n\
+             model       tokens          ms  tokens/s  x dense  x rwkv7          ms  x dense  x rwkv7          MB    kept\n",
+        );
+        let or = |x: Option<f64>| x.map_or("-".into(), |x| format!("{x:.2}"));
+        for r in &self.rows {
+            let [dense, rwkv7] = ["dense", "rwkv7"].map(|other| self.faster_than(other, r).map(or));
+            let rate = r.tokens as f64 / r.prefill_seconds;
+            text += &format!(
+                "{:8} {:9}  {:10.1} {rate:9.0} {:>8} {:>8}  {:>10} {:>8} {:>8}  {:10.2} {:7}\n",
+                r.model,
+                r.tokens,
+                1e3 * r.prefill_seconds,
+                dense[0],
+                rwkv7[0],
+                r.decode_seconds.map_or("-".into(), |s| format!("{:.3}", 1e3 * s)),
+                dense[1],
+                rwkv7[1],
+                r.bytes as f64 / 1e6,
+                r.cached,
+            );
+        }
+        for (model, tokens) in &self.skipped {
+            text += &format!("{model:8} {tokens:9}  left out: beyond the budget\n");
+        }
+        text
+    }
+
+    /// Pictures (SVG) of the times over the number of tokens, by name: reading, one token more.
+    pub fn pictures(&self) -> [(&'static str, String); 2] {
+        let picture = |title: &str, of: fn(&Row) -> Option<f64>| {
+            let line = |model: &str| {
+                let of_model = self.rows.iter().filter(|r| r.model == model);
+                let points = of_model.filter_map(|r| Some((r.tokens as f64, 1e3 * of(r)?))).collect();
+                Line { name: model.into(), points }
+            };
+            chart(title, "tokens", &["hybrid", "dense", "rwkv7"].map(line))
+        };
+        [
+            ("prefill", picture("Reading a prompt, ms", |r| Some(r.prefill_seconds))),
+            ("decode", picture("One token more, ms", |r| r.decode_seconds)),
+        ]
+    }
+}
