@@ -65,9 +65,9 @@ impl LongCe {
     }
 
     /// The loss of every target of a batch of rows of `ctx` tokens given a short context; `None` where its weight is 1. About `most` tokens
-    /// are computed at a time, in one shape whatever the documents, so that memory is reused.
+    /// are computed at a time, in one shape whatever the documents, so that memory is reused; its segments, too, are those of the call before.
     pub(crate) fn short_losses(
-        &self, device: &Context, model: &Model, b: &Batch, ctx: usize, most: usize,
+        &self, device: &Context, model: &Model, b: &Batch, ctx: usize, most: usize, segments: &mut Arc<[Segment]>,
     ) -> Result<Vec<Option<f32>>, Error> {
         let mut short = vec![None; b.tokens.len()];
         let Some(len) = self.len(ctx) else { return Ok(short) };
@@ -81,7 +81,10 @@ impl LongCe {
         // As many at a time as share those of whole rows evenly; what the last ones leave free is computed and not looked at.
         let whole = b.len(ctx) * self.starts(ctx).count();
         let together = whole.div_ceil(whole.div_ceil((most / len).max(1)).max(1));
-        let segments: Arc<[Segment]> = batch(together, len, false).into();
+        let wanted = batch(together, len, false);
+        if segments[..] != wanted {
+            *segments = wanted.into();
+        }
         let scored = len - self.context;
         for group in windows.chunks(together) {
             let (mut tokens, mut targets) = (vec![0; together * len], vec![-1; together * scored]);
@@ -92,7 +95,7 @@ impl LongCe {
             }
             let mut tape = Tape::inference(device, model.params());
             let empty = State::zeros(device, model.config(), 0);
-            let (hidden, _) = model.forward(&mut tape, &tokens, &segments, &empty, false)?;
+            let (hidden, _) = model.forward(&mut tape, &tokens, segments, &empty, false)?;
             // The head is for the ends of the windows alone.
             let c = hidden.cols();
             let mut last = device.alloc(together * scored * c);

@@ -76,6 +76,8 @@ pub struct Trainer {
     grads: Buf,
     /// Of the micro-batch before: the same again are the same key for tables on a GPU ([`Context::table`]), so that a step makes none.
     segments: Vec<Arc<[Segment]>>,
+    /// The same of windows ([`LongCe`]).
+    windows: Arc<[Segment]>,
     settings: Settings,
     metadata: BTreeMap<String, String>,
 }
@@ -148,6 +150,7 @@ impl Trainer {
             adam: AdamW::new(ctx, n),
             grads: ctx.zeros_f32(n),
             segments: Vec::new(),
+            windows: Arc::new([]),
             settings,
             metadata: BTreeMap::new(),
         }
@@ -181,8 +184,10 @@ impl Trainer {
         let targets: usize = micro.iter().flat_map(|b| &b.targets).filter(|t| **t >= 0).count();
         let targets = targets.max(1) as f64;
         let opts = CrossEntropy { divisor: targets, l2wrap: self.settings.l2wrap };
-        let short =
-            micro.iter().map(|b| self.short_losses(&self.ctx, b, self.settings)).collect::<Result<Vec<_>, _>>()?;
+        let mut windows = self.windows.clone();
+        let short = |b| self.short_losses(&self.ctx, b, self.settings, &mut windows);
+        let short = micro.iter().map(short).collect::<Result<Vec<_>, _>>()?;
+        self.windows = windows;
         let factor = match self.settings.long_ce {
             Some(l) if l.normalise => targets / self.sum_of_weights(l, micro, &short)?.max(f64::MIN_POSITIVE),
             _ => 1.0,
@@ -222,18 +227,31 @@ impl Trainer {
     }
 
     /// Losses of a micro-batch with a short context, if targets are to be weighted by them.
-    fn short_losses(&self, ctx: &Context, b: &Batch, settings: Settings) -> Result<Vec<Option<f32>>, Error> {
+    fn short_losses(
+        &self, ctx: &Context, b: &Batch, settings: Settings, windows: &mut Arc<[Segment]>,
+    ) -> Result<Vec<Option<f32>>, Error> {
         let Settings { ctx: t, bptt, long_ce: Some(long_ce), .. } = settings else { return Ok(Vec::new()) };
-        long_ce.short_losses(ctx, &self.model, b, t, b.len(t) * bptt.piece(t))
+        long_ce.short_losses(ctx, &self.model, b, t, b.len(t) * bptt.piece(t), windows)
+    }
+
+    /// The pieces of a micro-batch, with the segments of the one before where they are the same.
+    fn pieces(&self, b: &Batch, short: &[Option<f32>]) -> Vec<Piece> {
+        let t = self.settings.ctx;
+        let mut pieces = pieces(b, short, t, self.settings.bptt.piece(t));
+        for p in &mut pieces {
+            if let Some(before) = self.segments.iter().find(|s| **s == p.segments) {
+                p.segments = before.clone();
+            }
+        }
+        pieces
     }
 
     /// The sum of the weights of all targets.
     fn sum_of_weights(&self, long_ce: LongCe, micro: &[Batch], short: &[Vec<Option<f32>>]) -> Result<f64, Error> {
-        let Settings { ctx: t, bptt, .. } = self.settings;
         let mut sum = 0.0;
         for (b, short) in micro.iter().zip(short) {
-            let pieces = pieces(b, short, t, bptt.piece(t));
-            let slots = if pieces.len() > 1 { b.len(t) } else { 0 };
+            let pieces = self.pieces(b, short);
+            let slots = if pieces.len() > 1 { b.len(self.settings.ctx) } else { 0 };
             let mut state = State::zeros(&self.ctx, self.model.config(), slots);
             for piece in &pieces {
                 let mut tape = Tape::inference(&self.ctx, self.model.params());
@@ -253,13 +271,8 @@ impl Trainer {
         mut written: Option<&mut Written>, losses: &mut Vec<Loss>,
     ) -> Result<f64, Error> {
         let Settings { ctx: t, checkpointing, recompute, bptt, long_ce, .. } = self.settings;
-        let mut pieces = pieces(b, short, t, bptt.piece(t));
+        let pieces = self.pieces(b, short);
         let mut sum = 0.0;
-        for p in &mut pieces {
-            if let Some(before) = self.segments.iter().find(|s| **s == p.segments) {
-                p.segments = before.clone();
-            }
-        }
         self.segments = pieces.iter().map(|p| p.segments.clone()).collect();
         let slots = if pieces.len() > 1 { b.len(t) } else { 0 };
         let mut state = State::zeros(&self.ctx, self.model.config(), slots);
@@ -361,7 +374,8 @@ impl Trainer {
         let dry = self.ctx.dry();
         let (t, piece) = (settings.ctx, settings.bptt.piece(settings.ctx));
         let n = rows * piece;
-        let short = self.short_losses(&dry, &Batch::rows(vec![0; rows * t], vec![0; rows * t], t), settings)?;
+        let (zeros, mut windows) = (Batch::rows(vec![0; rows * t], vec![0; rows * t], t), self.windows.clone());
+        let short = self.short_losses(&dry, &zeros, settings, &mut windows)?;
         let cut = piece < t;
         let segments = batch(rows, piece, cut).into();
         let mut none = dry.alloc_f32(0);
