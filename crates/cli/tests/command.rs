@@ -46,11 +46,66 @@ fn bad_input_is_1_with_one_line() {
         (anser(&f.0, &["convert", &good, &good]), "same file"),
         (anser(&f.0, &["inspect", "--device", "cuda", &noise]), "noise"),
         (anser(&f.0, &["bench", "train", "--device", "cuda:999"]), "cuda:999 is not available"),
+        (anser(&f.0, &["bench", "long", "--preset", "huge"]), "no preset \"huge\""),
+        (anser(&f.0, &["bench", "long", "--lengths", "0,64"]), "a length must be at least 1"),
+        (anser(&f.0, &["bench", "long", "--attention", "0"]), "there must be an attention block"),
+        (anser(&f.0, &["bench", "long", "--cache", "64"]), "a cache of 64 tokens is too small for chunks of 2048"),
+        (anser(&f.0, &["bench", "long", "--model", &fixture("rwkvx.pth"), "--attention", "1"]), "--attention"),
+        (anser(&f.0, &["bench", "flat", "--cache", "64"]), "this model doesn't have"),
+        (anser(&f.0, &["bench", "flat", "--chunk", "64"]), "--chunk and --topk are of attention"),
     ] {
         assert!(code == 1 && stdout.is_empty(), "{says}: {code} {stdout}");
         assert!(err.starts_with("error: ") && err.lines().count() == 1 && err.contains(says), "{says}: {err}");
     }
     assert!(!Path::new(&out).exists());
+}
+
+#[test]
+fn long_sequences_are_measured() {
+    let f = Folder::new("long");
+    let model = fixture("rwkv7.safetensors");
+    let of = ["--model", &model, "--json", "--device", "cpu", "--attention", "1", "--chunk", "16"];
+    let json = |args: &[&str]| -> serde_json::Value {
+        let (code, out, err) = anser(&f.0, &[args, &of].concat());
+        assert!(code == 0, "{err}");
+        serde_json::from_str(&out).unwrap()
+    };
+    let bound = ["--cache", "96", "--evict", "recent"];
+    let long =
+        json(&[&["bench", "long", "--lengths", "100,50", "--decode-at", "100", "--out", "l.svg"][..], &bound].concat());
+    let rows = long["rows"].as_array().unwrap();
+    let seen: Vec<_> = rows.iter().map(|r| (r["model"].as_str().unwrap(), r["tokens"].as_u64().unwrap())).collect();
+    assert_eq!(seen, ["hybrid", "dense", "rwkv7"].map(|m| [(m, 50), (m, 100)]).concat());
+    for r in rows {
+        assert!(r["prefill_seconds"].as_f64().unwrap() > 0.0);
+        assert_eq!(r["decode_seconds"].is_null(), r["tokens"] == 50, "{r}");
+        let dense = &r["times_faster_than_dense"];
+        assert!(dense["prefill"].as_f64().unwrap() > 0.0 && dense["decode"].is_null() == (r["tokens"] == 50), "{r}");
+        assert!(r["model"] != "rwkv7" || r["times_faster_than_rwkv7"]["prefill"] == 1.0);
+    }
+    // A bound keeps less, dense attention all, RWKV-7 a state of one size.
+    let kept: Vec<_> = rows.iter().map(|r| r["cached"].as_u64().unwrap()).collect();
+    assert_eq!(kept, [50, 68, 50, 100, 0, 0]);
+    let bytes: Vec<_> = rows.iter().map(|r| r["bytes"].as_u64().unwrap()).collect();
+    assert!(bytes[3] > bytes[2] && bytes[4] == bytes[5]);
+    for name in ["l-prefill.svg", "l-decode.svg"] {
+        assert!(std::fs::read_to_string(f.0.join(name)).unwrap().starts_with("<svg"));
+    }
+    // No time for anything.
+    let none = json(&["bench", "long", "--lengths", "64", "--budget", "0"]);
+    assert!(none["rows"].as_array().unwrap().is_empty() && none["skipped"].as_array().unwrap().len() == 3, "{none}");
+
+    let flat = json(&[&["bench", "flat", "--tokens", "200"][..], &bound].concat());
+    let flat = flat["positions"].as_array().unwrap();
+    assert!(flat.len() == 10 && flat[9]["position"] == 200);
+    let most = |of: &[serde_json::Value]| of.iter().map(|p| p["bytes"].as_u64().unwrap()).max();
+    assert!(most(&flat[5..]) == most(&flat[..5]), "{flat:?}");
+    let grows = json(&["bench", "flat", "--tokens", "200"]);
+    let grows = grows["positions"].as_array().unwrap();
+    assert!(most(&grows[5..]) > most(&grows[..5]), "{grows:?}");
+    let (code, out, _) = anser(&f.0, &["bench", "flat", "--model", &model, "--tokens", "20", "--device", "cpu"]);
+    assert!(code == 0 && out.lines().count() == 10 && out.contains("MB of state"), "{out}");
+    assert_eq!(anser(&f.0, &["bench", "long", "--evict", "recent"]).0, 2);
 }
 
 #[test]

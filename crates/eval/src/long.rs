@@ -160,7 +160,7 @@ impl Measured {
     /// The rows as a table.
     pub fn table(&self) -> String {
         let mut text = String::from(
-            "                    reading                              one token more                       state\n\
+            "times faster: x      reading                              one token more                       state\n\
              model       tokens          ms  tokens/s  x dense  x rwkv7          ms  x dense  x rwkv7          MB    kept\n",
         );
         let or = |x: Option<f64>| x.map_or("-".into(), |x| format!("{x:.2}"));
