@@ -3,7 +3,7 @@
 
 use crate::bench::{median, noise};
 use anser_infer::Session;
-use anser_model::{Cache, Config, Hybrid};
+use anser_model::{Cache, Config, Hybrid, Model};
 use anser_ops::attention::Chunks;
 use anser_tensor::{Context, DType};
 use anser_train::{Line, chart};
@@ -50,7 +50,7 @@ pub struct Row {
 /// What came of it.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Measured {
-    /// By model, then by length.
+    /// By length, then by model.
     pub rows: Vec<Row>,
     /// What the budget left out: model and length.
     pub skipped: Vec<(&'static str, usize)>,
@@ -92,47 +92,64 @@ impl Long {
         if let Some(cache) = self.cache {
             cache.validate(&self.config)?;
         }
-        let mut measured = Measured::default();
-        for (name, config, cache) in self.models() {
-            let model = noise(ctx, &config, self.dtype)?;
-            let tokens: Vec<u32> = (0..STRETCH).map(|i| (i * 7919 % config.vocab_size) as u32).collect();
+        let variants = self.models();
+        let model = |(_, config, _): &(_, Config, _)| noise(ctx, config, self.dtype);
+        let models = variants.iter().map(model).collect::<Result<Vec<Model>, _>>()?;
+        let tokens: Vec<u32> = (0..STRETCH).map(|i| (i * 7919 % self.config.vocab_size) as u32).collect();
+        let mut readers = Vec::new();
+        for ((name, _, cache), model) in variants.iter().zip(&models) {
             // Kernels are loaded and memory is taken.
-            Session::new(ctx, &model).feed(&tokens[..positions[0].min(STRETCH)])?;
-            let mut session = Session::new(ctx, &model);
-            if let Some(cache) = cache {
-                session = session.bounded(cache)?;
-            }
-            let (mut read, mut seconds) = (0, 0.0);
-            for (i, &position) in positions.iter().enumerate() {
-                while read < position && seconds < self.budget && !stop.load(Ordering::SeqCst) {
-                    let now = STRETCH.min(position - read);
-                    let start = Instant::now();
-                    session.feed(&tokens[..now])?;
-                    seconds += start.elapsed().as_secs_f64();
-                    read += now;
+            Session::new(ctx, model).feed(&tokens[..positions[0].min(STRETCH)])?;
+            let fresh = Session::new(ctx, model);
+            let session = if let Some(cache) = cache { fresh.bounded(*cache)? } else { fresh };
+            readers.push(Reader { name, session, read: 0, seconds: 0.0 });
+        }
+        // Length by length, so that what is compared is measured at about the same time.
+        let mut measured = Measured::default();
+        for position in positions {
+            let decode = self.decode_at.is_empty() || self.decode_at.contains(&position);
+            for r in &mut readers {
+                while r.read < position && r.seconds < self.budget && !stop.load(Ordering::SeqCst) {
+                    r.read(&tokens[..STRETCH.min(position - r.read)])?;
                 }
                 if stop.load(Ordering::SeqCst) {
                     return Ok(measured);
                 }
-                if read < position {
-                    log(format!("{name}: {read} tokens took {seconds:.0} s; longer ones are left out"));
-                    measured.skipped.extend(positions[i..].iter().map(|&p| (name, p)));
-                    break;
+                if r.read < position {
+                    log(format!("{}: {position} tokens are left out, as {} took {:.0} s", r.name, r.read, r.seconds));
+                    measured.skipped.push((r.name, position));
+                    continue;
                 }
-                let decode = self.decode_at.is_empty() || self.decode_at.contains(&position);
-                let row = Row {
-                    model: name,
+                log(format!("{}: {position} tokens in {:.1} ms", r.name, 1e3 * r.seconds));
+                measured.rows.push(Row {
+                    model: r.name,
                     tokens: position,
-                    prefill_seconds: seconds,
-                    decode_seconds: if decode { Some(one_more(&session, &tokens, self.decode)?) } else { None },
-                    bytes: session.bytes(),
-                    cached: session.cached(),
-                };
-                log(format!("{name}: {position} tokens in {:.1} ms", 1e3 * seconds));
-                measured.rows.push(row);
+                    prefill_seconds: r.seconds,
+                    decode_seconds: if decode { Some(one_more(&r.session, &tokens, self.decode)?) } else { None },
+                    bytes: r.session.bytes(),
+                    cached: r.session.cached(),
+                });
             }
         }
         Ok(measured)
+    }
+}
+
+/// A model on its way through a sequence.
+struct Reader<'m> {
+    name: &'static str,
+    session: Session<'m>,
+    read: usize,
+    seconds: f64,
+}
+
+impl Reader<'_> {
+    fn read(&mut self, tokens: &[u32]) -> Result<(), crate::Error> {
+        let start = Instant::now();
+        self.session.feed(tokens)?;
+        self.seconds += start.elapsed().as_secs_f64();
+        self.read += tokens.len();
+        Ok(())
     }
 }
 
