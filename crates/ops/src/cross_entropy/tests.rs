@@ -49,6 +49,7 @@ fn error(got: &[f32], want: &[f64]) -> f64 {
 #[derive(Debug, Default, PartialEq)]
 struct Values {
     loss: f64,
+    unweighted: f64,
     per_token: Vec<f32>,
 }
 
@@ -74,7 +75,8 @@ fn run(
     let x = Var::leaf(targets.len(), c.cols, ctx.copy_of(&c.x));
     let loss = t.cross_entropy(&x, &c.head, targets, weights, opts);
     t.backward();
-    (Values { loss: loss.loss(), per_token: loss.per_token() }, x.take_grad().unwrap().to_vec(), grads.to_vec())
+    let values = Values { loss: loss.loss(), unweighted: loss.unweighted(), per_token: loss.per_token() };
+    (values, x.take_grad().unwrap().to_vec(), grads.to_vec())
 }
 
 #[test]
@@ -90,6 +92,7 @@ fn equals_the_formula() {
             assert!((loss.loss - want.0).abs() < 1e-5 * want.0.abs().max(1.0), "{} {}", loss.loss, want.0);
             assert!(error(&dx, &want.1) < 1e-5 && error(&dw, &want.2) < 1e-5);
             assert!(rows < 2 || loss.per_token[1] == 0.0);
+            assert_eq!(loss.unweighted, run(&c, 2, &targets, None, opts).0.loss);
         }
     }
 }
