@@ -189,7 +189,9 @@ impl Trainer {
         let short = micro.iter().map(short).collect::<Result<Vec<_>, _>>()?;
         self.windows = windows;
         let factor = match self.settings.long_ce {
-            Some(l) if l.normalise => targets / self.sum_of_weights(l, micro, &short)?.max(f64::MIN_POSITIVE),
+            Some(l) if l.normalise && short.iter().flatten().any(Option::is_some) => {
+                targets / self.sum_of_weights(l, micro, &short)?.max(f64::MIN_POSITIVE)
+            }
             _ => 1.0,
         };
         // A GPU overwrites them with the first gradients of the step.
