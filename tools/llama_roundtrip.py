@@ -8,7 +8,8 @@ models/anser-12m.safetensors, and random weights with the World vocabulary. Of e
 loaded by llama.cpp, whose logits over a prompt and then token by token are compared with `anser debug logits` of the same file. llama.cpp rounds
 activations as it does weights, so the same values are compared in f32 too, where both compute alike. The World tokenizer in the file is compared with `anser tokenize`. Then llama.cpp quantises the f32 file to Q8_0, Q4_0, Q4_K, Q5_K and Q6_K: what `anser` reads from these must be
 to the bit what gguf-py reads, and a q8_0 tensor written by `anser` to the bit llama.cpp's. The outcome goes to fixtures/llama.cpp/roundtrip.json; fixtures/llama.cpp/blocks.*
-(random blocks of every type, and the values that gguf-py and llama.cpp give them) are for the tests.
+(random blocks of every type, and the values that gguf-py and llama.cpp give them) are for the tests, one of which compares today's files and logits
+with the proven ones.
 """
 
 import ctypes as c
@@ -17,6 +18,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import zlib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -227,7 +229,7 @@ def blocks(llama, rng):
 
 def main(program):
     rng = np.random.default_rng(7)
-    result = {"llama.cpp": LLAMA, "gguf": version("gguf"), "prompt": PROMPT, "steps": STEPS}
+    result = {"llama.cpp": LLAMA, "gguf": version("gguf"), "prompt": PROMPT, "steps": STEPS, "files": {}}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         llama = Llama(folder)
@@ -266,6 +268,14 @@ def main(program):
                 ours = logits(written[dtype])
                 cases[f"written as {dtype}"] = {**compare(ours, theirs), "with_llama.cpp_in_f32": exactly(written[dtype], ours)}
                 report(name, f"written as {dtype}", cases)
+                if vocab == 4096:
+                    # What the test of the command line looks for.
+                    data = written[dtype].read_bytes()
+                    result["files"][written[dtype].name] = {"crc32": zlib.crc32(data), "bytes": len(data)}
+                    if dtype == "f32":
+                        best = np.argsort(-theirs[-1], kind="stable")[:10]
+                        result["tokens"] = tokens
+                        result["top_10"] = {"ids": best.tolist(), "logits": [float(x) for x in theirs[-1][best]]}
             for kind, ftype in FTYPES.items():
                 quantised = folder / f"{name}-{kind}.gguf"
                 llama.quantise(written["f32"], quantised, ftype)
@@ -289,7 +299,14 @@ def main(program):
                     assert same and all((ours[t.name].data == t.data).all() for t in gguf.GGUFReader(quantised).tensors if t.name in same)
                     case["q8_0_tensors_written_to_the_bit_like_llama.cpp"] = len(same)
                 report(name, f"quantised by llama.cpp as {kind}", cases)
-    lines = [f" {json.dumps(k)}: {json.dumps(v, indent=1)}" for k, v in result.items()]
+    flat = lambda v: all(isinstance(x, (int, str)) for x in v) if isinstance(v, list) else not isinstance(v, dict)
+    lines = []
+    for key, value in result.items():
+        if flat(value) or key == "top_10":
+            lines.append(f" {json.dumps(key)}: {json.dumps(value)}")
+        else:
+            inner = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+            lines.append(f" {json.dumps(key)}: {{\n{inner}\n }}")
     (FIXTURES / "roundtrip.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
