@@ -256,6 +256,9 @@ fn inspect_names_formats_and_what_is_missing() {
     let info = json(&["inspect", "back.safetensors", "--json"]);
     assert_eq!((info["format"].as_str(), info["names"].as_str()), (Some("safetensors"), Some("official")));
     assert_eq!((info["missing"].as_array().unwrap().len(), info["metadata"].as_object().unwrap().len()), (0, 0));
+    let info = json(&["inspect", &fixture("../huggingface"), "--json"]);
+    assert_eq!((info["names"].as_str(), info["missing"].as_array().unwrap().len()), (Some("huggingface"), 1));
+    assert!(info["missing"][0].as_str().unwrap().starts_with("tokenizer files"), "{info}");
     let (code, out, _) = anser(&f.0, &["inspect", "a.gguf"]);
     assert!(
         code == 0 && out.starts_with("GGUF, llama.cpp names, tensors: ") && out.contains("missing: a RWKV tokenizer")

@@ -236,6 +236,9 @@ pub enum Value {
     I32s(Vec<i32>),
 }
 
+/// Metadata to be written, in this order.
+pub type Metadata = Vec<(String, Value)>;
+
 /// Writes a GGUF file (version 3) atomically, tensor by tensor.
 ///
 /// # Errors

@@ -3,7 +3,7 @@
 //! What differs beside names: the six token-shift weights of a layer are rows of one tensor, low-rank matrices are transposed, `r_k` is a vector, the
 //! first layer has a value residual that nobody reads (with the rank of the in-context rate), vectors are F32.
 
-use crate::gguf::Value;
+use crate::gguf::{Metadata, Value};
 use crate::{Checkpoint, Dtype, Entry, Error, Source, TensorView, web_rwkv};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -78,39 +78,39 @@ pub(crate) fn to_official(
     }
     let head_size: usize = said("rwkv7.wkv.head_size").parse().unwrap_or(0);
     let mut out = BTreeMap::new();
-    for (name, mut entry) in entries {
+    for (name, entry) in entries {
+        let wrong = || format!("tensor {name} of {:?} does not fit a RWKV-7 model", entry.shape);
+        let mut put = |to: String, entry: Option<Entry>| match out.insert(to.clone(), entry.ok_or_else(wrong)?) {
+            None => Ok(()),
+            Some(_) => Err(format!("two tensors stand for {to} (one is {name})")),
+        };
         if let Some((to, _)) = MODEL.iter().find(|(_, llama)| *llama == name) {
-            out.insert(to.to_string(), entry);
+            put(to.to_string(), Some(entry.clone()))?;
             continue;
         }
         let layer = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
-        let layer = layer
-            .and_then(|(i, part)| Some((i.parse::<usize>().ok()?, LAYER.iter().find(|(_, llama)| *llama == part)?)));
-        let Some((i, (part, llama))) = layer else {
-            out.insert(name, entry);
+        let layer = layer.and_then(|(i, part)| Some((i.parse::<usize>().ok()?, part)));
+        let known = layer.and_then(|(i, part)| Some((i, LAYER.iter().find(|(_, llama)| *llama == part)?)));
+        let Some((i, &(part, llama))) = known else {
+            put(name.clone(), Some(entry.clone()))?;
             continue;
         };
-        if *llama == FUSED {
-            for (row, m) in SHIFTS.iter().enumerate() {
-                let row = entry.row(row, SHIFTS.len()).ok_or_else(|| format!("tensor {name} has not six rows"))?;
-                out.insert(format!("blocks.{i}.att.x_{m}"), row);
+        let to = format!("blocks.{i}.{part}");
+        match part {
+            _ if llama == FUSED => {
+                for (row, m) in SHIFTS.iter().enumerate() {
+                    put(format!("blocks.{i}.att.x_{m}"), entry.row(row, SHIFTS.len()))?;
+                }
             }
-            continue;
-        }
-        if i == 0 && part.starts_with("att.v") && *part != "att.value.weight" {
-            continue;
-        }
-        if low_rank(part) {
-            entry = entry.transposed().ok_or_else(|| format!("tensor {name} is no matrix"))?;
-        }
-        if *part == "att.r_k" {
-            let width = entry.elements();
-            if head_size == 0 || !width.is_multiple_of(head_size) {
-                return Err(format!("rwkv7.wkv.head_size is {head_size}, which does not divide the {width} of {name}"));
+            "att.v0" | "att.v1" | "att.v2" if i == 0 => {}
+            "att.r_k" => {
+                let heads =
+                    entry.elements().checked_div(head_size).filter(|heads| heads * head_size == entry.elements());
+                put(to, heads.map(|heads| Entry { shape: vec![heads, head_size], ..entry.clone() }))?;
             }
-            entry.shape = vec![width / head_size, head_size];
+            _ if low_rank(part) => put(to, entry.clone().transposed())?,
+            _ => put(to, Some(entry.clone()))?,
         }
-        out.insert(format!("blocks.{i}.{part}"), entry);
     }
     Ok(out)
 }
@@ -120,9 +120,7 @@ pub(crate) fn to_official(
 ///
 /// # Errors
 /// When a tensor is missing or has another shape than RWKV-7 has.
-pub fn from_official(
-    ckpt: &Checkpoint, dtype: Option<Dtype>,
-) -> Result<(Vec<Source<'_>>, Vec<(String, Value)>), Error> {
+pub fn from_official(ckpt: &Checkpoint, dtype: Option<Dtype>) -> Result<(Vec<Source<'_>>, Metadata), Error> {
     let find = |name: &str| {
         let missing = || Error::Tensor { name: name.into(), reason: "it is missing".into() };
         ckpt.get(name).ok_or_else(missing)
@@ -134,7 +132,7 @@ pub fn from_official(
         <[usize; 2]>::try_from(t.shape()).map_err(|_| no())
     };
     let layer = |n: &str| n.strip_prefix("blocks.")?.split('.').next()?.parse::<usize>().ok();
-    let layers = ckpt.names().filter_map(layer).max().map_or(0, |l| l + 1);
+    let layers = ckpt.names().filter_map(layer).max().map_or(0, |l| l.saturating_add(1));
     let mut sources = Vec::new();
     for (official, llama) in MODEL {
         sources.push(source(llama.into(), official, find(official)?, dtype));
@@ -149,10 +147,11 @@ pub fn from_official(
                 continue;
             }
             // Something must stand where the first layer has no value residual.
-            let from = if i == 0 {
-                part.replace("att.v0", "att.a0").replace("att.v1", "att.a1").replace("att.v2", "att.a2")
-            } else {
-                part.into()
+            let from = match part {
+                "att.v0" if i == 0 => "att.a0",
+                "att.v1" if i == 0 => "att.a1",
+                "att.v2" if i == 0 => "att.a2",
+                _ => part,
             };
             sources.push(source(name, part, find(&format!("blocks.{i}.{from}"))?, dtype));
         }
@@ -234,7 +233,7 @@ fn transposed(values: &[f32], cols: usize) -> Vec<f32> {
 /// document. `end_of_turn` is what a chat stops at. Without tokens the file says that it has none.
 pub fn tokenizer<'a>(
     tokens: impl IntoIterator<Item = &'a [u8]>, vocab_size: usize, end_of_turn: Option<u32>,
-) -> Vec<(String, Value)> {
+) -> Metadata {
     const NORMAL: i32 = 1;
     const CONTROL: i32 = 3;
     const UNUSED: i32 = 5;

@@ -53,7 +53,13 @@ impl Config {
             return Ok(config.clone());
         }
         let layer = |n: &str| n.strip_prefix("blocks.")?.split('.').next()?.parse::<usize>().ok();
-        let n_layer = ckpt.names().filter_map(layer).max().map_or(0, |l| l + 1);
+        let n_layer = ckpt.names().filter_map(layer).max().map_or(0, |l| l.saturating_add(1));
+        if n_layer > ckpt.names().count() {
+            return Err(Error::Checkpoint(format!(
+                "it names a layer {} and has few tensors: it is damaged",
+                n_layer - 1
+            )));
+        }
         let emb = shape("emb.weight", 2)?;
         let heads = shape("blocks.0.att.r_k", 2)?;
         let rank = |name: &str| Ok::<usize, Error>(shape(name, 2)?[1]);
