@@ -267,7 +267,7 @@ fn inspect_names_formats_and_what_is_missing() {
         (&["convert", "a.gguf", "b.pth", "--dtype", "q8_0"][..], "q8_0 is written as .gguf"),
         (&["convert", "a.gguf", "b.gguf", "--dtype", "int8"], "int8 is written as .safetensors"),
         (&["generate", "--model", "a.gguf", "--dtype", "q8_0"], "--dtype q8_0 is a type for files"),
-        (&["convert", "a.gguf", "b.bin"], "must end in .pth, .safetensors or .gguf"),
+        (&["convert", "a.gguf", "b.bin"], "must end in .gguf, .pth or .safetensors"),
     ] {
         let (code, _, err) = anser(&f.0, args);
         assert!(code == 1 && err.contains(why), "{err}");

@@ -81,7 +81,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             }
             write_safetensors(&args.out, &sources, &metadata)?
         }
-        _ => anyhow::bail!("{}: the name must end in .pth, .safetensors or .gguf", args.out.display()),
+        _ => anyhow::bail!("{}: the name must end in .gguf, .pth or .safetensors", args.out.display()),
     }
     let bytes = std::fs::metadata(&args.out)?.len();
     let errors: BTreeMap<&str, f64> = report.iter().copied().collect();
