@@ -16,7 +16,7 @@ pub enum Expansion {
 }
 
 impl Hybrid {
-    /// The checkpoint of a RWKV-7 model as one of a hybrid: its configuration, and tensors in the types of the file, f16 for int8.
+    /// The checkpoint of a RWKV-7 model as one of a hybrid: its configuration, and tensors in the types of the file, f16 for those quantised.
     ///
     /// # Errors
     /// When the checkpoint is no RWKV-7 model or a tensor is missing, or the hybrid is impossible.
@@ -31,7 +31,7 @@ impl Hybrid {
         let config = Config { hybrid: Some(self), ..plain };
         config.validate()?;
         // What is quantised comes as f16.
-        let float = |dtype| if dtype == Dtype::I8 { Dtype::F16 } else { dtype };
+        let float = |dtype: Dtype| if dtype == Dtype::I8 || dtype.block() > 1 { Dtype::F16 } else { dtype };
         let before = |j: usize| (j + 1) * (config.n_layer / self.layers) - 1;
         let mut sources = Vec::new();
         for (name, shape, _) in config.tensors() {
