@@ -108,6 +108,70 @@ fn debug_json_and_conversion() {
 }
 
 #[test]
+fn a_hybrid_is_expanded_bounded_and_goes_on_from_its_state() {
+    let f = Folder::new("hybrid");
+    let run = |args: &[&str]| {
+        let (code, out, err) = anser(&f.0, args);
+        assert!(code == 0, "{args:?}: {err}");
+        out
+    };
+    let fails = |args: &[&str], why: &str| {
+        let (code, _, err) = anser(&f.0, args);
+        assert!(code == 1 && err.lines().count() == 1 && err.contains(why), "{args:?}: {err}");
+    };
+    let plain = fixture("rwkv7.safetensors");
+    let out = run(&["expand", &plain, "x.safetensors", "--layers", "3", "--chunk", "4", "--topk", "2", "--json"]);
+    assert!(out.contains("\"attention\":3"), "{out}");
+    let info: serde_json::Value = serde_json::from_str(&run(&["inspect", "x.safetensors", "--json"])).unwrap();
+    assert_eq!(info["config"]["hybrid"], serde_json::json!({ "layers": 3, "chunk": 4, "topk": 2 }));
+    // It says what the model said that it was made of, in every type of file.
+    let tokens = f.file("t.json", b"[[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]");
+    let logits = |model: &str, more: &[&str]| {
+        run(&[&["debug", "logits", "--model", model, "--tokens", &tokens, "--out", "o"], more].concat());
+        let bytes = std::fs::read(f.0.join("o")).unwrap();
+        safetensors::SafeTensors::deserialize(&bytes).unwrap().tensor("logits").unwrap().data().to_vec()
+    };
+    run(&["convert", "x.safetensors", "x.pth"]);
+    for model in ["x.safetensors", "x.pth"] {
+        assert!(logits(model, &["--chunk", "3", "--topk", "1"]) == logits(&plain, &[]));
+    }
+    let golden = fixture("rwkvx.pth");
+    assert!(logits(&golden, &["--chunk", "2", "--topk", "2"]) != logits(&golden, &[]));
+    fails(&["debug", "logits", "--model", &golden, "--tokens", &tokens, "--out", "o", "--chunk", "0"], "chunk = 0");
+    fails(&["debug", "logits", "--model", &plain, "--tokens", &tokens, "--out", "o", "--topk", "2"], "doesn't have");
+    fails(&["expand", &golden, "y.pth"], "RWKV-7 blocks alone");
+    fails(&["expand", &plain, "y.pth", "--layers", "9"], "9 attention blocks");
+    fails(&["convert", &golden, "y.gguf"], "llama.cpp has no RWKV-X");
+
+    // Its vocabulary is smaller than bytes and a mark of the end need: any tokenizer is told apart first.
+    let config = "[model]\npreset = \"\"\nn_layer = 2\nn_embd = 64\nattention = 1\nchunk = 8\ntopk = 2\n[train]\nctx = 64\nrows = 2\nsteps = 3\n[output]\nfolder = \"run\"\nsample_every = 0\n";
+    f.file("run.toml", config.as_bytes());
+    run(&["train", "run.toml", "--device", "cpu"]);
+    const MODEL: &str = "run/model.safetensors";
+    let text = |args: &[&str]| {
+        let all = [&["generate", "--model", MODEL, "--dtype", "f32", "--temperature", "0", "--json"], args].concat();
+        serde_json::from_str::<serde_json::Value>(&run(&all)).unwrap()["text"].as_str().unwrap().to_string()
+    };
+    let bound = ["--cache", "32", "--evict", "attention"];
+    let long = "It was a long way to the sea, and the road went up and down. ".repeat(3);
+    let whole = text(&[&["--prompt", &long, "--max-tokens", "20"], &bound[..]].concat());
+    let first = text(&[&["--prompt", &long, "--max-tokens", "8", "--save-state", "s"], &bound[..]].concat());
+    let second = text(&["--max-tokens", "12", "--load-state", "s"]);
+    assert_eq!(first + &second, whole);
+    let saved = std::fs::read(f.0.join("s")).unwrap();
+    let saved = safetensors::SafeTensors::deserialize(&saved).unwrap();
+    assert!(saved.tensor("state.moba.0.keys").unwrap().shape()[0] < 32);
+    let generate = |more: &[&'static str]| [&["generate", "--model", MODEL, "--max-tokens", "1"], more].concat();
+    fails(&generate(&["--load-state", "s", "--chunk", "4"]), "another model");
+    fails(&generate(&["--load-state", "s", "--cache", "64"]), "leave --cache out");
+    fails(&generate(&["--cache", "16"]), "too small for chunks of 8");
+    fails(
+        &["generate", "--model", &plain, "--tokenizer", "bytes", "--cache", "999", "--max-tokens", "1"],
+        "doesn't have",
+    );
+}
+
+#[test]
 fn quickstart_then_generate_and_go_on_from_a_state() {
     let f = Folder::new("quick");
     let (code, out, err) = anser(&f.0, &["quickstart", "--steps", "12", "--json"]);

@@ -118,11 +118,11 @@ impl Cache {
         // What may go, in whole units; the rest stays.
         let old = (len - self.window) / unit * unit;
         let stay = (self.keep - (len - old)) / unit;
-        let goodness = match (self.by, &past.to_vecs()[..]) {
-            (Eviction::Attention, [keys, _, queries]) => {
-                attention(ctx, &keys[..old * c], &queries[(len - self.window) * c..], c, heads)
+        let goodness = match (self.by, &past.notes()[..]) {
+            (Eviction::Attention, [queries]) => {
+                attention(ctx, &past.keys()[..old * c], &queries[(len - self.window) * c..], c, heads)
             }
-            (Eviction::Error, [_, _, values, keys]) => {
+            (Eviction::Error, [values, keys]) => {
                 forgotten(ctx, &values[..old * c], &keys[..old * c], &state(), c, heads)
             }
             _ => (0..old).map(|i| i as f32).collect(),

@@ -1,6 +1,6 @@
 use crate::global::Global;
 use anser_formats::{CONFIG_JSON, Checkpoint, Format, Naming};
-use anser_model::{Architecture, Config};
+use anser_model::Config;
 use anyhow::Context as _;
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -48,11 +48,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         let c = &config;
         let mut s = format!(
             "{kind}\n{}: {} layers, width {}, {} heads of {}, vocabulary {}{}\n{} parameters, state of {} numbers per sequence\n",
-            match c.architecture {
-                Architecture::Rwkv7 if c.hybrid.is_some() => "RWKV-X",
-                Architecture::Rwkv7 => "RWKV-7",
-                Architecture::Transformer => "Transformer",
-            },
+            c.family(),
             c.n_layer,
             c.n_embd,
             c.heads(),

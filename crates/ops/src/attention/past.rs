@@ -44,6 +44,16 @@ impl Past {
         self.rows().map(GrowingRows::to_vec).collect()
     }
 
+    /// A copy of the keys, [tokens, C] as f32; waits for the device.
+    pub fn keys(&self) -> Vec<f32> {
+        self.keys.to_vec()
+    }
+
+    /// Copies of the notes, likewise.
+    pub fn notes(&self) -> Vec<Vec<f32>> {
+        self.notes.iter().map(GrowingRows::to_vec).collect()
+    }
+
     /// The same with notes of the last `count` tokens: rows of `notes`, as many matrices every time, from row `first` on.
     pub fn noting(&self, ctx: &Context, notes: &[&Buf], first: usize, count: usize) -> Past {
         let c = self.keys.cols();
