@@ -1,0 +1,528 @@
+// The operation on tensor cores, for 16 bits and heads of 64 or 128.
+//
+// A past chunk is attended to by tiles of the queries that chose it, gathered from its list, so that no product is masked away; a query's own
+// chunk by tiles of neighbours. Each writes a result of its own, normalised, with the logarithm of its softmax's denominator, to the
+// query's slot; `merge` adds a query's slots up. Backward the same way gives dq, and dk, dv go by tiles of keys, over the later queries of
+// their own chunk and the list. Nothing depends on which queries share a tile, but for sums over a list, whose order is fixed.
+#pragma once
+#include "lists.cuh"
+
+namespace chunks {
+
+constexpr int KEYS = 64; // keys of a step
+constexpr float LOG2E = 1.44269504f;
+template <int N> constexpr int PITCH = N + 8;           // rows of an 8 x 8 tile lie in different banks
+template <int N> constexpr int BLOCKS = N == 64 ? 2 : 1; // of 16 queries a warp; two halve the loads from shared memory
+template <int N> constexpr int TILE = 64 * BLOCKS<N>;    // queries of a tile; 4 warps
+
+// A tile of queries and the keys it sees.
+struct Tile {
+    const Sequence& s;
+    bool own;    // the queries' own chunks, or one past chunk
+    int first;   // of own: the first query
+    int count;
+    const int* entries;
+    int from, to; // keys
+
+    // The entry of row r; -1 past the end.
+    __device__ __forceinline__ int entry(const Plan& p, int r) const {
+        return r >= count ? -1 : own ? (s.first_row + first + r) * p.slots + p.slots - 1 : entries[r];
+    }
+};
+template <int M> __device__ __forceinline__ Tile tile_of(const Plan& p, const List* lists, const int* entries) {
+    const Sequence& s = sequence_of<&Sequence::tile_base>(p, blockIdx.x);
+    int number = int(blockIdx.x) - s.tile_base;
+    const int own = (s.len + M - 1) / M;
+    if (number < own) {
+        const int first = number * M, count = min(M, s.len - first);
+        return {s, true, first, count, nullptr, (s.past + first) / p.size * p.size, s.past + first + count};
+    }
+    if (p.slots == 1) return {s, false, 0, 0, nullptr, 0, 0};
+    number -= own;
+    const List* all = lists_of(p, s, lists);
+    const int c = last_up_to(s.chunks, number, [&](int i) { return all[i].tile; });
+    const List list = all[c];
+    const int begin = (number - list.tile) * M;
+    return {s, false, 0, max(0, min(M, list.size - begin)), entries_of(p, s, entries) + list.first + begin, c * p.size, (c + 1) * p.size};
+}
+
+// Rows of a warp's queries, per lane: block m, half h is row 16 m + 8 h + g of the warp.
+template <int N> struct Rows {
+    int position[BLOCKS<N>][2]; // of own tiles
+    int low, high;              // of the warp
+    __device__ __forceinline__ Rows(const Tile& t) {
+        const int warp = threadIdx.x / 32 * 16 * BLOCKS<N>;
+        low = t.s.past + t.first + warp;
+        high = low + 16 * BLOCKS<N> - 1;
+#pragma unroll
+        for (int i = 0; i < 2 * BLOCKS<N>; i++) position[i / 2][i % 2] = low + i * 8 + (threadIdx.x & 31) / 4;
+    }
+};
+
+// Starts copying rows of a head, `row(r)` of tile row r (-1: zeros), by `THREADS` threads.
+template <int N, int ROWS, int THREADS, class T, class Row> __device__ __forceinline__ void gather(const Plan& p, T* to, const T* from, int head, Row row) {
+#pragma unroll
+    for (int i = 0; i < ROWS * (N / 8) / THREADS; i++) {
+        const int x = threadIdx.x + i * THREADS, r = x / (N / 8), col = x % (N / 8) * 8, at = row(r);
+        copy_async(to + r * PITCH<N> + col, vector_of<N>(p, from, max(at, 0), head) + col, at >= 0);
+    }
+}
+
+// What a warp sees of the keys key.. key + KEYS: nothing, all, or part.
+enum Sight { NOTHING, PART, ALL };
+template <int N> __device__ __forceinline__ Sight sight(const Plan& p, const Tile& t, const Rows<N>& rows, int key, int count) {
+    if (!t.own) return key + count <= t.to ? ALL : PART;
+    if (key > rows.high || key + count <= rows.low / p.size * p.size) return NOTHING;
+    return key + count - 1 <= rows.low && key >= rows.high / p.size * p.size ? ALL : PART;
+}
+__device__ __forceinline__ bool seen(const Plan& p, const Tile& t, int position, int key) {
+    return t.own ? key <= position && key >= position / p.size * p.size : key < t.to;
+}
+
+// Fragments of the warp's rows of a tile.
+template <class T, int N> __device__ __forceinline__ void load_rows(uint32_t (&a)[BLOCKS<N>][N / 16][4], const T* tile) {
+#pragma unroll
+    for (int m = 0; m < BLOCKS<N>; m++)
+#pragma unroll
+        for (int k = 0; k < N / 16; k++) load_tiles(a[m][k], by_rows<PITCH<N>>(tile, threadIdx.x / 32 * 16 * BLOCKS<N> + 16 * m, 16 * k));
+}
+// c = A B^T for rows `first`.. of the tile B.
+template <class T, int N, int W>
+__device__ __forceinline__ void times_rows(float (&c)[BLOCKS<N>][W / 8][4], const uint32_t (&a)[BLOCKS<N>][N / 16][4], const T* tile, int first) {
+#pragma unroll
+    for (int i = 0; i < BLOCKS<N> * W / 2; i++) c[i / (W / 2)][i / 4 % (W / 8)][i % 4] = 0.f;
+#pragma unroll
+    for (int k = 0; k < N / 16; k++)
+#pragma unroll
+        for (int j = 0; j < W / 16; j++) {
+            uint32_t b[4];
+            load_tiles(b, by_columns<PITCH<N>>(tile, first + 16 * j, 16 * k));
+#pragma unroll
+            for (int m = 0; m < BLOCKS<N>; m++) {
+                mma<T>(c[m][2 * j], a[m][k], b[0], b[1]);
+                mma<T>(c[m][2 * j + 1], a[m][k], b[2], b[3]);
+            }
+        }
+}
+// o += C B for W rows `first`.. of the tile B.
+template <class T, int N, int W>
+__device__ __forceinline__ void add_product(float (&o)[BLOCKS<N>][N / 8][4], const float (&c)[BLOCKS<N>][W / 8][4], const T* tile, int first) {
+#pragma unroll
+    for (int j = 0; j < W / 16; j++) {
+        uint32_t a[BLOCKS<N>][4];
+#pragma unroll
+        for (int m = 0; m < BLOCKS<N>; m++) as_a<T>(a[m], c[m][2 * j], c[m][2 * j + 1]);
+#pragma unroll
+        for (int k = 0; k < N / 16; k++) {
+            uint32_t b[4];
+            load_tiles_transposed(b, by_rows<PITCH<N>>(tile, first + 16 * j, 16 * k));
+#pragma unroll
+            for (int m = 0; m < BLOCKS<N>; m++) {
+                mma<T>(o[m][2 * k], a[m], b[0], b[1]);
+                mma<T>(o[m][2 * k + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+// Writes the warp's rows, each times its factor, to their slots in out [rows, group, slots, N], by way of shared memory.
+template <class T, int N>
+__device__ __forceinline__ void store_slots(const Plan& p, T* out, T* tile, const int* entries, const float (&o)[BLOCKS<N>][N / 8][4], const float (&factor)[BLOCKS<N>][2]) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 * 16 * BLOCKS<N>;
+    T* mine = tile + warp * PITCH<N>;
+#pragma unroll
+    for (int i = 0; i < 2 * BLOCKS<N>; i++)
+#pragma unroll
+        for (int k = 0; k < N / 8; k++)
+            *reinterpret_cast<uint32_t*>(mine + (8 * i + lane / 4) * PITCH<N> + 8 * k + lane % 4 * 2) =
+                pack<T>(o[i / 2][k][i % 2 * 2] * factor[i / 2][i % 2], o[i / 2][k][i % 2 * 2 + 1] * factor[i / 2][i % 2]);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16 * BLOCKS<N> * N / 8 / 32; i++) {
+        const int x = i * 32 + lane, r = x / (N / 8), col = x % (N / 8) * 8, e = entries[warp + r];
+        if (e < 0) continue;
+        const size_t at = (size_t(e / p.slots) * p.group + blockIdx.y) * p.slots + e % p.slots;
+        *reinterpret_cast<uint4*>(out + at * N + col) = *reinterpret_cast<const uint4*>(mine + r * PITCH<N> + col);
+    }
+}
+
+// Bytes of shared memory: a tile of queries (backward, of dy too), and two steps of keys and values.
+//
+// out [rows, group, slots, N]; lse [rows, group, slots], may be null.
+template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, const T* q, const List* lists, const int* entries, T* out, float* lse) {
+    constexpr int M = TILE<N>, P = PITCH<N>, B = BLOCKS<N>, STAGE = 2 * KEYS * P;
+    DYNAMIC_SHARED(memory);
+    __shared__ int entry[M];
+    T *queries = reinterpret_cast<T*>(memory), *keys = queries + M * P;
+    const Tile t = tile_of<M>(p, lists, entries);
+    if (t.count == 0) return;
+    const int head = p.first + blockIdx.y, lane = threadIdx.x & 31;
+    const auto fetch = [&](int step) {
+        T* to = keys + step % 2 * STAGE;
+        const int key = t.from + step * KEYS;
+        const auto row = [&](int r) { return key + r < t.to ? key + r : -1; };
+        gather<N, KEYS, 128>(p, to, static_cast<const T*>(t.s.keys), head, row);
+        gather<N, KEYS, 128>(p, to + KEYS * P, static_cast<const T*>(t.s.values), head, row);
+        copy_commit();
+    };
+    if (threadIdx.x < M) entry[threadIdx.x] = t.entry(p, threadIdx.x);
+    fetch(0);
+    __syncthreads();
+    gather<N, M, 128>(p, queries, q, head, [&](int r) { return entry[r] < 0 ? -1 : entry[r] / p.slots; });
+    copy_commit();
+
+    const Rows<N> rows(t);
+    const float scale = rsqrtf(float(N)) * LOG2E;
+    uint32_t a[B][N / 16][4];
+    float o[B][N / 8][4] = {}, top[B][2], total[B][2] = {};
+#pragma unroll
+    for (int i = 0; i < 2 * B; i++) top[i / 2][i % 2] = -INFINITY;
+    const int steps = (t.to - t.from + KEYS - 1) / KEYS;
+    for (int step = 0; step < steps; step++) {
+        copy_wait<0>();
+        __syncthreads();
+        if (step == 0) load_rows<T, N>(a, queries);
+        if (step + 1 < steps) fetch(step + 1);
+        const T* tile = keys + step % 2 * STAGE;
+        const int key = t.from + step * KEYS;
+        const Sight sees = sight<N>(p, t, rows, key, KEYS);
+        if (sees == NOTHING) continue;
+        float c[B][KEYS / 8][4];
+        times_rows<T, N, KEYS>(c, a, tile, 0);
+        if (sees == PART) {
+#pragma unroll
+            for (int m = 0; m < B; m++)
+#pragma unroll
+                for (int i = 0; i < KEYS / 2; i++)
+                    if (!seen(p, t, rows.position[m][i % 4 / 2], key + i / 4 * 8 + lane % 4 * 2 + i % 2)) c[m][i / 4][i % 4] = -INFINITY;
+        }
+#pragma unroll
+        for (int m = 0; m < B; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float most = top[m][half];
+#pragma unroll
+                for (int j = 0; j < KEYS / 8; j++) most = fmaxf(most, fmaxf(c[m][j][2 * half], c[m][j][2 * half + 1]));
+                most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+                most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+                // A row may have seen nothing yet.
+                const float base = most == -INFINITY ? 0.f : most * scale, keep = exp2_fast(top[m][half] * scale - base);
+                top[m][half] = most;
+                float sum = 0.f;
+#pragma unroll
+                for (int j = 0; j < KEYS / 8; j++)
+#pragma unroll
+                    for (int e = 2 * half; e < 2 * half + 2; e++) {
+                        c[m][j][e] = exp2_fast(fmaf(c[m][j][e], scale, -base));
+                        sum += c[m][j][e];
+                    }
+                total[m][half] = total[m][half] * keep + sum;
+#pragma unroll
+                for (int k = 0; k < N / 8; k++) {
+                    o[m][k][2 * half] *= keep;
+                    o[m][k][2 * half + 1] *= keep;
+                }
+            }
+        add_product<T, N, KEYS>(o, c, tile + KEYS * P, 0);
+    }
+    float factor[B][2];
+#pragma unroll
+    for (int i = 0; i < 2 * B; i++) {
+        float sum = total[i / 2][i % 2];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        factor[i / 2][i % 2] = 1.f / sum;
+        const int e = entry[threadIdx.x / 32 * 16 * B + 8 * i + lane / 4];
+        if (lse && e >= 0 && lane % 4 == 0)
+            lse[(size_t(e / p.slots) * p.group + blockIdx.y) * p.slots + e % p.slots] = (top[i / 2][i % 2] * scale + log2f(sum)) * (1.f / LOG2E);
+    }
+    store_slots<T, N>(p, out, queries, entry, o, factor);
+}
+
+// Slots in use, of a row and head.
+__device__ __forceinline__ bool used(const Plan& p, const int* picks, int row, int head, int slot) {
+    return slot == p.slots - 1 || picks[(size_t(row) * p.heads + head) * (p.slots - 1) + slot] >= 0;
+}
+
+// y [rows, heads N], lse [rows, heads] of the group's heads from their slots; 8 channels a thread.
+template <class T, int N> __device__ __forceinline__ void merge(const Plan& p, const int* picks, const T* parts, const float* part_lse, T* y, float* lse) {
+    const size_t x = size_t(blockIdx.x) * blockDim.x + threadIdx.x, vector = x / (N / 8);
+    if (vector >= size_t(p.rows) * p.group) return;
+    const int row = vector / p.group, head = p.first + vector % p.group, col = x % (N / 8) * 8;
+    const float* l = part_lse + vector * p.slots;
+    float top = -INFINITY, total = 0.f;
+    for (int i = 0; i < p.slots; i++)
+        if (used(p, picks, row, head, i)) top = fmaxf(top, l[i]);
+    Vec sum = zeros();
+#pragma unroll 4
+    for (int i = 0; i < p.slots; i++) {
+        if (!used(p, picks, row, head, i)) continue;
+        const float w = exp2_fast((l[i] - top) * LOG2E);
+        const Vec part = load(parts + (vector * p.slots + i) * N + col);
+        total += w;
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum[j] += w * part[j];
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum[j] /= total;
+    store(vector_of<N>(p, y, row, head) + col, sum);
+    if (lse && col == 0) lse[size_t(row) * p.heads + head] = top + logf(total);
+}
+
+// dq [rows, heads N] of the group's heads from its slots.
+template <class T, int N> __device__ __forceinline__ void merge_dq(const Plan& p, const int* picks, const T* parts, T* dq) {
+    const size_t x = size_t(blockIdx.x) * blockDim.x + threadIdx.x, vector = x / (N / 8);
+    if (vector >= size_t(p.rows) * p.group) return;
+    const int row = vector / p.group, head = p.first + vector % p.group, col = x % (N / 8) * 8;
+    Vec sum = zeros();
+#pragma unroll 4
+    for (int i = 0; i < p.slots; i++) {
+        if (!used(p, picks, row, head, i)) continue;
+        const Vec part = load(parts + (vector * p.slots + i) * N + col);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum[j] += part[j];
+    }
+    store(vector_of<N>(p, dq, row, head) + col, sum);
+}
+
+// out [rows, group, slots, N]: the part of dq that each slot's keys give.
+template <class T, int N>
+__device__ __forceinline__ void back_queries(const Plan& p, const T* q, const T* dy, const float2* stats, const List* lists, const int* entries, T* out) {
+    constexpr int M = TILE<N>, P = PITCH<N>, B = BLOCKS<N>, STAGE = 2 * KEYS * P, W = 16;
+    DYNAMIC_SHARED(memory);
+    __shared__ int entry[M];
+    T *queries = reinterpret_cast<T*>(memory), *grads = queries + M * P, *keys = grads + M * P;
+    const Tile t = tile_of<M>(p, lists, entries);
+    if (t.count == 0) return;
+    const int head = p.first + blockIdx.y, lane = threadIdx.x & 31;
+    const auto fetch = [&](int step) {
+        T* to = keys + step % 2 * STAGE;
+        const int key = t.from + step * KEYS;
+        const auto row = [&](int r) { return key + r < t.to ? key + r : -1; };
+        gather<N, KEYS, 128>(p, to, static_cast<const T*>(t.s.keys), head, row);
+        gather<N, KEYS, 128>(p, to + KEYS * P, static_cast<const T*>(t.s.values), head, row);
+        copy_commit();
+    };
+    if (threadIdx.x < M) entry[threadIdx.x] = t.entry(p, threadIdx.x);
+    fetch(0);
+    __syncthreads();
+    const auto row = [&](int r) { return entry[r] < 0 ? -1 : entry[r] / p.slots; };
+    gather<N, M, 128>(p, queries, q, head, row);
+    gather<N, M, 128>(p, grads, dy, head, row);
+    copy_commit();
+
+    const Rows<N> rows(t);
+    const float scale = rsqrtf(float(N));
+    float2 stat[B][2];
+#pragma unroll
+    for (int i = 0; i < 2 * B; i++) {
+        const int r = row(threadIdx.x / 32 * 16 * B + 8 * i + lane / 4);
+        stat[i / 2][i % 2] = r < 0 ? make_float2(0.f, 0.f) : stats[size_t(r) * p.heads + head];
+    }
+    uint32_t a[B][N / 16][4], d[B][N / 16][4];
+    float o[B][N / 8][4] = {};
+    const int steps = (t.to - t.from + KEYS - 1) / KEYS;
+    for (int step = 0; step < steps; step++) {
+        copy_wait<0>();
+        __syncthreads();
+        if (step == 0) {
+            load_rows<T, N>(a, queries);
+            load_rows<T, N>(d, grads);
+        }
+        if (step + 1 < steps) fetch(step + 1);
+        const T* tile = keys + step % 2 * STAGE;
+#pragma unroll 1
+        for (int j = 0; j < KEYS; j += W) {
+            const int key = t.from + step * KEYS + j;
+            const Sight sees = key < t.to ? sight<N>(p, t, rows, key, W) : NOTHING;
+            if (sees == NOTHING) continue;
+            float c[B][W / 8][4], e[B][W / 8][4];
+            times_rows<T, N, W>(c, a, tile, j);
+            times_rows<T, N, W>(e, d, tile + KEYS * P, j);
+#pragma unroll
+            for (int m = 0; m < B; m++)
+#pragma unroll
+                for (int i = 0; i < W / 2; i++) {
+                    const float2 l = stat[m][i % 4 / 2];
+                    float w = exp2_fast(fmaf(c[m][i / 4][i % 4], scale * LOG2E, -l.x));
+                    if (sees == PART && !seen(p, t, rows.position[m][i % 4 / 2], key + i / 4 * 8 + lane % 4 * 2 + i % 2)) w = 0.f;
+                    c[m][i / 4][i % 4] = w * (e[m][i / 4][i % 4] - l.y);
+                }
+            add_product<T, N, W>(o, c, tile, j);
+        }
+    }
+    float factor[B][2];
+#pragma unroll
+    for (int i = 0; i < 2 * B; i++) factor[i / 2][i % 2] = scale;
+    store_slots<T, N>(p, out, queries, entry, o, factor);
+}
+
+// 8 bytes from device memory to shared memory in the background; zeros if !valid.
+__device__ __forceinline__ void copy_async_8(void* to, const void* from, bool valid) {
+#ifndef ANSER_EMULATOR
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 8 : 0) : "memory");
+#else
+    valid ? memcpy(to, from, 8) : memset(to, 0, 8);
+#endif
+}
+
+// Keys of a tile, 16 a warp, and queries of a step.
+constexpr int KEY_TILE = 64;
+template <int N> constexpr int STEP = N == 64 ? 64 : 32;
+
+// dk, dv of a tile of keys of a chunk: a piece of the chunk's list and, with the first piece, the later queries of the chunk. Where a list
+// has several pieces they leave f32 parts [group, pieces, 2, size, N], which `add_pieces` adds up.
+//
+// A query that isn't there is zero with a weight of 1, and adds nothing.
+template <class T, int N>
+__device__ __forceinline__ void back_keys(const Plan& p, const T* q, const T* dy, const float2* stats, const List* lists, const int* entries, float* parts, T* dk, T* dv) {
+    constexpr int P = PITCH<N>, K = KEY_TILE, Q = STEP<N>, THREADS = 2 * K, V = N / 8, PASSES = Q * V / THREADS;
+    constexpr int STAGE = 2 * Q * P + 4 * Q; // with a float2 for each query
+    DYNAMIC_SHARED(memory);
+    T *keys = reinterpret_cast<T*>(memory), *values = keys + K * P, *stages = values + K * P;
+    const Sequence& s = sequence_of<&Sequence::piece_base>(p, blockIdx.x);
+    const int tiles = (p.size + K - 1) / K, local = int(blockIdx.x) - s.piece_base, number = local / tiles;
+    const List* all = p.slots > 1 ? lists_of(p, s, lists) : nullptr;
+    const int chunk = all ? last_up_to(s.chunks, number, [&](int i) { return all[i].piece; }) : number;
+    const List list = all ? all[chunk] : List{0, 0, 0, chunk};
+    const int pieces = max(1, (list.size + p.piece - 1) / p.piece), piece = number - list.piece;
+    const int first = chunk * p.size + local % tiles * K, end = min((chunk + 1) * p.size, s.len);
+    if (piece >= pieces || chunk >= s.chunks || first >= end) return;
+    const int head = p.first + blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x / 32 * 16;
+    const int* chosen = all ? entries_of(p, s, entries) + list.first : nullptr;
+    const int from = piece * p.piece, to = min(list.size, from + p.piece);
+    const int own = piece == 0 ? (end - first + Q - 1) / Q : 0, steps = own + (to - from + Q - 1) / Q;
+
+    const auto key_row = [&](int r) { return first + r < end ? first + r : -1; };
+    gather<N, K, THREADS>(p, keys, static_cast<const T*>(s.keys), head, key_row);
+    gather<N, K, THREADS>(p, values, static_cast<const T*>(s.values), head, key_row);
+    copy_commit();
+    // The rows of a thread's part of a step are fetched one step ahead of the rows' data.
+    int row[PASSES];
+    const auto find = [&](int step) {
+#pragma unroll
+        for (int i = 0; i < PASSES; i++) {
+            const int r = (threadIdx.x + i * THREADS) / V, mine = first + step * Q + r, other = from + (step - own) * Q + r;
+            row[i] = step < own ? (mine < end ? s.first_row + mine : -1) : other < to ? chosen[other] / p.slots : -1;
+        }
+    };
+    const auto fetch = [&](int step) {
+        T* stage = stages + step % 2 * STAGE;
+#pragma unroll
+        for (int i = 0; i < PASSES; i++) {
+            const int x = threadIdx.x + i * THREADS, r = x / V, col = x % V * 8, at = max(row[i], 0);
+            copy_async(stage + r * P + col, vector_of<N>(p, q, at, head) + col, row[i] >= 0);
+            copy_async(stage + (Q + r) * P + col, vector_of<N>(p, dy, at, head) + col, row[i] >= 0);
+            if (col == 0) copy_async_8(stage + 2 * Q * P + 4 * r, stats + size_t(at) * p.heads + head, row[i] >= 0);
+        }
+        copy_commit();
+    };
+    find(0);
+    fetch(0);
+    find(1);
+
+    const float scale = rsqrtf(float(N));
+    float sk[N / 8][4] = {}, sv[N / 8][4] = {};
+    constexpr bool KEPT = N == 64; // keys stay in registers
+    uint32_t ka[KEPT ? N / 16 : 1][4], va[KEPT ? N / 16 : 1][4];
+    const bool idle = first + warp >= end;
+    for (int step = 0; step < steps; step++) {
+        copy_wait<0>();
+        __syncthreads();
+        if (KEPT && step == 0) {
+#pragma unroll
+            for (int k = 0; k < N / 16; k++) {
+                load_tiles(ka[KEPT ? k : 0], by_rows<P>(keys, warp, 16 * k));
+                load_tiles(va[KEPT ? k : 0], by_rows<P>(values, warp, 16 * k));
+            }
+        }
+        if (step + 1 < steps) {
+            fetch(step + 1);
+            find(step + 2);
+        }
+        if (idle) continue;
+        const T* stage = stages + step % 2 * STAGE;
+        const float2* stat = reinterpret_cast<const float2*>(stage + 2 * Q * P);
+        const int query = step < own ? first + step * Q : s.len; // positions count on own queries only
+#pragma unroll 1
+        for (int j = 0; j < Q; j += 16) {
+            if (query + j + 15 < first + warp) continue;
+            float c[2][4] = {}, e[2][4] = {};
+#pragma unroll
+            for (int k = 0; k < N / 16; k++) {
+                uint32_t b[4], x[4];
+                load_tiles(b, by_columns<P>(stage, j, 16 * k));
+                if (!KEPT) load_tiles(x, by_rows<P>(keys, warp, 16 * k));
+                mma<T>(c[0], KEPT ? ka[KEPT ? k : 0] : x, b[0], b[1]);
+                mma<T>(c[1], KEPT ? ka[KEPT ? k : 0] : x, b[2], b[3]);
+                load_tiles(b, by_columns<P>(stage, Q + j, 16 * k));
+                if (!KEPT) load_tiles(x, by_rows<P>(values, warp, 16 * k));
+                mma<T>(e[0], KEPT ? va[KEPT ? k : 0] : x, b[0], b[1]);
+                mma<T>(e[1], KEPT ? va[KEPT ? k : 0] : x, b[2], b[3]);
+            }
+            const bool part = query + j < first + warp + 15;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float4 l = *reinterpret_cast<const float4*>(stat + j + 8 * half + lane % 4 * 2);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float w = exp2_fast(fmaf(c[half][i], scale * LOG2E, -(i % 2 ? l.z : l.x)));
+                    if (part && query + j + 8 * half + lane % 4 * 2 + i % 2 < first + warp + lane / 4 + i / 2 * 8) w = 0.f;
+                    c[half][i] = w;
+                    e[half][i] = w * (e[half][i] - (i % 2 ? l.w : l.y));
+                }
+            }
+            uint32_t weights[4], grads[4];
+            as_a<T>(weights, c[0], c[1]);
+            as_a<T>(grads, e[0], e[1]);
+#pragma unroll
+            for (int k = 0; k < N / 16; k++) {
+                uint32_t b[4];
+                load_tiles_transposed(b, by_rows<P>(stage, Q + j, 16 * k));
+                mma<T>(sv[2 * k], weights, b[0], b[1]);
+                mma<T>(sv[2 * k + 1], weights, b[2], b[3]);
+                load_tiles_transposed(b, by_rows<P>(stage, j, 16 * k));
+                mma<T>(sk[2 * k], grads, b[0], b[1]);
+                mma<T>(sk[2 * k + 1], grads, b[2], b[3]);
+            }
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int key = first + warp + lane / 4 + 8 * half;
+        if (key >= end) continue;
+#pragma unroll
+        for (int k = 0; k < N / 8; k++) {
+            const int col = 8 * k + lane % 4 * 2;
+            const float x = sk[k][2 * half] * scale, y = sk[k][2 * half + 1] * scale, z = sv[k][2 * half], w = sv[k][2 * half + 1];
+            if (pieces == 1) {
+                *reinterpret_cast<uint32_t*>(vector_of<N>(p, dk, s.first_row + key, head) + col) = pack<T>(x, y);
+                *reinterpret_cast<uint32_t*>(vector_of<N>(p, dv, s.first_row + key, head) + col) = pack<T>(z, w);
+            } else {
+                float* at = parts + ((size_t(blockIdx.y) * p.pieces + s.piece_base / tiles + number) * 2 * p.size + key - chunk * p.size) * N + col;
+                *reinterpret_cast<float2*>(at) = make_float2(x, y);
+                *reinterpret_cast<float2*>(at + size_t(p.size) * N) = make_float2(z, w);
+            }
+        }
+    }
+}
+
+// Adds up the parts of chunks whose lists have several pieces; 16 rows a block.
+template <class T, int N> __device__ __forceinline__ void add_pieces(const Plan& p, const List* lists, const float* parts, T* dk, T* dv) {
+    const int blocks = (p.size + 15) / 16;
+    const Sequence& s = sequence_of<&Sequence::chunk_base>(p, blockIdx.x / blocks);
+    const int chunk = int(blockIdx.x) / blocks - s.chunk_base, tiles = (p.size + KEY_TILE - 1) / KEY_TILE;
+    const List list = lists_of(p, s, lists)[chunk];
+    const int pieces = (list.size + p.piece - 1) / p.piece, i = threadIdx.x / (N / 8) + int(blockIdx.x) % blocks * 16, col = threadIdx.x % (N / 8) * 8;
+    if (pieces < 2 || i >= p.size || chunk * p.size + i >= s.len) return;
+    for (int which = 0; which < 2; which++) {
+        Vec sum = zeros();
+        for (int piece = 0; piece < pieces; piece++) {
+            const Vec x = load(parts + (((size_t(blockIdx.y) * p.pieces + s.piece_base / tiles + list.piece + piece) * 2 + which) * p.size + i) * N + col);
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum[j] += x[j];
+        }
+        store(vector_of<N>(p, which ? dv : dk, s.first_row + chunk * p.size + i, p.first + blockIdx.y) + col, sum);
+    }
+}
+
+} // namespace chunks
