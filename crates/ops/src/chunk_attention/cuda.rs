@@ -241,9 +241,7 @@ fn addresses(lists: Option<&Lists>) -> [Arg<'static>; 2] {
 }
 
 /// y [rows, heads x N] and, if wanted, lse [rows, heads].
-pub(super) fn forward(
-    ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, picks: &Buf, y: &Buf, lse: Option<&Buf>,
-) {
+pub(super) fn forward(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, picks: &Buf, y: &Buf, lse: Option<&Buf>) {
     let (n, heads, slots) = (plan.n, plan.heads, plan.chunks.top);
     let null = DevicePtr::NULL;
     let lse = lse.map_or(null, Buf::ptr);

@@ -12,7 +12,7 @@ struct Case<'a> {
     size: usize,
     top: usize,
     sequences: &'a [(usize, usize)],
-    /// All keys are the same: all scores are equal.
+    /// All chunks have the same keys: all scores are equal.
     same: bool,
     /// Bytes between kernels.
     between: usize,
@@ -25,6 +25,10 @@ fn noise(n: usize, seed: u32) -> Vec<f32> {
         (s >> 8) as f32 / (1 << 23) as f32 - 1.0
     };
     (0..n).map(|_| next() * 1.7).collect()
+}
+
+fn wide(b: &Buf) -> Vec<f64> {
+    b.to_vec().iter().map(|v| f64::from(*v)).collect()
 }
 
 fn error(got: &[f64], want: &[f64]) -> f64 {
@@ -49,8 +53,11 @@ fn run(ctx: &Context, case: &Case<'_>) -> Out {
     let c = case.heads * case.n;
     let rows: usize = case.sequences.iter().map(|s| s.1).sum();
     let keys: usize = case.sequences.iter().map(|s| s.0 + s.1).sum();
-    let k: Vec<f32> =
-        if case.same { noise(c, 2).into_iter().cycle().take(keys * c).collect() } else { noise(keys * c, 2) };
+    let k: Vec<f32> = if case.same {
+        noise(case.size * c, 2).into_iter().cycle().take(keys * c).collect()
+    } else {
+        noise(keys * c, 2)
+    };
     let [q, k, v, dy] = [noise(rows * c, 1), k, noise(keys * c, 3), noise(rows * c, 4)].map(|x| ctx.copy_of(&x));
     let chunks: usize = case.sequences.iter().map(|s| (s.0 + s.1).div_ceil(case.size)).sum();
     let means = ctx.alloc_f32(chunks * c);
@@ -82,15 +89,15 @@ fn run(ctx: &Context, case: &Case<'_>) -> Out {
     let picks = cuda::select(ctx, gpu, &plan, &q);
     let (y, lse) = (ctx.alloc(rows * c), ctx.alloc_f32(rows * case.heads));
     cuda::forward(ctx, gpu, &plan, &q, &picks, &y, Some(&lse));
-    let mut values = vec![y.to_f64(), lse.to_f64()];
+    let mut values = vec![wide(&y), wide(&lse)];
     if rows == keys {
         let grads: [Buf; 3] = std::array::from_fn(|_| ctx.alloc(rows * c));
         cuda::backward(ctx, gpu, &plan, &q, &picks, [&y, &dy, &lse], grads.each_ref());
-        values.extend(grads.iter().map(Buf::to_f64));
+        values.extend(grads.iter().map(wide));
     }
     ctx.check().unwrap();
     let picks = picks.to_vec().iter().map(|p| p.to_bits() as i32).collect();
-    Out { picks, values, inputs: [q, k, v, dy].map(|b| b.to_f64()) }
+    Out { picks, values, inputs: [&q, &k, &v, &dy].map(wide) }
 }
 
 /// The same in f64 with the picks of `out`, which are held to be right.
@@ -170,8 +177,7 @@ fn check(types: &[DType], case: &Case<'_>) {
 }
 
 const ALL: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
-const SHAPE: Case<'_> =
-    Case { heads: 2, n: 64, size: 16, top: 3, sequences: &[], same: false, between: cuda::BETWEEN };
+const SHAPE: Case<'_> = Case { heads: 2, n: 64, size: 16, top: 3, sequences: &[], same: false, between: cuda::BETWEEN };
 
 #[test]
 #[ignore = "needs a GPU"]

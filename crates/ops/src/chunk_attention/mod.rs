@@ -18,7 +18,9 @@ pub struct Chunks {
 }
 
 /// The sequences of a training step: keys and values are in the rows of the segments.
-fn plan(ctx: &Context, segments: &[Segment], heads: usize, chunks: Chunks, [q, k, v]: [&Var; 3], means: &Buf) -> cuda::Plan {
+fn plan(
+    ctx: &Context, segments: &[Segment], heads: usize, chunks: Chunks, [q, k, v]: [&Var; 3], means: &Buf,
+) -> cuda::Plan {
     let c = q.cols();
     let mut first = 0;
     let list: Vec<_> = segments
