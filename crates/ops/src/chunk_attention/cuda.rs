@@ -129,7 +129,7 @@ impl Plan {
     }
 
     /// The same as the kernels have it, for a group of heads.
-    fn words(&self, group: Group) -> [u64; 7] {
+    fn words(&self, group: Group) -> [u64; 8] {
         let pair = |low: usize, high: usize| low as u64 | (high as u64) << 32;
         [
             self.sequences.ptr().address(),
@@ -139,12 +139,18 @@ impl Plan {
             pair(self.rows, self.all.chunks),
             pair(self.all.counts, self.run),
             pair(self.piece, self.pieces()),
+            pair(self.all.tiles, self.together()),
         ]
     }
 
     /// Pieces of lists of a head.
     fn pieces(&self) -> usize {
         self.all.pieces / self.chunks.size.div_ceil(KEYS)
+    }
+
+    /// Tiles that a block of queries takes, one after the other, so that those of short chunks begin while others end.
+    fn together(&self) -> usize {
+        (512 / self.chunks.size).clamp(1, 4)
     }
 
     fn picks(&self) -> usize {
@@ -257,7 +263,7 @@ pub(super) fn forward(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, picks: &B
         let words = plan.words(group);
         let [l, e] = addresses(lists);
         let args = [Arg::Struct(&words), q.ptr().into(), l, e, out.into(), lse.into()];
-        let grid = [plan.all.tiles, group.len, 1];
+        let grid = [plan.all.tiles.div_ceil(plan.together()), group.len, 1];
         gpu.launch_with(&KERNELS, &name("chunk_attend"), grid, [128, 1, 1], bytes, &args);
     };
     if slots == 1 {
@@ -308,7 +314,7 @@ pub(super) fn backward(
         let [l, e] = addresses(lists.as_ref());
         let attend = |out: Arg<'_>| {
             let bytes = shared(2 * tile(n) + 4 * KEYS, n);
-            let grid = [plan.all.tiles, group.len, 1];
+            let grid = [plan.all.tiles.div_ceil(plan.together()), group.len, 1];
             gpu.launch_with(&KERNELS, &name("chunk_dq"), grid, [128, 1, 1], bytes, &[head, q, dy, s, l, e, out]);
         };
         if slots == 1 {

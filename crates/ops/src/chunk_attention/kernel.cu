@@ -1,4 +1,7 @@
 // Top-k chunk attention: the formulas are in mod.rs, the schemes in the files included.
+//
+// Convergence barriers of the exact kernels' nested loops, a few bytes:
+// may spill: chunk_(forward|dq|select)_[bf]+\d+\s
 #include "exact.cuh"
 #include "select.cuh"
 #include "tensor.cuh"

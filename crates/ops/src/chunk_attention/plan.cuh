@@ -26,6 +26,7 @@ struct Plan {
     int run;                 // rows of a run (see lists.cuh)
     int piece;               // longest part of a list that one block takes backward
     int pieces;              // most such parts of a head
+    int tiles, together;     // tiles of a head, and how many of them a block takes
 };
 
 // The queries that chose a chunk: their place in the sequence's entries, how many, and the numbers of the first tile and piece.

@@ -17,33 +17,44 @@ template <int N> constexpr int TILE = 64 * BLOCKS<N>;    // queries of a tile; 4
 
 // A tile of queries and the keys it sees.
 struct Tile {
-    const Sequence& s;
-    bool own;    // the queries' own chunks, or one past chunk
-    int first;   // of own: the first query
-    int count;
-    const int* entries;
-    int from, to; // keys
+    const void *keys, *values; // of the sequence
+    const int* entries;        // of the queries; null if the keys are in the queries' own chunks,
+    int row, position;         // which then are the first query's
+    int count;                 // of queries
+    int from, to;              // keys
 
     // The entry of row r; -1 past the end.
     __device__ __forceinline__ int entry(const Plan& p, int r) const {
-        return r >= count ? -1 : own ? (s.first_row + first + r) * p.slots + p.slots - 1 : entries[r];
+        return r >= count ? -1 : entries ? entries[r] : (row + r) * p.slots + p.slots - 1;
     }
 };
-template <int M> __device__ __forceinline__ Tile tile_of(const Plan& p, const List* lists, const int* entries) {
-    const Sequence& s = sequence_of<&Sequence::tile_base>(p, blockIdx.x);
-    int number = int(blockIdx.x) - s.tile_base;
+// Tile `index` of the head; by a warp.
+template <int M> __device__ __forceinline__ Tile tile_of(const Plan& p, const List* lists, const int* entries, int index) {
+    Tile t = {};
+    if (index >= p.tiles) return t;
+    const Sequence& s = sequence_of<&Sequence::tile_base>(p, index);
+    t.keys = s.keys;
+    t.values = s.values;
+    int number = index - s.tile_base;
     const int own = (s.len + M - 1) / M;
     if (number < own) {
-        const int first = number * M, count = min(M, s.len - first);
-        return {s, true, first, count, nullptr, (s.past + first) / p.size * p.size, s.past + first + count};
+        t.row = s.first_row + number * M;
+        t.position = s.past + number * M;
+        t.count = min(M, s.len - number * M);
+        t.from = t.position / p.size * p.size;
+        t.to = t.position + t.count;
+        return t;
     }
-    if (p.slots == 1) return {s, false, 0, 0, nullptr, 0, 0};
     number -= own;
     const List* all = lists_of(p, s, lists);
     const int c = last_up_to(s.chunks, number, [&](int i) { return all[i].tile; });
     const List list = all[c];
     const int begin = (number - list.tile) * M;
-    return {s, false, 0, max(0, min(M, list.size - begin)), entries_of(p, s, entries) + list.first + begin, c * p.size, (c + 1) * p.size};
+    t.entries = entries_of(p, s, entries) + list.first + begin;
+    t.count = max(0, min(M, list.size - begin));
+    t.from = c * p.size;
+    t.to = t.from + p.size;
+    return t;
 }
 
 // Rows of a warp's queries, per lane: block m, half h is row 16 m + 8 h + g of the warp.
@@ -52,7 +63,7 @@ template <int N> struct Rows {
     int low, high;              // of the warp
     __device__ __forceinline__ Rows(const Tile& t) {
         const int warp = threadIdx.x / 32 * 16 * BLOCKS<N>;
-        low = t.s.past + t.first + warp;
+        low = t.position + warp;
         high = low + 16 * BLOCKS<N> - 1;
 #pragma unroll
         for (int i = 0; i < 2 * BLOCKS<N>; i++) position[i / 2][i % 2] = low + i * 8 + (threadIdx.x & 31) / 4;
@@ -71,12 +82,12 @@ template <int N, int ROWS, int THREADS, class T, class Row> __device__ __forcein
 // What a warp sees of the keys key.. key + KEYS: nothing, all, or part.
 enum Sight { NOTHING, PART, ALL };
 template <int N> __device__ __forceinline__ Sight sight(const Plan& p, const Tile& t, const Rows<N>& rows, int key, int count) {
-    if (!t.own) return key + count <= t.to ? ALL : PART;
+    if (t.entries) return key + count <= t.to ? ALL : PART;
     if (key > rows.high || key + count <= rows.low / p.size * p.size) return NOTHING;
     return key + count - 1 <= rows.low && key >= rows.high / p.size * p.size ? ALL : PART;
 }
 __device__ __forceinline__ bool seen(const Plan& p, const Tile& t, int position, int key) {
-    return t.own ? key <= position && key >= position / p.size * p.size : key < t.to;
+    return t.entries ? key < t.to : key <= position && key >= position / p.size * p.size;
 }
 
 // Fragments of the warp's rows of a tile.
@@ -145,49 +156,95 @@ __device__ __forceinline__ void store_slots(const Plan& p, T* out, T* tile, cons
     }
 }
 
-// Bytes of shared memory: a tile of queries (backward, of dy too), and two steps of keys and values.
+// Runs the tiles of a block as one pipeline of steps of keys: while one is computed the next is on its way, be it of the next tile, and so are that
+// one's queries, whose place is free once they are in registers.
 //
-// out [rows, group, slots, N]; lse [rows, group, slots], may be null.
-template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, const T* q, const List* lists, const int* entries, T* out, float* lse) {
-    constexpr int M = TILE<N>, P = PITCH<N>, B = BLOCKS<N>, STAGE = 2 * KEYS * P;
-    DYNAMIC_SHARED(memory);
-    __shared__ int entry[M];
-    T *queries = reinterpret_cast<T*>(memory), *keys = queries + M * P;
-    const Tile t = tile_of<M>(p, lists, entries);
-    if (t.count == 0) return;
-    const int head = p.first + blockIdx.y, lane = threadIdx.x & 31;
-    const auto fetch = [&](int step) {
-        T* to = keys + step % 2 * STAGE;
-        const int key = t.from + step * KEYS;
-        const auto row = [&](int r) { return key + r < t.to ? key + r : -1; };
-        gather<N, KEYS, 128>(p, to, static_cast<const T*>(t.s.keys), head, row);
-        gather<N, KEYS, 128>(p, to + KEYS * P, static_cast<const T*>(t.s.values), head, row);
+//   queries(rows)     begins copying the rows' queries; rows(r) is row r of the tile or -1
+//   begin(tile, entries)   loads them from there; the tile begins
+//   compute(tile, step, keys)   `keys`, followed by the values
+//   end(entries, scratch)   the tile is done; `scratch` holds TILE rows
+template <class T, int N, class Queries, class Begin, class Compute, class End>
+__device__ __forceinline__ void each_tile(const Plan& p, const List* lists, const int* entries, T* stages, Queries queries, Begin begin, Compute compute, End end) {
+    constexpr int M = TILE<N>, STAGE = 2 * KEYS * PITCH<N>;
+    __shared__ Tile tiles[4];
+    __shared__ int entry[4][M];
+    const int head = p.first + blockIdx.y, warp = threadIdx.x / 32;
+    if (warp < p.together) {
+        const Tile t = tile_of<M>(p, lists, entries, blockIdx.x * p.together + warp);
+        if (threadIdx.x % 32 == 0) tiles[warp] = t;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < p.together * M; i += 128) entry[i / M][i % M] = tiles[i / M].entry(p, i % M);
+    __syncthreads();
+    const auto next = [&](int i) {
+        while (i < p.together && tiles[i].count == 0) i++;
+        return i;
+    };
+    const auto fetch = [&](const Tile& t, int step, int stage) {
+        T* to = stages + stage * STAGE;
+        const int key = t.from + step * KEYS, last = t.to;
+        const auto row = [&](int r) { return key + r < last ? key + r : -1; };
+        gather<N, KEYS, 128>(p, to, static_cast<const T*>(t.keys), head, row);
+        gather<N, KEYS, 128>(p, to + KEYS * PITCH<N>, static_cast<const T*>(t.values), head, row);
         copy_commit();
     };
-    if (threadIdx.x < M) entry[threadIdx.x] = t.entry(p, threadIdx.x);
-    fetch(0);
-    __syncthreads();
-    gather<N, M, 128>(p, queries, q, head, [&](int r) { return entry[r] < 0 ? -1 : entry[r] / p.slots; });
-    copy_commit();
+    const auto fetch_first = [&](int i, int stage) {
+        queries([&](int r) { return entry[i][r] < 0 ? -1 : entry[i][r] / p.slots; });
+        fetch(tiles[i], 0, stage);
+    };
+    int i = next(0), stage = 0;
+    if (i == p.together) return;
+    fetch_first(i, stage);
+    while (i < p.together) {
+        const Tile& t = tiles[i];
+        const int steps = (t.to - t.from + KEYS - 1) / KEYS, following = next(i + 1);
+        for (int step = 0; step < steps; step++) {
+            copy_wait<0>();
+            __syncthreads();
+            if (step == 0) {
+                begin(t, entry[i]);
+                if (steps == 1) __syncthreads();
+            }
+            if (step + 1 < steps)
+                fetch(t, step + 1, stage ^ 1);
+            else if (following < p.together)
+                fetch_first(following, stage ^ 1);
+            compute(t, step, stages + stage * STAGE);
+            stage ^= 1;
+        }
+        __syncthreads();
+        end(entry[i], stages + (stage ^ 1) * STAGE);
+        i = following;
+    }
+}
 
-    const Rows<N> rows(t);
+// out [rows, group, slots, N]; lse [rows, group, slots], may be null. Shared memory: a tile of queries, two steps of keys and values.
+template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, const T* q, const List* lists, const int* entries, T* out, float* lse) {
+    constexpr int M = TILE<N>, P = PITCH<N>, B = BLOCKS<N>;
+    DYNAMIC_SHARED(memory);
+    T* tile = reinterpret_cast<T*>(memory);
+    const int lane = threadIdx.x & 31;
     const float scale = rsqrtf(float(N)) * LOG2E;
     uint32_t a[B][N / 16][4];
-    float o[B][N / 8][4] = {}, top[B][2], total[B][2] = {};
+    float o[B][N / 8][4], top[B][2], total[B][2];
+    const auto queries = [&](auto row) { gather<N, M, 128>(p, tile, q, p.first + blockIdx.y, row); };
+    const auto begin = [&](const Tile&, const int*) {
+        load_rows<T, N>(a, tile);
 #pragma unroll
-    for (int i = 0; i < 2 * B; i++) top[i / 2][i % 2] = -INFINITY;
-    const int steps = (t.to - t.from + KEYS - 1) / KEYS;
-    for (int step = 0; step < steps; step++) {
-        copy_wait<0>();
-        __syncthreads();
-        if (step == 0) load_rows<T, N>(a, queries);
-        if (step + 1 < steps) fetch(step + 1);
-        const T* tile = keys + step % 2 * STAGE;
+        for (int i = 0; i < B * N / 2; i++) o[i / (N / 2)][i / 4 % (N / 8)][i % 4] = 0.f;
+#pragma unroll
+        for (int i = 0; i < 2 * B; i++) {
+            top[i / 2][i % 2] = -INFINITY;
+            total[i / 2][i % 2] = 0.f;
+        }
+    };
+    const auto compute = [&](const Tile& t, int step, const T* keys) {
+        const Rows<N> rows(t);
         const int key = t.from + step * KEYS;
         const Sight sees = sight<N>(p, t, rows, key, KEYS);
-        if (sees == NOTHING) continue;
+        if (sees == NOTHING) return;
         float c[B][KEYS / 8][4];
-        times_rows<T, N, KEYS>(c, a, tile, 0);
+        times_rows<T, N, KEYS>(c, a, keys, 0);
         if (sees == PART) {
 #pragma unroll
             for (int m = 0; m < B; m++)
@@ -222,20 +279,23 @@ template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, 
                     o[m][k][2 * half + 1] *= keep;
                 }
             }
-        add_product<T, N, KEYS>(o, c, tile + KEYS * P, 0);
-    }
-    float factor[B][2];
+        add_product<T, N, KEYS>(o, c, keys + KEYS * P, 0);
+    };
+    const auto end = [&](const int* entry, T* scratch) {
+        float factor[B][2];
 #pragma unroll
-    for (int i = 0; i < 2 * B; i++) {
-        float sum = total[i / 2][i % 2];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        factor[i / 2][i % 2] = 1.f / sum;
-        const int e = entry[threadIdx.x / 32 * 16 * B + 8 * i + lane / 4];
-        if (lse && e >= 0 && lane % 4 == 0)
-            lse[(size_t(e / p.slots) * p.group + blockIdx.y) * p.slots + e % p.slots] = (top[i / 2][i % 2] * scale + log2f(sum)) * (1.f / LOG2E);
-    }
-    store_slots<T, N>(p, out, queries, entry, o, factor);
+        for (int i = 0; i < 2 * B; i++) {
+            float sum = total[i / 2][i % 2];
+            sum += __shfl_xor_sync(~0u, sum, 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
+            factor[i / 2][i % 2] = 1.f / sum;
+            const int e = entry[threadIdx.x / 32 * 16 * B + 8 * i + lane / 4];
+            if (lse && e >= 0 && lane % 4 == 0)
+                lse[(size_t(e / p.slots) * p.group + blockIdx.y) * p.slots + e % p.slots] = (top[i / 2][i % 2] * scale + log2f(sum)) * (1.f / LOG2E);
+        }
+        store_slots<T, N>(p, out, scratch, entry, o, factor);
+    };
+    each_tile<T, N>(p, lists, entries, tile + M * P, queries, begin, compute, end);
 }
 
 // Slots in use, of a row and head.
@@ -284,60 +344,42 @@ template <class T, int N> __device__ __forceinline__ void merge_dq(const Plan& p
     store(vector_of<N>(p, dq, row, head) + col, sum);
 }
 
-// out [rows, group, slots, N]: the part of dq that each slot's keys give.
+// out [rows, group, slots, N]: the part of dq that each slot's keys give. Shared memory: tiles of q and dy, two steps of keys and values.
 template <class T, int N>
 __device__ __forceinline__ void back_queries(const Plan& p, const T* q, const T* dy, const float2* stats, const List* lists, const int* entries, T* out) {
-    constexpr int M = TILE<N>, P = PITCH<N>, B = BLOCKS<N>, STAGE = 2 * KEYS * P, W = 16;
+    constexpr int M = TILE<N>, P = PITCH<N>, B = BLOCKS<N>, W = 16;
     DYNAMIC_SHARED(memory);
-    __shared__ int entry[M];
-    T *queries = reinterpret_cast<T*>(memory), *grads = queries + M * P, *keys = grads + M * P;
-    const Tile t = tile_of<M>(p, lists, entries);
-    if (t.count == 0) return;
-    const int head = p.first + blockIdx.y, lane = threadIdx.x & 31;
-    const auto fetch = [&](int step) {
-        T* to = keys + step % 2 * STAGE;
-        const int key = t.from + step * KEYS;
-        const auto row = [&](int r) { return key + r < t.to ? key + r : -1; };
-        gather<N, KEYS, 128>(p, to, static_cast<const T*>(t.s.keys), head, row);
-        gather<N, KEYS, 128>(p, to + KEYS * P, static_cast<const T*>(t.s.values), head, row);
-        copy_commit();
-    };
-    if (threadIdx.x < M) entry[threadIdx.x] = t.entry(p, threadIdx.x);
-    fetch(0);
-    __syncthreads();
-    const auto row = [&](int r) { return entry[r] < 0 ? -1 : entry[r] / p.slots; };
-    gather<N, M, 128>(p, queries, q, head, row);
-    gather<N, M, 128>(p, grads, dy, head, row);
-    copy_commit();
-
-    const Rows<N> rows(t);
+    T* tile = reinterpret_cast<T*>(memory);
+    const int lane = threadIdx.x & 31, head = p.first + blockIdx.y;
     const float scale = rsqrtf(float(N));
-    float2 stat[B][2];
-#pragma unroll
-    for (int i = 0; i < 2 * B; i++) {
-        const int r = row(threadIdx.x / 32 * 16 * B + 8 * i + lane / 4);
-        stat[i / 2][i % 2] = r < 0 ? make_float2(0.f, 0.f) : stats[size_t(r) * p.heads + head];
-    }
     uint32_t a[B][N / 16][4], d[B][N / 16][4];
-    float o[B][N / 8][4] = {};
-    const int steps = (t.to - t.from + KEYS - 1) / KEYS;
-    for (int step = 0; step < steps; step++) {
-        copy_wait<0>();
-        __syncthreads();
-        if (step == 0) {
-            load_rows<T, N>(a, queries);
-            load_rows<T, N>(d, grads);
+    float o[B][N / 8][4];
+    float2 stat[B][2];
+    const auto queries = [&](auto row) {
+        gather<N, M, 128>(p, tile, q, head, row);
+        gather<N, M, 128>(p, tile + M * P, dy, head, row);
+    };
+    const auto begin = [&](const Tile&, const int* entry) {
+#pragma unroll
+        for (int i = 0; i < 2 * B; i++) {
+            const int e = entry[threadIdx.x / 32 * 16 * B + 8 * i + lane / 4];
+            stat[i / 2][i % 2] = e < 0 ? make_float2(0.f, 0.f) : stats[size_t(e / p.slots) * p.heads + head];
         }
-        if (step + 1 < steps) fetch(step + 1);
-        const T* tile = keys + step % 2 * STAGE;
+        load_rows<T, N>(a, tile);
+        load_rows<T, N>(d, tile + M * P);
+#pragma unroll
+        for (int i = 0; i < B * N / 2; i++) o[i / (N / 2)][i / 4 % (N / 8)][i % 4] = 0.f;
+    };
+    const auto compute = [&](const Tile& t, int step, const T* keys) {
+        const Rows<N> rows(t);
 #pragma unroll 1
         for (int j = 0; j < KEYS; j += W) {
             const int key = t.from + step * KEYS + j;
             const Sight sees = key < t.to ? sight<N>(p, t, rows, key, W) : NOTHING;
             if (sees == NOTHING) continue;
             float c[B][W / 8][4], e[B][W / 8][4];
-            times_rows<T, N, W>(c, a, tile, j);
-            times_rows<T, N, W>(e, d, tile + KEYS * P, j);
+            times_rows<T, N, W>(c, a, keys, j);
+            times_rows<T, N, W>(e, d, keys + KEYS * P, j);
 #pragma unroll
             for (int m = 0; m < B; m++)
 #pragma unroll
@@ -347,13 +389,16 @@ __device__ __forceinline__ void back_queries(const Plan& p, const T* q, const T*
                     if (sees == PART && !seen(p, t, rows.position[m][i % 4 / 2], key + i / 4 * 8 + lane % 4 * 2 + i % 2)) w = 0.f;
                     c[m][i / 4][i % 4] = w * (e[m][i / 4][i % 4] - l.y);
                 }
-            add_product<T, N, W>(o, c, tile, j);
+            add_product<T, N, W>(o, c, keys, j);
         }
-    }
-    float factor[B][2];
+    };
+    const auto end = [&](const int* entry, T* scratch) {
+        float factor[B][2];
 #pragma unroll
-    for (int i = 0; i < 2 * B; i++) factor[i / 2][i % 2] = scale;
-    store_slots<T, N>(p, out, queries, entry, o, factor);
+        for (int i = 0; i < 2 * B; i++) factor[i / 2][i % 2] = scale;
+        store_slots<T, N>(p, out, scratch, entry, o, factor);
+    };
+    each_tile<T, N>(p, lists, entries, tile + 2 * M * P, queries, begin, compute, end);
 }
 
 // 8 bytes from device memory to shared memory in the background; zeros if !valid.
