@@ -12,7 +12,7 @@ static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 
 /// Queries of a block that is about queries alone.
 const QUERIES: usize = 128;
-/// Keys of a step, and of a tile going back to keys.
+/// Keys of a tile going back to keys.
 const KEYS: usize = 64;
 /// Chunks that are counted, and those that are scored, at a time.
 const WINDOW: usize = 8192;
@@ -185,6 +185,11 @@ fn tile(n: usize) -> usize {
     if n == 64 { 128 } else { 64 }
 }
 
+/// Keys of a step there, and queries of a step going back to keys.
+fn step(n: usize) -> usize {
+    if n == 64 { 64 } else { 32 }
+}
+
 /// Bytes of a tile of `rows` rows in shared memory.
 fn shared(rows: usize, n: usize) -> usize {
     2 * rows * (n + 8)
@@ -258,7 +263,7 @@ pub(super) fn forward(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, picks: &B
         return gpu.launch(&KERNELS, &kernel(ctx, "chunk_forward"), grid, [128, 1, 1], &args);
     }
     let name = |base: &str| format!("{}_{n}", kernel(ctx, base));
-    let bytes = shared(tile(n) + 4 * KEYS, n);
+    let bytes = shared(tile(n) + 4 * step(n), n);
     let attend = |group: Group, lists: Option<&Lists>, out: DevicePtr, lse: DevicePtr| {
         let words = plan.words(group);
         let [l, e] = addresses(lists);
@@ -313,7 +318,7 @@ pub(super) fn backward(
         let lists = lists(ctx, gpu, plan, group, picks);
         let [l, e] = addresses(lists.as_ref());
         let attend = |out: Arg<'_>| {
-            let bytes = shared(2 * tile(n) + 4 * KEYS, n);
+            let bytes = shared(2 * tile(n) + 4 * step(n), n);
             let grid = [plan.all.tiles.div_ceil(plan.together()), group.len, 1];
             gpu.launch_with(&KERNELS, &name("chunk_dq"), grid, [128, 1, 1], bytes, &[head, q, dy, s, l, e, out]);
         };
@@ -326,8 +331,7 @@ pub(super) fn backward(
             gpu.launch(&KERNELS, &name("chunk_merge_dq"), grid, [128, 1, 1], &[head, p, parts.ptr().into(), dq]);
         }
         let sums = ctx.alloc_f32(group.len * sums);
-        let step = if n == 64 { 64 } else { 32 };
-        let bytes = shared(2 * KEYS + 4 * step, n) + 2 * step * 8;
+        let bytes = shared(2 * KEYS + 4 * step(n), n) + 2 * step(n) * 8;
         let args = [head, q, dy, s, l, e, sums.ptr().into(), dk, dv];
         let grid = [plan.all.pieces, group.len, 1];
         gpu.launch_with(&KERNELS, &name("chunk_dkv"), grid, [2 * KEYS, 1, 1], bytes, &args);

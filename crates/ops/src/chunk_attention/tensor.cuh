@@ -9,8 +9,8 @@
 
 namespace chunks {
 
-constexpr int KEYS = 64; // keys of a step
 constexpr float LOG2E = 1.44269504f;
+template <int N> constexpr int KEYS = N == 64 ? 64 : 32; // keys of a step
 template <int N> constexpr int PITCH = N + 8;           // rows of an 8 x 8 tile lie in different banks
 template <int N> constexpr int BLOCKS = N == 64 ? 2 : 1; // of 16 queries a warp; two halve the loads from shared memory
 template <int N> constexpr int TILE = 64 * BLOCKS<N>;    // queries of a tile; 4 warps
@@ -79,7 +79,7 @@ template <int N, int ROWS, int THREADS, class T, class Row> __device__ __forcein
     }
 }
 
-// What a warp sees of the keys key.. key + KEYS: nothing, all, or part.
+// What a warp sees of some keys: nothing, all, or part.
 enum Sight { NOTHING, PART, ALL };
 template <int N> __device__ __forceinline__ Sight sight(const Plan& p, const Tile& t, const Rows<N>& rows, int key, int count) {
     if (t.entries) return key + count <= t.to ? ALL : PART;
@@ -165,7 +165,7 @@ __device__ __forceinline__ void store_slots(const Plan& p, T* out, T* tile, cons
 //   end(entries, scratch)   the tile is done; `scratch` holds TILE rows
 template <class T, int N, class Queries, class Begin, class Compute, class End>
 __device__ __forceinline__ void each_tile(const Plan& p, const List* lists, const int* entries, T* stages, Queries queries, Begin begin, Compute compute, End end) {
-    constexpr int M = TILE<N>, STAGE = 2 * KEYS * PITCH<N>;
+    constexpr int M = TILE<N>, STAGE = 2 * KEYS<N> * PITCH<N>;
     __shared__ Tile tiles[4];
     __shared__ int entry[4][M];
     const int head = p.first + blockIdx.y, warp = threadIdx.x / 32;
@@ -182,10 +182,10 @@ __device__ __forceinline__ void each_tile(const Plan& p, const List* lists, cons
     };
     const auto fetch = [&](const Tile& t, int step, int stage) {
         T* to = stages + stage * STAGE;
-        const int key = t.from + step * KEYS, last = t.to;
+        const int key = t.from + step * KEYS<N>, last = t.to;
         const auto row = [&](int r) { return key + r < last ? key + r : -1; };
-        gather<N, KEYS, 128>(p, to, static_cast<const T*>(t.keys), head, row);
-        gather<N, KEYS, 128>(p, to + KEYS * PITCH<N>, static_cast<const T*>(t.values), head, row);
+        gather<N, KEYS<N>, 128>(p, to, static_cast<const T*>(t.keys), head, row);
+        gather<N, KEYS<N>, 128>(p, to + KEYS<N> * PITCH<N>, static_cast<const T*>(t.values), head, row);
         copy_commit();
     };
     const auto fetch_first = [&](int i, int stage) {
@@ -197,7 +197,7 @@ __device__ __forceinline__ void each_tile(const Plan& p, const List* lists, cons
     fetch_first(i, stage);
     while (i < p.together) {
         const Tile& t = tiles[i];
-        const int steps = (t.to - t.from + KEYS - 1) / KEYS, following = next(i + 1);
+        const int steps = (t.to - t.from + KEYS<N> - 1) / KEYS<N>, following = next(i + 1);
         for (int step = 0; step < steps; step++) {
             copy_wait<0>();
             __syncthreads();
@@ -240,16 +240,16 @@ template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, 
     };
     const auto compute = [&](const Tile& t, int step, const T* keys) {
         const Rows<N> rows(t);
-        const int key = t.from + step * KEYS;
-        const Sight sees = sight<N>(p, t, rows, key, KEYS);
+        const int key = t.from + step * KEYS<N>;
+        const Sight sees = sight<N>(p, t, rows, key, KEYS<N>);
         if (sees == NOTHING) return;
-        float c[B][KEYS / 8][4];
-        times_rows<T, N, KEYS>(c, a, keys, 0);
+        float c[B][KEYS<N> / 8][4];
+        times_rows<T, N, KEYS<N>>(c, a, keys, 0);
         if (sees == PART) {
 #pragma unroll
             for (int m = 0; m < B; m++)
 #pragma unroll
-                for (int i = 0; i < KEYS / 2; i++)
+                for (int i = 0; i < KEYS<N> / 2; i++)
                     if (!seen(p, t, rows.position[m][i % 4 / 2], key + i / 4 * 8 + lane % 4 * 2 + i % 2)) c[m][i / 4][i % 4] = -INFINITY;
         }
 #pragma unroll
@@ -258,7 +258,7 @@ template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, 
             for (int half = 0; half < 2; half++) {
                 float most = top[m][half];
 #pragma unroll
-                for (int j = 0; j < KEYS / 8; j++) most = fmaxf(most, fmaxf(c[m][j][2 * half], c[m][j][2 * half + 1]));
+                for (int j = 0; j < KEYS<N> / 8; j++) most = fmaxf(most, fmaxf(c[m][j][2 * half], c[m][j][2 * half + 1]));
                 most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
                 most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
                 // A row may have seen nothing yet.
@@ -266,7 +266,7 @@ template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, 
                 top[m][half] = most;
                 float sum = 0.f;
 #pragma unroll
-                for (int j = 0; j < KEYS / 8; j++)
+                for (int j = 0; j < KEYS<N> / 8; j++)
 #pragma unroll
                     for (int e = 2 * half; e < 2 * half + 2; e++) {
                         c[m][j][e] = exp2_fast(fmaf(c[m][j][e], scale, -base));
@@ -279,7 +279,7 @@ template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, 
                     o[m][k][2 * half + 1] *= keep;
                 }
             }
-        add_product<T, N, KEYS>(o, c, keys + KEYS * P, 0);
+        add_product<T, N, KEYS<N>>(o, c, keys + KEYS<N> * P, 0);
     };
     const auto end = [&](const int* entry, T* scratch) {
         float factor[B][2];
@@ -298,50 +298,95 @@ template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, 
     each_tile<T, N>(p, lists, entries, tile + M * P, queries, begin, compute, end);
 }
 
-// Slots in use, of a row and head.
-__device__ __forceinline__ bool used(const Plan& p, const int* picks, int row, int head, int slot) {
-    return slot == p.slots - 1 || picks[(size_t(row) * p.heads + head) * (p.slots - 1) + slot] >= 0;
-}
-
-// y [rows, heads N], lse [rows, heads] of the group's heads from their slots; 8 channels a thread.
-template <class T, int N> __device__ __forceinline__ void merge(const Plan& p, const int* picks, const T* parts, const float* part_lse, T* y, float* lse) {
-    const size_t x = size_t(blockIdx.x) * blockDim.x + threadIdx.x, vector = x / (N / 8);
-    if (vector >= size_t(p.rows) * p.group) return;
-    const int row = vector / p.group, head = p.first + vector % p.group, col = x % (N / 8) * 8;
-    const float* l = part_lse + vector * p.slots;
-    float top = -INFINITY, total = 0.f;
-    for (int i = 0; i < p.slots; i++)
-        if (used(p, picks, row, head, i)) top = fmaxf(top, l[i]);
-    Vec sum = zeros();
-#pragma unroll 4
-    for (int i = 0; i < p.slots; i++) {
-        if (!used(p, picks, row, head, i)) continue;
-        const float w = exp2_fast((l[i] - top) * LOG2E);
-        const Vec part = load(parts + (vector * p.slots + i) * N + col);
-        total += w;
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum[j] += w * part[j];
+// A row of a head of the group, N / 8 neighbouring lanes each, 8 channels a lane.
+template <int N> struct Vector {
+    static constexpr int LANES = N / 8;
+    size_t number; // among [rows, group]
+    int row, head, lane;
+    bool real; // not past the end, where lanes only take part in shuffles
+    __device__ __forceinline__ Vector(const Plan& p) {
+        const size_t x = size_t(blockIdx.x) * blockDim.x + threadIdx.x, all = size_t(p.rows) * p.group;
+        real = x / LANES < all;
+        number = real ? x / LANES : all - 1;
+        lane = x % LANES;
+        row = number / p.group;
+        head = p.first + number % p.group;
     }
+    template <class T> __device__ __forceinline__ Vec part(const Plan& p, const T* parts, int slot) const {
+        return load(parts + (number * p.slots + slot) * N + lane * 8);
+    }
+    // sum += weights[i] times the part of slot first + i, for i < 4; a slot of weight zero may hold anything. The loads come first.
+    template <class T> __device__ __forceinline__ void add(const Plan& p, Vec& sum, const T* parts, int first, const float (&weights)[4]) const {
+        uint4 raw[4];
 #pragma unroll
-    for (int j = 0; j < 8; j++) sum[j] /= total;
-    store(vector_of<N>(p, y, row, head) + col, sum);
-    if (lse && col == 0) lse[size_t(row) * p.heads + head] = top + logf(total);
+        for (int i = 0; i < 4; i++) {
+            raw[i] = make_uint4(0, 0, 0, 0);
+            if (weights[i] != 0.f) raw[i] = *reinterpret_cast<const uint4*>(parts + (number * p.slots + first + i) * N + lane * 8);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const Vec part = load(reinterpret_cast<const T*>(&raw[i]));
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum[j] += weights[i] * part[j];
+        }
+    }
+    // Whether a slot of a pick is in use.
+    __device__ __forceinline__ bool used(const Plan& p, const int* picks, int slot) const {
+        return slot < p.slots - 1 && picks[(size_t(row) * p.heads + head) * (p.slots - 1) + slot] >= 0;
+    }
+};
+
+// y [rows, heads N], lse [rows, heads] of the group's heads from their slots: the own chunk's first, then the picks', whose weights the lanes share.
+template <class T, int N> __device__ __forceinline__ void merge(const Plan& p, const int* picks, const T* parts, const float* part_lse, T* y, float* lse) {
+    constexpr int LANES = N / 8;
+    const Vector<N> v(p);
+    const float* l = part_lse + v.number * p.slots;
+    Vec sum = v.part(p, parts, p.slots - 1);
+    float top = l[p.slots - 1], total = 1.f;
+    for (int first = 0; first < p.slots - 1; first += LANES) {
+        const float mine = v.used(p, picks, first + v.lane) ? l[first + v.lane] : -INFINITY;
+        float most = fmaxf(top, mine);
+        for (int o = LANES / 2; o; o >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+        const float keep = exp2_fast((top - most) * LOG2E), weight = exp2_fast((mine - most) * LOG2E);
+        top = most;
+        total *= keep;
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum[j] *= keep;
+#pragma unroll
+        for (int i = 0; i < LANES; i += 4) {
+            float w[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                w[j] = __shfl_sync(~0u, weight, i + j, LANES);
+                total += w[j];
+            }
+            v.add(p, sum, parts, first + i, w);
+        }
+    }
+    if (!v.real) return;
+    const float factor = 1.f / total;
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum[j] *= factor;
+    store(vector_of<N>(p, y, v.row, v.head) + v.lane * 8, sum);
+    if (lse && v.lane == 0) lse[size_t(v.row) * p.heads + v.head] = top + logf(total);
 }
 
 // dq [rows, heads N] of the group's heads from its slots.
 template <class T, int N> __device__ __forceinline__ void merge_dq(const Plan& p, const int* picks, const T* parts, T* dq) {
-    const size_t x = size_t(blockIdx.x) * blockDim.x + threadIdx.x, vector = x / (N / 8);
-    if (vector >= size_t(p.rows) * p.group) return;
-    const int row = vector / p.group, head = p.first + vector % p.group, col = x % (N / 8) * 8;
-    Vec sum = zeros();
-#pragma unroll 4
-    for (int i = 0; i < p.slots; i++) {
-        if (!used(p, picks, row, head, i)) continue;
-        const Vec part = load(parts + (vector * p.slots + i) * N + col);
+    constexpr int LANES = N / 8;
+    const Vector<N> v(p);
+    Vec sum = v.part(p, parts, p.slots - 1);
+    for (int first = 0; first < p.slots - 1; first += LANES) {
+        const float weight = v.used(p, picks, first + v.lane) ? 1.f : 0.f;
 #pragma unroll
-        for (int j = 0; j < 8; j++) sum[j] += part[j];
+        for (int i = 0; i < LANES; i += 4) {
+            float w[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) w[j] = __shfl_sync(~0u, weight, i + j, LANES);
+            v.add(p, sum, parts, first + i, w);
+        }
     }
-    store(vector_of<N>(p, dq, row, head) + col, sum);
+    if (v.real) store(vector_of<N>(p, dq, v.row, v.head) + v.lane * 8, sum);
 }
 
 // out [rows, group, slots, N]: the part of dq that each slot's keys give. Shared memory: tiles of q and dy, two steps of keys and values.
@@ -373,13 +418,13 @@ __device__ __forceinline__ void back_queries(const Plan& p, const T* q, const T*
     const auto compute = [&](const Tile& t, int step, const T* keys) {
         const Rows<N> rows(t);
 #pragma unroll 1
-        for (int j = 0; j < KEYS; j += W) {
-            const int key = t.from + step * KEYS + j;
+        for (int j = 0; j < KEYS<N>; j += W) {
+            const int key = t.from + step * KEYS<N> + j;
             const Sight sees = key < t.to ? sight<N>(p, t, rows, key, W) : NOTHING;
             if (sees == NOTHING) continue;
             float c[B][W / 8][4], e[B][W / 8][4];
             times_rows<T, N, W>(c, a, keys, j);
-            times_rows<T, N, W>(e, d, keys + KEYS * P, j);
+            times_rows<T, N, W>(e, d, keys + KEYS<N> * P, j);
 #pragma unroll
             for (int m = 0; m < B; m++)
 #pragma unroll
