@@ -190,9 +190,9 @@ fn step(n: usize) -> usize {
     if n == 64 { 64 } else { 32 }
 }
 
-/// Bytes of a tile of `rows` rows in shared memory.
+/// Bytes of tiles of `rows` rows in shared memory, which are 1024 bytes aligned.
 fn shared(rows: usize, n: usize) -> usize {
-    2 * rows * (n + 8)
+    1024 + 2 * rows * if n == 64 { 64 } else { n + 8 }
 }
 
 /// Means of the chunks that are full and not known.
@@ -220,7 +220,7 @@ pub(super) fn select(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf) -> Buf {
     gpu.launch(&KERNELS, &kernel(ctx, "chunk_split"), [plan.all.chunks, 1, 1], [128, 1, 1], &args);
     let at_once = if plan.picks() <= 2 { 2 } else { 16 };
     let name = format!("{}_{}", kernel(ctx, &format!("chunk_select_{at_once}")), plan.n);
-    let bytes = 4 * AT_ONCE * (QUERIES + 4) + shared(QUERIES, plan.n);
+    let bytes = 4 * AT_ONCE * (QUERIES + 4) + 2 * QUERIES * (plan.n + 8);
     let args = [head, q.ptr().into(), parts.ptr().into(), picks.ptr().into()];
     gpu.launch_with(&KERNELS, &name, grid, [QUERIES, 1, 1], bytes, &args);
     picks

@@ -6,12 +6,12 @@
 // their own chunk and the list. Nothing depends on which queries share a tile, but for sums over a list, whose order is fixed.
 #pragma once
 #include "lists.cuh"
+#include "product.cuh"
 
 namespace chunks {
 
 constexpr float LOG2E = 1.44269504f;
 template <int N> constexpr int KEYS = N == 64 ? 64 : 32; // keys of a step
-template <int N> constexpr int PITCH = N + 8;           // rows of an 8 x 8 tile lie in different banks
 template <int N> constexpr int BLOCKS = N == 64 ? 2 : 1; // of 16 queries a warp; two halve the loads from shared memory
 template <int N> constexpr int TILE = 64 * BLOCKS<N>;    // queries of a tile; 4 warps
 
@@ -57,102 +57,47 @@ template <int M> __device__ __forceinline__ Tile tile_of(const Plan& p, const Li
     return t;
 }
 
-// Rows of a warp's queries, per lane: block m, half h is row 16 m + 8 h + g of the warp.
-template <int N> struct Rows {
-    int position[BLOCKS<N>][2]; // of own tiles
-    int low, high;              // of the warp
-    __device__ __forceinline__ Rows(const Tile& t) {
-        const int warp = threadIdx.x / 32 * 16 * BLOCKS<N>;
-        low = t.position + warp;
-        high = low + 16 * BLOCKS<N> - 1;
-#pragma unroll
-        for (int i = 0; i < 2 * BLOCKS<N>; i++) position[i / 2][i % 2] = low + i * 8 + (threadIdx.x & 31) / 4;
-    }
-};
+// Row of a tile that a lane has as half h of block m: a block is 64 rows, 16 a warp.
+__device__ __forceinline__ int row_of(int m, int h) { return 64 * m + threadIdx.x / 32 * 16 + 8 * h + (threadIdx.x & 31) / 4; }
 
 // Starts copying rows of a head, `row(r)` of tile row r (-1: zeros), by `THREADS` threads.
 template <int N, int ROWS, int THREADS, class T, class Row> __device__ __forceinline__ void gather(const Plan& p, T* to, const T* from, int head, Row row) {
 #pragma unroll
     for (int i = 0; i < ROWS * (N / 8) / THREADS; i++) {
         const int x = threadIdx.x + i * THREADS, r = x / (N / 8), col = x % (N / 8) * 8, at = row(r);
-        copy_async(to + r * PITCH<N> + col, vector_of<N>(p, from, max(at, 0), head) + col, at >= 0);
+        copy_async(to + place<N>(r, col), vector_of<N>(p, from, max(at, 0), head) + col, at >= 0);
     }
 }
 
-// What a warp sees of some keys: nothing, all, or part.
+// What a tile sees of some keys: nothing, all, or part.
 enum Sight { NOTHING, PART, ALL };
-template <int N> __device__ __forceinline__ Sight sight(const Plan& p, const Tile& t, const Rows<N>& rows, int key, int count) {
-    if (t.entries) return key + count <= t.to ? ALL : PART;
-    if (key > rows.high || key + count <= rows.low / p.size * p.size) return NOTHING;
-    return key + count - 1 <= rows.low && key >= rows.high / p.size * p.size ? ALL : PART;
+__device__ __forceinline__ Sight sight(const Plan& p, const Tile& t, int key, int count) {
+    if (t.entries) return key + count <= t.to ? ALL : key < t.to ? PART : NOTHING;
+    const int last = t.position + t.count - 1;
+    if (key > last) return NOTHING;
+    return key + count - 1 <= t.position && key >= last / p.size * p.size ? ALL : PART;
 }
 __device__ __forceinline__ bool seen(const Plan& p, const Tile& t, int position, int key) {
     return t.entries ? key < t.to : key <= position && key >= position / p.size * p.size;
 }
 
-// Fragments of the warp's rows of a tile.
-template <class T, int N> __device__ __forceinline__ void load_rows(uint32_t (&a)[BLOCKS<N>][N / 16][4], const T* tile) {
-#pragma unroll
-    for (int m = 0; m < BLOCKS<N>; m++)
-#pragma unroll
-        for (int k = 0; k < N / 16; k++) load_tiles(a[m][k], by_rows<PITCH<N>>(tile, threadIdx.x / 32 * 16 * BLOCKS<N> + 16 * m, 16 * k));
-}
-// c = A B^T for rows `first`.. of the tile B.
-template <class T, int N, int W>
-__device__ __forceinline__ void times_rows(float (&c)[BLOCKS<N>][W / 8][4], const uint32_t (&a)[BLOCKS<N>][N / 16][4], const T* tile, int first) {
-#pragma unroll
-    for (int i = 0; i < BLOCKS<N> * W / 2; i++) c[i / (W / 2)][i / 4 % (W / 8)][i % 4] = 0.f;
-#pragma unroll
-    for (int k = 0; k < N / 16; k++)
-#pragma unroll
-        for (int j = 0; j < W / 16; j++) {
-            uint32_t b[4];
-            load_tiles(b, by_columns<PITCH<N>>(tile, first + 16 * j, 16 * k));
-#pragma unroll
-            for (int m = 0; m < BLOCKS<N>; m++) {
-                mma<T>(c[m][2 * j], a[m][k], b[0], b[1]);
-                mma<T>(c[m][2 * j + 1], a[m][k], b[2], b[3]);
-            }
-        }
-}
-// o += C B for W rows `first`.. of the tile B.
-template <class T, int N, int W>
-__device__ __forceinline__ void add_product(float (&o)[BLOCKS<N>][N / 8][4], const float (&c)[BLOCKS<N>][W / 8][4], const T* tile, int first) {
-#pragma unroll
-    for (int j = 0; j < W / 16; j++) {
-        uint32_t a[BLOCKS<N>][4];
-#pragma unroll
-        for (int m = 0; m < BLOCKS<N>; m++) as_a<T>(a[m], c[m][2 * j], c[m][2 * j + 1]);
-#pragma unroll
-        for (int k = 0; k < N / 16; k++) {
-            uint32_t b[4];
-            load_tiles_transposed(b, by_rows<PITCH<N>>(tile, first + 16 * j, 16 * k));
-#pragma unroll
-            for (int m = 0; m < BLOCKS<N>; m++) {
-                mma<T>(o[m][2 * k], a[m], b[0], b[1]);
-                mma<T>(o[m][2 * k + 1], a[m], b[2], b[3]);
-            }
-        }
-    }
-}
 // Writes the warp's rows, each times its factor, to their slots in out [rows, group, slots, N], by way of shared memory.
 template <class T, int N>
 __device__ __forceinline__ void store_slots(const Plan& p, T* out, T* tile, const int* entries, const float (&o)[BLOCKS<N>][N / 8][4], const float (&factor)[BLOCKS<N>][2]) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 * 16 * BLOCKS<N>;
-    T* mine = tile + warp * PITCH<N>;
+    const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int i = 0; i < 2 * BLOCKS<N>; i++)
 #pragma unroll
         for (int k = 0; k < N / 8; k++)
-            *reinterpret_cast<uint32_t*>(mine + (8 * i + lane / 4) * PITCH<N> + 8 * k + lane % 4 * 2) =
+            *reinterpret_cast<uint32_t*>(tile + place<N>(row_of(i / 2, i % 2), 8 * k + lane % 4 * 2)) =
                 pack<T>(o[i / 2][k][i % 2 * 2] * factor[i / 2][i % 2], o[i / 2][k][i % 2 * 2 + 1] * factor[i / 2][i % 2]);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 16 * BLOCKS<N> * N / 8 / 32; i++) {
-        const int x = i * 32 + lane, r = x / (N / 8), col = x % (N / 8) * 8, e = entries[warp + r];
+        const int x = i * 32 + lane, mine = x / (N / 8), col = x % (N / 8) * 8, r = mine / 16 * 64 + threadIdx.x / 32 * 16 + mine % 16, e = entries[r];
         if (e < 0) continue;
         const size_t at = (size_t(e / p.slots) * p.group + blockIdx.y) * p.slots + e % p.slots;
-        *reinterpret_cast<uint4*>(out + at * N + col) = *reinterpret_cast<const uint4*>(mine + r * PITCH<N> + col);
+        *reinterpret_cast<uint4*>(out + at * N + col) = *reinterpret_cast<const uint4*>(tile + place<N>(r, col));
     }
 }
 
@@ -165,7 +110,7 @@ __device__ __forceinline__ void store_slots(const Plan& p, T* out, T* tile, cons
 //   end(entries, scratch)   the tile is done; `scratch` holds TILE rows
 template <class T, int N, class Queries, class Begin, class Compute, class End>
 __device__ __forceinline__ void each_tile(const Plan& p, const List* lists, const int* entries, T* stages, Queries queries, Begin begin, Compute compute, End end) {
-    constexpr int M = TILE<N>, STAGE = 2 * KEYS<N> * PITCH<N>;
+    constexpr int M = TILE<N>, STAGE = 2 * KEYS<N> * WIDTH<N>;
     __shared__ Tile tiles[4];
     __shared__ int entry[4][M];
     const int head = p.first + blockIdx.y, warp = threadIdx.x / 32;
@@ -185,7 +130,7 @@ __device__ __forceinline__ void each_tile(const Plan& p, const List* lists, cons
         const int key = t.from + step * KEYS<N>, last = t.to;
         const auto row = [&](int r) { return key + r < last ? key + r : -1; };
         gather<N, KEYS<N>, 128>(p, to, static_cast<const T*>(t.keys), head, row);
-        gather<N, KEYS<N>, 128>(p, to + KEYS<N> * PITCH<N>, static_cast<const T*>(t.values), head, row);
+        gather<N, KEYS<N>, 128>(p, to + KEYS<N> * WIDTH<N>, static_cast<const T*>(t.values), head, row);
         copy_commit();
     };
     const auto fetch_first = [&](int i, int stage) {
@@ -199,8 +144,7 @@ __device__ __forceinline__ void each_tile(const Plan& p, const List* lists, cons
         const Tile& t = tiles[i];
         const int steps = (t.to - t.from + KEYS<N> - 1) / KEYS<N>, following = next(i + 1);
         for (int step = 0; step < steps; step++) {
-            copy_wait<0>();
-            __syncthreads();
+            wait_for_copies();
             if (step == 0) {
                 begin(t, entry[i]);
                 if (steps == 1) __syncthreads();
@@ -220,16 +164,16 @@ __device__ __forceinline__ void each_tile(const Plan& p, const List* lists, cons
 
 // out [rows, group, slots, N]; lse [rows, group, slots], may be null. Shared memory: a tile of queries, two steps of keys and values.
 template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, const T* q, const List* lists, const int* entries, T* out, float* lse) {
-    constexpr int M = TILE<N>, P = PITCH<N>, B = BLOCKS<N>;
+    constexpr int M = TILE<N>, P = WIDTH<N>, B = BLOCKS<N>;
     DYNAMIC_SHARED(memory);
-    T* tile = reinterpret_cast<T*>(memory);
+    T* tile = aligned<T>(memory);
     const int lane = threadIdx.x & 31;
     const float scale = rsqrtf(float(N)) * LOG2E;
     uint32_t a[B][N / 16][4];
     float o[B][N / 8][4], top[B][2], total[B][2];
     const auto queries = [&](auto row) { gather<N, M, 128>(p, tile, q, p.first + blockIdx.y, row); };
     const auto begin = [&](const Tile&, const int*) {
-        load_rows<T, N>(a, tile);
+        load_rows<N>(a, tile);
 #pragma unroll
         for (int i = 0; i < B * N / 2; i++) o[i / (N / 2)][i / 4 % (N / 8)][i % 4] = 0.f;
 #pragma unroll
@@ -239,9 +183,8 @@ template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, 
         }
     };
     const auto compute = [&](const Tile& t, int step, const T* keys) {
-        const Rows<N> rows(t);
         const int key = t.from + step * KEYS<N>;
-        const Sight sees = sight<N>(p, t, rows, key, KEYS<N>);
+        const Sight sees = sight(p, t, key, KEYS<N>);
         if (sees == NOTHING) return;
         float c[B][KEYS<N> / 8][4];
         times_rows<T, N, KEYS<N>>(c, a, keys, 0);
@@ -250,7 +193,7 @@ template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, 
             for (int m = 0; m < B; m++)
 #pragma unroll
                 for (int i = 0; i < KEYS<N> / 2; i++)
-                    if (!seen(p, t, rows.position[m][i % 4 / 2], key + i / 4 * 8 + lane % 4 * 2 + i % 2)) c[m][i / 4][i % 4] = -INFINITY;
+                    if (!seen(p, t, t.position + row_of(m, i % 4 / 2), key + i / 4 * 8 + lane % 4 * 2 + i % 2)) c[m][i / 4][i % 4] = -INFINITY;
         }
 #pragma unroll
         for (int m = 0; m < B; m++)
@@ -289,7 +232,7 @@ template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, 
             sum += __shfl_xor_sync(~0u, sum, 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
             factor[i / 2][i % 2] = 1.f / sum;
-            const int e = entry[threadIdx.x / 32 * 16 * B + 8 * i + lane / 4];
+            const int e = entry[row_of(i / 2, i % 2)];
             if (lse && e >= 0 && lane % 4 == 0)
                 lse[(size_t(e / p.slots) * p.group + blockIdx.y) * p.slots + e % p.slots] = (top[i / 2][i % 2] * scale + log2f(sum)) * (1.f / LOG2E);
         }
@@ -392,9 +335,9 @@ template <class T, int N> __device__ __forceinline__ void merge_dq(const Plan& p
 // out [rows, group, slots, N]: the part of dq that each slot's keys give. Shared memory: tiles of q and dy, two steps of keys and values.
 template <class T, int N>
 __device__ __forceinline__ void back_queries(const Plan& p, const T* q, const T* dy, const float2* stats, const List* lists, const int* entries, T* out) {
-    constexpr int M = TILE<N>, P = PITCH<N>, B = BLOCKS<N>, W = 16;
+    constexpr int M = TILE<N>, P = WIDTH<N>, B = BLOCKS<N>, W = WGMMA<N> ? 32 : 16;
     DYNAMIC_SHARED(memory);
-    T* tile = reinterpret_cast<T*>(memory);
+    T* tile = aligned<T>(memory);
     const int lane = threadIdx.x & 31, head = p.first + blockIdx.y;
     const float scale = rsqrtf(float(N));
     uint32_t a[B][N / 16][4], d[B][N / 16][4];
@@ -407,20 +350,19 @@ __device__ __forceinline__ void back_queries(const Plan& p, const T* q, const T*
     const auto begin = [&](const Tile&, const int* entry) {
 #pragma unroll
         for (int i = 0; i < 2 * B; i++) {
-            const int e = entry[threadIdx.x / 32 * 16 * B + 8 * i + lane / 4];
+            const int e = entry[row_of(i / 2, i % 2)];
             stat[i / 2][i % 2] = e < 0 ? make_float2(0.f, 0.f) : stats[size_t(e / p.slots) * p.heads + head];
         }
-        load_rows<T, N>(a, tile);
-        load_rows<T, N>(d, tile + M * P);
+        load_rows<N>(a, tile);
+        load_rows<N>(d, tile + M * P);
 #pragma unroll
         for (int i = 0; i < B * N / 2; i++) o[i / (N / 2)][i / 4 % (N / 8)][i % 4] = 0.f;
     };
     const auto compute = [&](const Tile& t, int step, const T* keys) {
-        const Rows<N> rows(t);
 #pragma unroll 1
         for (int j = 0; j < KEYS<N>; j += W) {
             const int key = t.from + step * KEYS<N> + j;
-            const Sight sees = key < t.to ? sight<N>(p, t, rows, key, W) : NOTHING;
+            const Sight sees = sight(p, t, key, W);
             if (sees == NOTHING) continue;
             float c[B][W / 8][4], e[B][W / 8][4];
             times_rows<T, N, W>(c, a, keys, j);
@@ -431,7 +373,7 @@ __device__ __forceinline__ void back_queries(const Plan& p, const T* q, const T*
                 for (int i = 0; i < W / 2; i++) {
                     const float2 l = stat[m][i % 4 / 2];
                     float w = exp2_fast(fmaf(c[m][i / 4][i % 4], scale * LOG2E, -l.x));
-                    if (sees == PART && !seen(p, t, rows.position[m][i % 4 / 2], key + i / 4 * 8 + lane % 4 * 2 + i % 2)) w = 0.f;
+                    if (sees == PART && !seen(p, t, t.position + row_of(m, i % 4 / 2), key + i / 4 * 8 + lane % 4 * 2 + i % 2)) w = 0.f;
                     c[m][i / 4][i % 4] = w * (e[m][i / 4][i % 4] - l.y);
                 }
             add_product<T, N, W>(o, c, keys, j);
@@ -465,10 +407,11 @@ template <int N> constexpr int STEP = N == 64 ? 64 : 32;
 // A query that isn't there is zero with a weight of 1, and adds nothing.
 template <class T, int N>
 __device__ __forceinline__ void back_keys(const Plan& p, const T* q, const T* dy, const float2* stats, const List* lists, const int* entries, float* parts, T* dk, T* dv) {
-    constexpr int P = PITCH<N>, K = KEY_TILE, Q = STEP<N>, THREADS = 2 * K, V = N / 8, PASSES = Q * V / THREADS;
-    constexpr int STAGE = 2 * Q * P + 4 * Q; // with a float2 for each query
+    constexpr int P = WIDTH<N>, K = KEY_TILE, Q = STEP<N>, THREADS = 2 * K, V = N / 8, PASSES = Q * V / THREADS, W = WGMMA<N> ? 32 : 16;
+    constexpr int STAGE = 2 * Q * P;
     DYNAMIC_SHARED(memory);
-    T *keys = reinterpret_cast<T*>(memory), *values = keys + K * P, *stages = values + K * P;
+    T *keys = aligned<T>(memory), *values = keys + K * P, *stages = values + K * P;
+    float2* stat_stages = reinterpret_cast<float2*>(stages + 2 * STAGE);
     const Sequence& s = sequence_of<&Sequence::piece_base>(p, blockIdx.x);
     const int tiles = (p.size + K - 1) / K, local = int(blockIdx.x) - s.piece_base, number = local / tiles;
     const List* all = p.slots > 1 ? lists_of(p, s, lists) : nullptr;
@@ -500,9 +443,9 @@ __device__ __forceinline__ void back_keys(const Plan& p, const T* q, const T* dy
 #pragma unroll
         for (int i = 0; i < PASSES; i++) {
             const int x = threadIdx.x + i * THREADS, r = x / V, col = x % V * 8, at = max(row[i], 0);
-            copy_async(stage + r * P + col, vector_of<N>(p, q, at, head) + col, row[i] >= 0);
-            copy_async(stage + (Q + r) * P + col, vector_of<N>(p, dy, at, head) + col, row[i] >= 0);
-            if (col == 0) copy_async_8(stage + 2 * Q * P + 4 * r, stats + size_t(at) * p.heads + head, row[i] >= 0);
+            copy_async(stage + place<N>(r, col), vector_of<N>(p, q, at, head) + col, row[i] >= 0);
+            copy_async(stage + Q * P + place<N>(r, col), vector_of<N>(p, dy, at, head) + col, row[i] >= 0);
+            if (col == 0) copy_async_8(stat_stages + step % 2 * Q + r, stats + size_t(at) * p.heads + head, row[i] >= 0);
         }
         copy_commit();
     };
@@ -511,79 +454,53 @@ __device__ __forceinline__ void back_keys(const Plan& p, const T* q, const T* dy
     find(1);
 
     const float scale = rsqrtf(float(N));
-    float sk[N / 8][4] = {}, sv[N / 8][4] = {};
-    constexpr bool KEPT = N == 64; // keys stay in registers
-    uint32_t ka[KEPT ? N / 16 : 1][4], va[KEPT ? N / 16 : 1][4];
-    const bool idle = first + warp >= end;
+    float sk[1][N / 8][4] = {}, sv[1][N / 8][4] = {};
+    constexpr bool KEPT = N == 64; // keys and values stay in registers
+    uint32_t ka[1][N / 16][4], va[1][N / 16][4];
     for (int step = 0; step < steps; step++) {
-        copy_wait<0>();
-        __syncthreads();
+        wait_for_copies();
         if (KEPT && step == 0) {
-#pragma unroll
-            for (int k = 0; k < N / 16; k++) {
-                load_tiles(ka[KEPT ? k : 0], by_rows<P>(keys, warp, 16 * k));
-                load_tiles(va[KEPT ? k : 0], by_rows<P>(values, warp, 16 * k));
-            }
+            load_rows<N>(ka, keys);
+            load_rows<N>(va, values);
         }
         if (step + 1 < steps) {
             fetch(step + 1);
             find(step + 2);
         }
-        if (idle) continue;
-        const T* stage = stages + step % 2 * STAGE;
-        const float2* stat = reinterpret_cast<const float2*>(stage + 2 * Q * P);
+        const T *queries = stages + step % 2 * STAGE, *grads = queries + Q * P;
+        const float2* stat = stat_stages + step % 2 * Q;
         const int query = step < own ? first + step * Q : s.len; // positions count on own queries only
 #pragma unroll 1
-        for (int j = 0; j < Q; j += 16) {
-            if (query + j + 15 < first + warp) continue;
-            float c[2][4] = {}, e[2][4] = {};
-#pragma unroll
-            for (int k = 0; k < N / 16; k++) {
-                uint32_t b[4], x[4];
-                load_tiles(b, by_columns<P>(stage, j, 16 * k));
-                if (!KEPT) load_tiles(x, by_rows<P>(keys, warp, 16 * k));
-                mma<T>(c[0], KEPT ? ka[KEPT ? k : 0] : x, b[0], b[1]);
-                mma<T>(c[1], KEPT ? ka[KEPT ? k : 0] : x, b[2], b[3]);
-                load_tiles(b, by_columns<P>(stage, Q + j, 16 * k));
-                if (!KEPT) load_tiles(x, by_rows<P>(values, warp, 16 * k));
-                mma<T>(e[0], KEPT ? va[KEPT ? k : 0] : x, b[0], b[1]);
-                mma<T>(e[1], KEPT ? va[KEPT ? k : 0] : x, b[2], b[3]);
-            }
+        for (int j = 0; j < Q; j += W) {
+            float c[1][W / 8][4], e[1][W / 8][4];
+            if (!KEPT) load_rows<N>(ka, keys);
+            times_rows<T, N, W>(c, ka, queries, j);
+            if (!KEPT) load_rows<N>(va, values);
+            times_rows<T, N, W>(e, va, grads, j);
             const bool part = query + j < first + warp + 15;
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float4 l = *reinterpret_cast<const float4*>(stat + j + 8 * half + lane % 4 * 2);
+            for (int i = 0; i < W / 8; i++) {
+                const float4 l = *reinterpret_cast<const float4*>(stat + j + 8 * i + lane % 4 * 2);
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    float w = exp2_fast(fmaf(c[half][i], scale * LOG2E, -(i % 2 ? l.z : l.x)));
-                    if (part && query + j + 8 * half + lane % 4 * 2 + i % 2 < first + warp + lane / 4 + i / 2 * 8) w = 0.f;
-                    c[half][i] = w;
-                    e[half][i] = w * (e[half][i] - (i % 2 ? l.w : l.y));
+                for (int x = 0; x < 4; x++) {
+                    float w = exp2_fast(fmaf(c[0][i][x], scale * LOG2E, -(x % 2 ? l.z : l.x)));
+                    if (part && query + j + 8 * i + lane % 4 * 2 + x % 2 < first + row_of(0, x / 2)) w = 0.f;
+                    c[0][i][x] = w;
+                    e[0][i][x] = w * (e[0][i][x] - (x % 2 ? l.w : l.y));
                 }
             }
-            uint32_t weights[4], grads[4];
-            as_a<T>(weights, c[0], c[1]);
-            as_a<T>(grads, e[0], e[1]);
-#pragma unroll
-            for (int k = 0; k < N / 16; k++) {
-                uint32_t b[4];
-                load_tiles_transposed(b, by_rows<P>(stage, Q + j, 16 * k));
-                mma<T>(sv[2 * k], weights, b[0], b[1]);
-                mma<T>(sv[2 * k + 1], weights, b[2], b[3]);
-                load_tiles_transposed(b, by_rows<P>(stage, j, 16 * k));
-                mma<T>(sk[2 * k], grads, b[0], b[1]);
-                mma<T>(sk[2 * k + 1], grads, b[2], b[3]);
-            }
+            add_product<T, N, W>(sv, c, grads, j);
+            add_product<T, N, W>(sk, e, queries, j);
         }
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int key = first + warp + lane / 4 + 8 * half;
+        const int key = first + row_of(0, half);
         if (key >= end) continue;
 #pragma unroll
         for (int k = 0; k < N / 8; k++) {
             const int col = 8 * k + lane % 4 * 2;
-            const float x = sk[k][2 * half] * scale, y = sk[k][2 * half + 1] * scale, z = sv[k][2 * half], w = sv[k][2 * half + 1];
+            const float x = sk[0][k][2 * half] * scale, y = sk[0][k][2 * half + 1] * scale, z = sv[0][k][2 * half], w = sv[0][k][2 * half + 1];
             if (pieces == 1) {
                 *reinterpret_cast<uint32_t*>(vector_of<N>(p, dk, s.first_row + key, head) + col) = pack<T>(x, y);
                 *reinterpret_cast<uint32_t*>(vector_of<N>(p, dv, s.first_row + key, head) + col) = pack<T>(z, w);
