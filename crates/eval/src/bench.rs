@@ -374,14 +374,19 @@ fn resident() -> u64 {
 /// Speed of top-k chunk attention alone, over one sequence of random queries and keys.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Attention {
-    /// Tokens, heads and their size, tokens of a chunk, chunks that a query sees.
+    /// Tokens of the sequence.
     pub tokens: usize,
+    /// Heads.
     pub heads: usize,
+    /// Size of a head.
     pub head_size: usize,
+    /// Tokens of a chunk.
     pub chunk: usize,
+    /// Chunks that a query sees, its own included.
     pub top: usize,
-    /// Seconds without gradients, and forward and backward together.
+    /// Seconds without gradients.
     pub forward: f64,
+    /// Seconds forward and backward together.
     pub both: f64,
     /// Operations of the two products over the keys that are seen, forward; with the backward pass 3.5 times as many.
     pub flops: f64,

@@ -89,6 +89,7 @@ impl Plan {
         ctx: &Context, rows: usize, heads: usize, n: usize, chunks: Chunks, list: &[Sequence], between: usize,
     ) -> Plan {
         let k = chunks.top - 1;
+        assert!(rows * 4 * chunks.top < 1 << 31, "{rows} rows of {} chunks are too many for one call", chunks.top);
         let run = (rows / 64).next_power_of_two().clamp(64, RUN);
         let piece = (rows * k / 64).next_multiple_of(64).clamp(64, PIECE);
         let tile = tile(n);
@@ -129,7 +130,7 @@ impl Plan {
     }
 
     /// The same as the kernels have it, for a group of heads.
-    fn words(&self, group: Group) -> [u64; 8] {
+    fn words(&self, group: Group) -> [u64; 9] {
         let pair = |low: usize, high: usize| low as u64 | (high as u64) << 32;
         [
             self.sequences.ptr().address(),
@@ -140,12 +141,18 @@ impl Plan {
             pair(self.all.counts, self.run),
             pair(self.piece, self.pieces()),
             pair(self.all.tiles, self.together()),
+            pair(self.bits(), 0),
         ]
     }
 
     /// Pieces of lists of a head.
     fn pieces(&self) -> usize {
         self.all.pieces / self.chunks.size.div_ceil(KEYS)
+    }
+
+    /// Bits of an entry that are the row; the slot is above them, the sign stays free.
+    fn bits(&self) -> usize {
+        (usize::BITS - self.rows.leading_zeros()) as usize
     }
 
     /// Tiles that a block of queries takes, one after the other, so that those of short chunks begin while others end.

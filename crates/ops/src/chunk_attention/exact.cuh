@@ -119,7 +119,7 @@ __device__ void exact_keys(const Plan& p, const T* q, const T* dy, const float2*
     for (int key = c * p.size + (threadIdx.x >> 5); key < end; key += 4) {
         float sk[E] = {}, sv[E] = {};
         for (int i = key - end; i < list.size; i += 32) {
-            const int at_lane = i + lane, row = at_lane < 0 ? s.first_row + end + at_lane : at_lane < list.size ? chosen[at_lane] / p.slots : -1;
+            const int at_lane = i + lane, row = at_lane < 0 ? s.first_row + end + at_lane : at_lane < list.size ? row_in(p, chosen[at_lane]) : -1;
             const float2 w = row < 0 ? make_float2(0.f, 0.f) : weights(p, s, q, dy, stats, row, key, n);
             for (int j = 0; j < 32; j++) {
                 const int other = __shfl_sync(~0u, row, j);

@@ -64,7 +64,7 @@ FOR_EACH_TYPE(EXACT)
         Plan p, const T* q, const T* dy, const float2* stats, const List* lists, const int* entries, T* out) {                      \
         back_queries<T, N>(p, q, dy, stats, lists, entries, out);                                                                   \
     }                                                                                                                               \
-    extern "C" __global__ void __launch_bounds__(2 * KEY_TILE, N == 64 ? 3 : 2)                                                                \
+    extern "C" __global__ void __launch_bounds__(2 * KEY_TILE, 2)                                                              \
         chunk_dkv_##name##_##N(Plan p, const T* q, const T* dy, const float2* stats, const List* lists, const int* entries,         \
                                float* parts, T* dk, T* dv) {                                                                        \
         back_keys<T, N>(p, q, dy, stats, lists, entries, parts, dk, dv);                                                            \

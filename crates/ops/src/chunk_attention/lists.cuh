@@ -124,7 +124,7 @@ __device__ void fill(const Plan& p, const int* picks, int* counts, const List* l
                 for (int i = 0; i < 8; i++) c[i] = row + i < r.to && slot < k ? picks_of(p, picks, row + i)[slot] - low : -1;
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
-                    if (c[i] >= 0 && c[i] < n) to[next[c[i]]++] = (row + i) * p.slots + slot;
+                    if (c[i] >= 0 && c[i] < n) to[next[c[i]]++] = entry_of(p, row + i, slot);
                     __syncwarp();
                 }
             }

@@ -27,6 +27,7 @@ struct Plan {
     int piece;               // longest part of a list that one block takes backward
     int pieces;              // most such parts of a head
     int tiles, together;     // tiles of a head, and how many of them a block takes
+    int bits, unused;        // bits of an entry that are the row
 };
 
 // The queries that chose a chunk: their place in the sequence's entries, how many, and the numbers of the first tile and piece.
@@ -55,7 +56,11 @@ template <int Sequence::*BASE> __device__ __forceinline__ const Sequence& sequen
 __device__ __forceinline__ const List* lists_of(const Plan& p, const Sequence& s, const List* lists) {
     return lists + size_t(blockIdx.y) * p.chunks + s.chunk_base;
 }
-// Entries, row * slots + slot each, of a sequence.
+// An entry is a row and, in the bits above it, the slot of its pick.
+__device__ __forceinline__ int entry_of(const Plan& p, int row, int slot) { return slot << p.bits | row; }
+__device__ __forceinline__ int row_in(const Plan& p, int entry) { return entry & ((1 << p.bits) - 1); }
+__device__ __forceinline__ int slot_in(const Plan& p, int entry) { return entry >> p.bits; }
+// Entries of a sequence.
 template <class Int> __device__ __forceinline__ Int* entries_of(const Plan& p, const Sequence& s, Int* entries) {
     return entries + (size_t(blockIdx.y) * p.rows + s.first_row) * (p.slots - 1);
 }

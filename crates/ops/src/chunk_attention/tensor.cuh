@@ -25,7 +25,7 @@ struct Tile {
 
     // The entry of row r; -1 past the end.
     __device__ __forceinline__ int entry(const Plan& p, int r) const {
-        return r >= count ? -1 : entries ? entries[r] : (row + r) * p.slots + p.slots - 1;
+        return r >= count ? -1 : entries ? entries[r] : entry_of(p, row + r, p.slots - 1);
     }
 };
 // Tile `index` of the head; by a warp.
@@ -96,7 +96,7 @@ __device__ __forceinline__ void store_slots(const Plan& p, T* out, T* tile, cons
     for (int i = 0; i < 16 * BLOCKS<N> * N / 8 / 32; i++) {
         const int x = i * 32 + lane, mine = x / (N / 8), col = x % (N / 8) * 8, r = mine / 16 * 64 + threadIdx.x / 32 * 16 + mine % 16, e = entries[r];
         if (e < 0) continue;
-        const size_t at = (size_t(e / p.slots) * p.group + blockIdx.y) * p.slots + e % p.slots;
+        const size_t at = (size_t(row_in(p, e)) * p.group + blockIdx.y) * p.slots + slot_in(p, e);
         *reinterpret_cast<uint4*>(out + at * N + col) = *reinterpret_cast<const uint4*>(tile + place<N>(r, col));
     }
 }
@@ -134,7 +134,7 @@ __device__ __forceinline__ void each_tile(const Plan& p, const List* lists, cons
         copy_commit();
     };
     const auto fetch_first = [&](int i, int stage) {
-        queries([&](int r) { return entry[i][r] < 0 ? -1 : entry[i][r] / p.slots; });
+        queries([&](int r) { return entry[i][r] < 0 ? -1 : row_in(p, entry[i][r]); });
         fetch(tiles[i], 0, stage);
     };
     int i = next(0), stage = 0;
@@ -234,7 +234,7 @@ template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, 
             factor[i / 2][i % 2] = 1.f / sum;
             const int e = entry[row_of(i / 2, i % 2)];
             if (lse && e >= 0 && lane % 4 == 0)
-                lse[(size_t(e / p.slots) * p.group + blockIdx.y) * p.slots + e % p.slots] = (top[i / 2][i % 2] * scale + log2f(sum)) * (1.f / LOG2E);
+                lse[(size_t(row_in(p, e)) * p.group + blockIdx.y) * p.slots + slot_in(p, e)] = (top[i / 2][i % 2] * scale + log2f(sum)) * (1.f / LOG2E);
         }
         store_slots<T, N>(p, out, scratch, entry, o, factor);
     };
@@ -351,7 +351,7 @@ __device__ __forceinline__ void back_queries(const Plan& p, const T* q, const T*
 #pragma unroll
         for (int i = 0; i < 2 * B; i++) {
             const int e = entry[row_of(i / 2, i % 2)];
-            stat[i / 2][i % 2] = e < 0 ? make_float2(0.f, 0.f) : stats[size_t(e / p.slots) * p.heads + head];
+            stat[i / 2][i % 2] = e < 0 ? make_float2(0.f, 0.f) : stats[size_t(row_in(p, e)) * p.heads + head];
         }
         load_rows<N>(a, tile);
         load_rows<N>(d, tile + M * P);
@@ -407,7 +407,7 @@ template <int N> constexpr int STEP = N == 64 ? 64 : 32;
 // A query that isn't there is zero with a weight of 1, and adds nothing.
 template <class T, int N>
 __device__ __forceinline__ void back_keys(const Plan& p, const T* q, const T* dy, const float2* stats, const List* lists, const int* entries, float* parts, T* dk, T* dv) {
-    constexpr int P = WIDTH<N>, K = KEY_TILE, Q = STEP<N>, THREADS = 2 * K, V = N / 8, PASSES = Q * V / THREADS, W = WGMMA<N> ? 32 : 16;
+    constexpr int P = WIDTH<N>, K = KEY_TILE, Q = STEP<N>, THREADS = 2 * K, V = N / 8, PASSES = Q * V / THREADS, W = WGMMA<N> ? 64 : 16;
     constexpr int STAGE = 2 * Q * P;
     DYNAMIC_SHARED(memory);
     T *keys = aligned<T>(memory), *values = keys + K * P, *stages = values + K * P;
@@ -435,7 +435,7 @@ __device__ __forceinline__ void back_keys(const Plan& p, const T* q, const T* dy
 #pragma unroll
         for (int i = 0; i < PASSES; i++) {
             const int r = (threadIdx.x + i * THREADS) / V, mine = first + step * Q + r, other = from + (step - own) * Q + r;
-            row[i] = step < own ? (mine < end ? s.first_row + mine : -1) : other < to ? chosen[other] / p.slots : -1;
+            row[i] = step < own ? (mine < end ? s.first_row + mine : -1) : other < to ? row_in(p, chosen[other]) : -1;
         }
     };
     const auto fetch = [&](int step) {
