@@ -18,10 +18,10 @@ const KEYS: usize = 64;
 const WINDOW: usize = 8192;
 const AT_ONCE: usize = 32;
 /// Longest run of rows that is counted together, and longest part of a list that one block takes.
-const RUN: usize = 1024;
+const RUN: usize = 256;
 const PIECE: usize = 2048;
 /// Bytes between kernels that a group of heads may take: one head may take more.
-pub(super) const BETWEEN: usize = 512 << 20;
+pub(super) const BETWEEN: usize = 1 << 30;
 
 /// One sequence: `len` queries, in rows `first_row`.. of q, which follow on `past` keys.
 #[derive(Clone, Copy, Debug)]
@@ -244,8 +244,8 @@ fn lists(ctx: &Context, gpu: &Cuda, plan: &Plan, group: Group, picks: &Buf) -> O
         let [p, c, l, e] = [picks, &counts, &lists, &entries].map(|b| Arg::Ptr(b.ptr()));
         let (runs, window) = ([plan.all.runs, group.len, 1], 4 * plan.most_chunks.min(WINDOW));
         gpu.launch_with(&KERNELS, "chunk_count", runs, [256, 1, 1], window, &[head, p, c]);
-        let grid = [plan.all.chunks.div_ceil(128), group.len, 1];
-        gpu.launch(&KERNELS, "chunk_total", grid, [128, 1, 1], &[head, c, l]);
+        let grid = [plan.all.chunks.div_ceil(32), group.len, 1];
+        gpu.launch(&KERNELS, "chunk_total", grid, [1024, 1, 1], &[head, c, l]);
         let grid = [plan.count, group.len, 1];
         gpu.launch(&KERNELS, "chunk_scan", grid, [256, 1, 1], &[head, l, int(tile(plan.n))]);
         gpu.launch_with(&KERNELS, "chunk_fill", runs, [32, 1, 1], window, &[head, p, c, l, e]);

@@ -12,7 +12,7 @@ extern "C" __global__ void __launch_bounds__(256) chunk_count(Plan p, const int*
     DYNAMIC_SHARED(memory);
     count(p, picks, counts, reinterpret_cast<int*>(memory));
 }
-extern "C" __global__ void __launch_bounds__(128) chunk_total(Plan p, int* counts, List* lists) { total(p, counts, lists); }
+extern "C" __global__ void __launch_bounds__(1024) chunk_total(Plan p, int* counts, List* lists) { total(p, counts, lists); }
 extern "C" __global__ void __launch_bounds__(256) chunk_scan(Plan p, List* lists, int tile) { scan(p, lists, tile); }
 extern "C" __global__ void __launch_bounds__(32) chunk_fill(Plan p, const int* picks, int* counts, const List* lists, int* entries) {
     DYNAMIC_SHARED(memory);

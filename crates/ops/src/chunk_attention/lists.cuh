@@ -42,12 +42,10 @@ __device__ void count(const Plan& p, const int* picks, int* counts, int* seen) {
     }
 }
 
-// Counts become the counts before each run; a thread a chunk.
+// Counts become the counts before each run. A lane has a chunk, a warp a part of the runs.
 __device__ void total(const Plan& p, int* counts, List* lists) {
-    const int warp_first = blockIdx.x * blockDim.x + (threadIdx.x & ~31);
-    if (warp_first >= p.chunks) return;
-    const int chunk = warp_first + (threadIdx.x & 31);
-    if (chunk >= p.chunks) return;
+    __shared__ int sums[32][32];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunk = blockIdx.x * 32 + lane;
     int low = 0, high = p.count - 1; // lanes differ: each searches for itself
     while (low < high) {
         const int mid = (low + high + 1) / 2;
@@ -55,19 +53,26 @@ __device__ void total(const Plan& p, int* counts, List* lists) {
         else high = mid - 1;
     }
     const Sequence& s = p.sequences[low];
-    const int c = chunk - s.chunk_base, runs = (s.len + p.run - 1) / p.run;
+    const int runs = chunk < p.chunks ? (s.len + p.run - 1) / p.run : 0, part = (runs + 31) / 32, from = warp * part, to = min(from + part, runs);
+    int* all = counts_of(p, s, counts, 0) + chunk - s.chunk_base;
     int sum = 0;
-    for (int run = 0; run < runs; run += 8) {
+#pragma unroll 8
+    for (int run = from; run < to; run++) sum += all[size_t(run) * s.chunks];
+    sums[warp][lane] = sum;
+    __syncthreads();
+    int before = 0;
+    for (int w = 0; w < warp; w++) before += sums[w][lane];
+    if (warp == 31 && chunk < p.chunks) lists[size_t(blockIdx.y) * p.chunks + chunk].size = before + sum;
+    for (int run = from; run < to; run += 8) {
         int n[8];
 #pragma unroll
-        for (int i = 0; i < 8; i++) n[i] = run + i < runs ? counts_of(p, s, counts, run + i)[c] : 0;
+        for (int i = 0; i < 8; i++) n[i] = run + i < to ? all[size_t(run + i) * s.chunks] : 0;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            if (run + i < runs) counts_of(p, s, counts, run + i)[c] = sum;
-            sum += n[i];
+            if (run + i < to) all[size_t(run + i) * s.chunks] = before;
+            before += n[i];
         }
     }
-    lists[size_t(blockIdx.y) * p.chunks + chunk].size = sum;
 }
 
 // Sums over the chunks before; a block of 8 warps a sequence.
