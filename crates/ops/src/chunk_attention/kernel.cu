@@ -1,0 +1,79 @@
+// Top-k chunk attention: the formulas are in mod.rs, the schemes in the files included.
+//
+// Convergence barriers of the exact kernels' nested loops, a few bytes:
+// may spill: chunk_(forward|dq|select)_[bf]+\d+\s
+#include "exact.cuh"
+#include "select.cuh"
+#include "tensor.cuh"
+
+using namespace chunks;
+
+extern "C" __global__ void __launch_bounds__(256) chunk_count(Plan p, const int* picks, int* counts) {
+    DYNAMIC_SHARED(memory);
+    count(p, picks, counts, reinterpret_cast<int*>(memory));
+}
+extern "C" __global__ void __launch_bounds__(1024) chunk_total(Plan p, int* counts, List* lists) { total(p, counts, lists); }
+extern "C" __global__ void __launch_bounds__(256) chunk_scan(Plan p, List* lists, int tile) { scan(p, lists, tile); }
+extern "C" __global__ void __launch_bounds__(32) chunk_fill(Plan p, const int* picks, int* counts, const List* lists, int* entries) {
+    DYNAMIC_SHARED(memory);
+    fill(p, picks, counts, lists, entries, reinterpret_cast<int*>(memory));
+}
+
+#define EXACT(T, name)                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(256) chunk_means_##name(Plan p, int n) { means<T>(p, n); }                          \
+    extern "C" __global__ void __launch_bounds__(128) chunk_select_##name(Plan p, const T* q, int* picks, int n) {                    \
+        select_exact<T, 16>(p, q, picks, n);                                                                                        \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(128)                                                                               \
+        chunk_forward_##name(Plan p, const T* q, const int* picks, T* y, float* lse, int n) {                                       \
+        exact_forward(p, q, picks, y, lse, n);                                                                                      \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(256)                                                                               \
+        chunk_stats_##name(const T* dy, const T* y, const float* lse, float2* out, int rows, int n) {                               \
+        stats(dy, y, lse, out, rows, n);                                                                                            \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(128)                                                                               \
+        chunk_dq_##name(Plan p, const T* q, const T* dy, const int* picks, const float2* stats, T* dq, int n) {                     \
+        exact_queries(p, q, dy, picks, stats, dq, n);                                                                               \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(128) chunk_dkv_##name(Plan p, const T* q, const T* dy, const float2* stats,          \
+                                                                       const List* lists, const int* entries, T* dk, T* dv, int n) { \
+        exact_keys(p, q, dy, stats, lists, entries, dk, dv, n);                                                                     \
+    }
+FOR_EACH_TYPE(EXACT)
+
+#define HEAD(T, name, N)                                                                                                            \
+    extern "C" __global__ void __launch_bounds__(128) chunk_select_2_##name##_##N(Plan p, const T* q, const T* parts, int* picks) {   \
+        select_tensor<T, N, 2>(p, q, parts, picks);                                                                                 \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(128) chunk_select_16_##name##_##N(Plan p, const T* q, const T* parts, int* picks) {  \
+        select_tensor<T, N, 16>(p, q, parts, picks);                                                                                \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(128, 2)                                                                            \
+        chunk_attend_##name##_##N(Plan p, const T* q, const List* lists, const int* entries, T* out, float* lse) {                  \
+        attend<T, N>(p, q, lists, entries, out, lse);                                                                               \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(128)                                                                               \
+        chunk_merge_##name##_##N(Plan p, const int* picks, const T* parts, const float* part_lse, T* y, float* lse) {               \
+        merge<T, N>(p, picks, parts, part_lse, y, lse);                                                                             \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(128) chunk_merge_dq_##name##_##N(Plan p, const int* picks, const T* parts, T* dq) {  \
+        merge_dq<T, N>(p, picks, parts, dq);                                                                                        \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(128, 2) chunk_dq_##name##_##N(                                                     \
+        Plan p, const T* q, const T* dy, const float2* stats, const List* lists, const int* entries, T* out) {                      \
+        back_queries<T, N>(p, q, dy, stats, lists, entries, out);                                                                   \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(2 * KEY_TILE, 2)                                                              \
+        chunk_dkv_##name##_##N(Plan p, const T* q, const T* dy, const float2* stats, const List* lists, const int* entries,         \
+                               float* parts, T* dk, T* dv) {                                                                        \
+        back_keys<T, N>(p, q, dy, stats, lists, entries, parts, dk, dv);                                                            \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(2 * N)                                                                             \
+        chunk_add_pieces_##name##_##N(Plan p, const List* lists, const float* parts, T* dk, T* dv) {                                \
+        add_pieces<T, N>(p, lists, parts, dk, dv);                                                                                  \
+    }
+#define TENSOR(T, name)                                                                                                             \
+    extern "C" __global__ void __launch_bounds__(128) chunk_split_##name(Plan p, T* parts, int n) { split(p, parts, n); }            \
+    HEAD(T, name, 64) HEAD(T, name, 128)
+TENSOR(bf16, bf16) TENSOR(f16, f16)
