@@ -4,7 +4,7 @@ use crate::profile::Limits;
 use anser_data::Batch;
 use anser_infer::{Decoder, Session};
 use anser_model::{Config, Init, Model};
-use anser_ops::chunk_attention::Chunks;
+use anser_ops::attention::Chunks;
 use anser_ops::{ParamSet, Tape, Var, batch, wkv7::Wkv7Inputs};
 use anser_tensor::cuda::Span;
 use anser_tensor::{Context, DType, bench, memory};
@@ -424,12 +424,12 @@ pub fn attention(ctx: &Context, tokens: usize, heads: usize, n: usize, [size, to
         median((0..5).map(round).collect())
     };
     let forward = || {
-        Tape::inference(ctx, &params).chunk_attention(&q, &k, &v, &segments, heads, chunks);
+        Tape::inference(ctx, &params).attention([&q, &k, &v], &segments, heads, chunks, &[]);
     };
     let both = || {
         let mut none = ctx.alloc_f32(0);
         let mut tape = Tape::recording(ctx, &params, &mut none);
-        let y = tape.chunk_attention(&q, &k, &v, &segments, heads, chunks);
+        let (y, _) = tape.attention([&q, &k, &v], &segments, heads, chunks, &[]);
         y.add_grad(dy.duplicate());
         tape.backward();
         [&q, &k, &v].iter().for_each(|x| drop(x.take_grad()));

@@ -233,7 +233,7 @@ mod tests {
     fn the_best_stay_in_their_order() {
         let (ctx, c) = (Context::cpu(1), 4);
         let of = |len: usize, values: &[f32]| {
-            let past = Past::new(&ctx, c);
+            let past = Past::new(&ctx, 1, c);
             let rows = |x: &[f32]| ctx.copy_of(x);
             let keys: Vec<f32> = vec![1.0; len * c];
             let past = past.append(&ctx, [&rows(&keys), &rows(&keys)], 0, len, Chunks { size: 4, top: 2 });

@@ -171,9 +171,6 @@ impl Model {
     /// As [`Model::load`], or when the configuration is impossible.
     pub fn load_as(ctx: &Context, ckpt: &Checkpoint, config: Config, load: Load) -> Result<Model, Error> {
         config.validate()?;
-        if config.hybrid.is_some_and(|h| h.layers > 0) && ctx.cuda().is_some() {
-            return Err(Error::Config("attention by chunks has no kernels for a GPU yet: use --device cpu".into()));
-        }
         let needed = match load {
             Load::Train => config.parameters() * 4,
             // On a GPU one matrix after another passes through memory.

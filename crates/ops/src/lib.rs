@@ -18,7 +18,6 @@ mod testing;
 
 pub mod add;
 pub mod attention;
-pub mod chunk_attention;
 pub mod cross_entropy;
 pub mod decode;
 pub mod embedding;

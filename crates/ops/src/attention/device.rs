@@ -1,6 +1,6 @@
 //! The GPU's side against sums in f64 over the keys that its own picks name, and the picks against f64 scores.
 //!
-//! Needs a GPU: `cargo test -p anser-ops --lib chunk_attention -- --ignored` (the device is cuda:0).
+//! Needs a GPU: `cargo test -p anser-ops --lib attention -- --ignored` (the device is cuda:0).
 
 use super::{Chunks, cuda};
 use anser_tensor::{Buf, Context, DType, Device};
@@ -86,7 +86,8 @@ fn run(ctx: &Context, case: &Case<'_>) -> Out {
     let chunks = Chunks { size: case.size, top: case.top };
     let plan = cuda::Plan::within(ctx, rows, case.heads, case.n, chunks, &list, case.between);
     cuda::means(ctx, gpu, &plan);
-    let picks = cuda::select(ctx, gpu, &plan, &q);
+    let picks = ctx.alloc_f32(rows * case.heads * (case.top - 1));
+    cuda::select(ctx, gpu, &plan, &q, &picks);
     let (y, lse) = (ctx.alloc(rows * c), ctx.alloc_f32(rows * case.heads));
     cuda::forward(ctx, gpu, &plan, &q, &picks, &y, Some(&lse));
     let mut values = vec![wide(&y), wide(&lse)];
