@@ -15,7 +15,7 @@ pub struct Global {
     /// CPU threads [default: as many as this process may use]
     #[arg(long, global = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Type of weights: f32, f16 or bf16; for convert also int8
+    /// Type of weights: f32, f16 or bf16; for convert also int8 and q8_0
     #[arg(long = "dtype", global = true, value_name = "DTYPE")]
     pub stored: Option<Stored>,
     /// One JSON object on stdout, everything else on stderr
@@ -51,6 +51,8 @@ pub enum Stored {
     Float(DType),
     /// 8 bits and scales.
     Int8,
+    /// llama.cpp's 8 bits and scales.
+    Q8_0,
 }
 
 impl std::str::FromStr for Stored {
@@ -58,6 +60,7 @@ impl std::str::FromStr for Stored {
     fn from_str(s: &str) -> Result<Stored, String> {
         match s {
             "int8" => Ok(Stored::Int8),
+            "q8_0" => Ok(Stored::Q8_0),
             _ => s.parse().map(Stored::Float).map_err(|e: anser_tensor::Error| e.to_string()),
         }
     }
@@ -70,6 +73,11 @@ impl Global {
             Some(Stored::Int8) => {
                 anyhow::bail!(
                     "--dtype int8 is a type for files: write one with `anser convert IN OUT --dtype int8` and load that"
+                )
+            }
+            Some(Stored::Q8_0) => {
+                anyhow::bail!(
+                    "--dtype q8_0 is a type for files: write one with `anser convert IN OUT.gguf --dtype q8_0` and load that"
                 )
             }
             Some(Stored::Float(dtype)) => Ok(Some(dtype)),

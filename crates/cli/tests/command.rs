@@ -163,6 +163,70 @@ fn debug_json_and_conversion() {
 }
 
 #[test]
+fn a_hybrid_is_expanded_bounded_and_goes_on_from_its_state() {
+    let f = Folder::new("hybrid");
+    let run = |args: &[&str]| {
+        let (code, out, err) = anser(&f.0, args);
+        assert!(code == 0, "{args:?}: {err}");
+        out
+    };
+    let fails = |args: &[&str], why: &str| {
+        let (code, _, err) = anser(&f.0, args);
+        assert!(code == 1 && err.lines().count() == 1 && err.contains(why), "{args:?}: {err}");
+    };
+    let plain = fixture("rwkv7.safetensors");
+    let out = run(&["expand", &plain, "x.safetensors", "--layers", "3", "--chunk", "4", "--topk", "2", "--json"]);
+    assert!(out.contains("\"attention\":3"), "{out}");
+    let info: serde_json::Value = serde_json::from_str(&run(&["inspect", "x.safetensors", "--json"])).unwrap();
+    assert_eq!(info["config"]["hybrid"], serde_json::json!({ "layers": 3, "chunk": 4, "topk": 2 }));
+    // It says what the model said that it was made of, in every type of file.
+    let tokens = f.file("t.json", b"[[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]");
+    let logits = |model: &str, more: &[&str]| {
+        run(&[&["debug", "logits", "--model", model, "--tokens", &tokens, "--out", "o"], more].concat());
+        let bytes = std::fs::read(f.0.join("o")).unwrap();
+        safetensors::SafeTensors::deserialize(&bytes).unwrap().tensor("logits").unwrap().data().to_vec()
+    };
+    run(&["convert", "x.safetensors", "x.pth"]);
+    for model in ["x.safetensors", "x.pth"] {
+        assert!(logits(model, &["--chunk", "3", "--topk", "1"]) == logits(&plain, &[]));
+    }
+    let golden = fixture("rwkvx.pth");
+    assert!(logits(&golden, &["--chunk", "2", "--topk", "2"]) != logits(&golden, &[]));
+    fails(&["debug", "logits", "--model", &golden, "--tokens", &tokens, "--out", "o", "--chunk", "0"], "chunk = 0");
+    fails(&["debug", "logits", "--model", &plain, "--tokens", &tokens, "--out", "o", "--topk", "2"], "doesn't have");
+    fails(&["expand", &golden, "y.pth"], "RWKV-7 blocks alone");
+    fails(&["expand", &plain, "y.pth", "--layers", "9"], "9 attention blocks");
+    fails(&["convert", &golden, "y.gguf"], "llama.cpp has no RWKV-X");
+
+    // Its vocabulary is smaller than bytes and a mark of the end need: any tokenizer is told apart first.
+    let config = "[model]\npreset = \"\"\nn_layer = 2\nn_embd = 64\nattention = 1\nchunk = 8\ntopk = 2\n[train]\nctx = 64\nrows = 2\nsteps = 3\n[output]\nfolder = \"run\"\nsample_every = 0\n";
+    f.file("run.toml", config.as_bytes());
+    run(&["train", "run.toml", "--device", "cpu"]);
+    const MODEL: &str = "run/model.safetensors";
+    let text = |args: &[&str]| {
+        let all = [&["generate", "--model", MODEL, "--dtype", "f32", "--temperature", "0", "--json"], args].concat();
+        serde_json::from_str::<serde_json::Value>(&run(&all)).unwrap()["text"].as_str().unwrap().to_string()
+    };
+    let bound = ["--cache", "32", "--evict", "attention"];
+    let long = "It was a long way to the sea, and the road went up and down. ".repeat(3);
+    let whole = text(&[&["--prompt", &long, "--max-tokens", "20"], &bound[..]].concat());
+    let first = text(&[&["--prompt", &long, "--max-tokens", "8", "--save-state", "s"], &bound[..]].concat());
+    let second = text(&["--max-tokens", "12", "--load-state", "s"]);
+    assert_eq!(first + &second, whole);
+    let saved = std::fs::read(f.0.join("s")).unwrap();
+    let saved = safetensors::SafeTensors::deserialize(&saved).unwrap();
+    assert!(saved.tensor("state.moba.0.keys").unwrap().shape()[0] < 32);
+    let generate = |more: &[&'static str]| [&["generate", "--model", MODEL, "--max-tokens", "1"], more].concat();
+    fails(&generate(&["--load-state", "s", "--chunk", "4"]), "another model");
+    fails(&generate(&["--load-state", "s", "--cache", "64"]), "leave --cache out");
+    fails(&generate(&["--cache", "16"]), "too small for chunks of 8");
+    fails(
+        &["generate", "--model", &plain, "--tokenizer", "bytes", "--cache", "999", "--max-tokens", "1"],
+        "doesn't have",
+    );
+}
+
+#[test]
 fn quickstart_then_generate_and_go_on_from_a_state() {
     let f = Folder::new("quick");
     let (code, out, err) = anser(&f.0, &["quickstart", "--steps", "12", "--json"]);
@@ -247,4 +311,93 @@ fn converted_files_are_those_the_official_package_loads() {
     let error: f64 = last.iter().zip(&want).map(|(a, b)| square(*a as f64 - b)).sum();
     let size: f64 = want.iter().map(|b| square(*b)).sum();
     assert!((error / size).sqrt() < 2e-5, "{}", (error / size).sqrt());
+}
+
+/// What llama.cpp was shown to load (`tools/llama_roundtrip.py`) is what is written today, and its logits are ours.
+#[test]
+fn gguf_files_are_those_that_llama_cpp_loads() {
+    let f = Folder::new("llama");
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+    let proven = std::fs::read(format!("{root}/fixtures/llama.cpp/roundtrip.json"));
+    let proven: serde_json::Value = serde_json::from_slice(&proven.unwrap()).unwrap();
+    let run = |args: &[&str]| {
+        let (code, out, err) = anser(&f.0, args);
+        assert_eq!(code, 0, "{err}");
+        out
+    };
+    for dtype in ["f32", "f16", "bf16", "q8_0"] {
+        let out = format!("anser-12m-{dtype}.gguf");
+        run(&["convert", &format!("{root}/models/anser-12m.safetensors"), &out, "--dtype", dtype]);
+        let bytes = std::fs::read(f.0.join(&out)).unwrap();
+        let found = serde_json::json!({ "crc32": crc32fast::hash(&bytes), "bytes": bytes.len() });
+        assert_eq!(found, proven["files"][&out], "{dtype}: the writer changed; prove it with tools/llama_roundtrip.py");
+    }
+    let tokens = f.file("t.json", serde_json::json!([proven["tokens"]]).to_string().as_bytes());
+    run(&["debug", "logits", "--model", "anser-12m-f32.gguf", "--tokens", &tokens, "--out", "o.safetensors"]);
+    let out = anser_formats::Checkpoint::open(&f.0.join("o.safetensors")).unwrap();
+    let logits = out.get("logits").unwrap().to_f32_vec().unwrap();
+    let last: Vec<(usize, f32)> = logits[logits.len() - 4096..].iter().copied().enumerate().collect();
+    let mut best = last.clone();
+    best.sort_by(|a, b| b.1.total_cmp(&a.1));
+    for (i, (id, logit)) in best[..10].iter().enumerate() {
+        assert_eq!(proven["top_10"]["ids"][i], *id);
+        assert!((proven["top_10"]["logits"][i].as_f64().unwrap() - f64::from(*logit)).abs() < 2e-4);
+    }
+    // The file knows its tokenizer.
+    let text =
+        run(&["generate", "--model", "anser-12m-q8_0.gguf", "--prompt", "The", "--max-tokens", "3", "--device", "cpu"]);
+    assert!(!text.is_empty());
+}
+
+#[test]
+fn inspect_names_formats_and_what_is_missing() {
+    let f = Folder::new("formats");
+    let json = |args: &[&str]| -> serde_json::Value {
+        let (code, out, err) = anser(&f.0, args);
+        assert!(code == 0, "{err}");
+        serde_json::from_str(&out).unwrap()
+    };
+    let (code, _, err) = anser(&f.0, &["convert", &fixture("rwkv7.pth"), "a.gguf", "--dtype", "f32"]);
+    assert!(code == 0 && err.contains("a vocabulary of 300 is not world's; the file has no tokenizer"), "{err}");
+    let info = json(&["inspect", "a.gguf", "--json"]);
+    assert_eq!((info["format"].as_str(), info["names"].as_str()), (Some("GGUF"), Some("llama.cpp")));
+    assert_eq!(info["parameters"].as_u64(), Some(788992));
+    assert!(info["missing"][0].as_str().unwrap().contains("tokenizer.ggml.model"), "{info}");
+    // The same model: the same logits, to the bit, and the same values when it goes back.
+    let tokens = f.file("t.json", b"[[1, 2, 3]]");
+    json(&["convert", "a.gguf", "back.safetensors", "--json"]);
+    let logits = |model: &str| {
+        json(&["debug", "logits", "--model", model, "--tokens", &tokens, "--out", "o.safetensors", "--json"]);
+        std::fs::read(f.0.join("o.safetensors")).unwrap()
+    };
+    let official = logits(&fixture("rwkv7.pth"));
+    assert!(official == logits("a.gguf") && official == logits("back.safetensors"));
+    let info = json(&["inspect", "back.safetensors", "--json"]);
+    assert_eq!((info["format"].as_str(), info["names"].as_str()), (Some("safetensors"), Some("official")));
+    assert_eq!((info["missing"].as_array().unwrap().len(), info["metadata"].as_object().unwrap().len()), (0, 0));
+    let info = json(&["inspect", &fixture("../huggingface"), "--json"]);
+    assert_eq!((info["names"].as_str(), info["missing"].as_array().unwrap().len()), (Some("huggingface"), 1));
+    assert!(info["missing"][0].as_str().unwrap().starts_with("tokenizer files"), "{info}");
+    let (code, out, _) = anser(&f.0, &["inspect", "a.gguf"]);
+    assert!(
+        code == 0 && out.starts_with("GGUF, llama.cpp names, tensors: ") && out.contains("missing: a RWKV tokenizer")
+    );
+    for (args, why) in [
+        (&["convert", "a.gguf", "b.pth", "--dtype", "q8_0"][..], "q8_0 is written as .gguf"),
+        (&["convert", "a.gguf", "b.gguf", "--dtype", "int8"], "int8 is written as .safetensors"),
+        (&["generate", "--model", "a.gguf", "--dtype", "q8_0"], "--dtype q8_0 is a type for files"),
+        (&["convert", "a.gguf", "b.bin"], "must end in .gguf, .pth or .safetensors"),
+    ] {
+        let (code, _, err) = anser(&f.0, args);
+        assert!(code == 1 && err.contains(why), "{err}");
+    }
+    // A file without a tensor that tells a dimension: the format is named, and the tensor.
+    let values = [0.0; 64];
+    let sources = [anser_formats::Source::new("emb.weight", &[8, 8], anser_formats::Dtype::F16, &values)];
+    anser_formats::write_safetensors(&f.0.join("part.st"), &sources, &Default::default()).unwrap();
+    let (code, _, err) = anser(&f.0, &["inspect", "part.st"]);
+    assert!(
+        code == 1 && err.contains("safetensors, official names, tensors: 1 F16") && err.contains("is missing"),
+        "{err}"
+    );
 }

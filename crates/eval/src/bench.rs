@@ -4,6 +4,7 @@ use crate::profile::Limits;
 use anser_data::Batch;
 use anser_infer::{Decoder, Session};
 use anser_model::{Cache, Config, Init, Model};
+use anser_ops::attention::Chunks;
 use anser_ops::{ParamSet, Tape, Var, batch, wkv7::Wkv7Inputs};
 use anser_tensor::cuda::Span;
 use anser_tensor::{Context, DType, bench, memory};
@@ -393,4 +394,82 @@ pub fn flat(
 fn resident() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
     statm.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0) * 4096
+}
+
+/// Speed of top-k chunk attention alone, over one sequence of random queries and keys.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Attention {
+    /// Tokens of the sequence.
+    pub tokens: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Size of a head.
+    pub head_size: usize,
+    /// Tokens of a chunk.
+    pub chunk: usize,
+    /// Chunks that a query sees, its own included.
+    pub top: usize,
+    /// Seconds without gradients.
+    pub forward: f64,
+    /// Seconds forward and backward together.
+    pub both: f64,
+    /// Operations of the two products over the keys that are seen, forward; with the backward pass 3.5 times as many.
+    pub flops: f64,
+    /// Seconds of each kernel in one pass forward and backward.
+    pub kernels: Vec<(String, f64)>,
+}
+
+/// Chunk attention of one sequence of `tokens` tokens, which see `top` chunks of `size`.
+pub fn attention(ctx: &Context, tokens: usize, heads: usize, n: usize, [size, top]: [usize; 2]) -> Attention {
+    let (c, chunks) = (heads * n, Chunks { size, top });
+    let mut s = 88172645463325252u64;
+    let mut next = || {
+        s ^= s << 13;
+        s ^= s >> 7;
+        s ^= s << 17;
+        ((s >> 40) as f32 / (1 << 23) as f32 - 1.0) * 1.7
+    };
+    let apart = 12347;
+    let values: Vec<f32> = (0..tokens * c + 4 * apart).map(|_| next()).collect();
+    let [q, k, v, dy] = [0, 1, 2, 3].map(|i| ctx.copy_of(&values[i * apart..][..tokens * c]));
+    drop(values);
+    let [q, k, v] = [q, k, v].map(|x| Var::leaf(tokens, c, x));
+    let params = ParamSet::default();
+    let segments = batch(1, tokens, false).into();
+    let time = |pass: &dyn Fn()| {
+        pass();
+        let round = |_| {
+            ctx.synchronize();
+            let start = Instant::now();
+            let passes = if ctx.cuda().is_some() { 5 } else { 1 };
+            (0..passes).for_each(|_| pass());
+            ctx.synchronize();
+            start.elapsed().as_secs_f64() / passes as f64
+        };
+        median((0..5).map(round).collect())
+    };
+    let forward = || {
+        Tape::inference(ctx, &params).attention([&q, &k, &v], &segments, heads, chunks, &[]);
+    };
+    let both = || {
+        let mut none = ctx.alloc_f32(0);
+        let mut tape = Tape::recording(ctx, &params, &mut none);
+        let (y, _) = tape.attention([&q, &k, &v], &segments, heads, chunks, &[]);
+        y.add_grad(dy.duplicate());
+        tape.backward();
+        [&q, &k, &v].iter().for_each(|x| drop(x.take_grad()));
+    };
+    let seen = |t: usize| (t / chunks.size).min(chunks.top - 1) * chunks.size + t % chunks.size + 1;
+    let flops = (4 * c) as f64 * (0..tokens).map(|t| seen(t) as f64).sum::<f64>();
+    // The backward pass takes its gradient up, which here is a copy of one.
+    let seconds = [time(&forward), time(&both) - time(&|| drop(dy.duplicate()))];
+    let mut kernels: Vec<(String, f64)> = Vec::new();
+    for span in ctx.cuda().map_or(Vec::new(), |gpu| gpu.profiled(both).1) {
+        match kernels.iter_mut().find(|k| k.0 == span.name) {
+            Some(kernel) => kernel.1 += span.duration / 1e6,
+            None => kernels.push((span.name, span.duration / 1e6)),
+        }
+    }
+    let [forward, both] = seconds;
+    Attention { tokens, heads, head_size: n, chunk: size, top, forward, both, flops, kernels }
 }

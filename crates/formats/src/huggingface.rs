@@ -33,7 +33,7 @@ pub(crate) fn to_official(entries: BTreeMap<String, Entry>) -> Result<BTreeMap<S
         if part == "attn.x_x" {
             // Before the six token-shift weights got names they were the rows of one tensor.
             for (row, m) in ["r", "w", "k", "v", "a", "g"].iter().enumerate() {
-                add(block(&format!("att.x_{m}")), row_of(&entry, row, 6).ok_or(format!("{name}: not six rows"))?)?;
+                add(block(&format!("att.x_{m}")), entry.row(row, 6).ok_or(format!("{name}: not six rows"))?)?;
             }
             continue;
         }
@@ -49,7 +49,7 @@ pub(crate) fn to_official(entries: BTreeMap<String, Entry>) -> Result<BTreeMap<S
                 _ => return Err(format!("unknown tensor {name}")),
             };
             let to = block(&format!("att.{m}{number}"));
-            add(to, if transposed { transpose(entry).ok_or(format!("{name}: not a matrix"))? } else { entry })?;
+            add(to, if transposed { entry.transposed().ok_or(format!("{name}: not a matrix"))? } else { entry })?;
             continue;
         }
         let renamed = [
@@ -67,25 +67,4 @@ pub(crate) fn to_official(entries: BTreeMap<String, Entry>) -> Result<BTreeMap<S
         add(block(to.as_deref().unwrap_or(part)), entry)?;
     }
     Ok(out)
-}
-
-/// A contiguous matrix seen with rows and columns exchanged.
-fn transpose(e: Entry) -> Option<Entry> {
-    let [rows, cols] = e.shape[..] else { return None };
-    let strides = match e.strides {
-        None => vec![1, cols],
-        Some(s) => vec![s[1], s[0]],
-    };
-    Some(Entry { shape: vec![cols, rows], strides: Some(strides), ..e })
-}
-
-/// Row `i` of a contiguous tensor of `rows` rows.
-fn row_of(e: &Entry, i: usize, rows: usize) -> Option<Entry> {
-    if e.shape.first() != Some(&rows) || e.strides.is_some() {
-        return None;
-    }
-    let len = e.elements() / rows;
-    let size = len * e.dtype.size();
-    let start = e.start + i * size;
-    Some(Entry { shape: vec![len], start, end: start + size, ..e.clone() })
 }

@@ -1,17 +1,21 @@
-//! Checkpoint files: `.pth` (read without executing anything), safetensors, atomic writing.
+//! Checkpoint files: `.pth` (read without executing anything), safetensors, GGUF, atomic writing.
 //!
 //! [`Checkpoint::open`] memory-maps a file (or the files of a Hugging Face folder) and lists its tensors under their
-//! official names; nothing is copied until a tensor is read. This crate computes nothing.
+//! official names; nothing is copied until a tensor is read. This crate computes nothing but what stored values stand for.
 
 mod atomic;
+mod blocks;
+pub mod gguf;
 mod huggingface;
 pub mod int8;
+pub mod llama;
 mod pickle;
 mod pth;
 mod safetensors;
 mod tensor;
 #[cfg(test)]
 mod tests;
+mod web_rwkv;
 mod zip;
 
 pub use atomic::{AtomicFile, write_atomic};
@@ -79,6 +83,30 @@ impl Entry {
     fn elements(&self) -> usize {
         self.shape.iter().product()
     }
+
+    /// A matrix seen with rows and columns exchanged.
+    fn transposed(self) -> Option<Entry> {
+        let [rows, cols] = self.shape[..] else { return None };
+        let strides = match &self.strides {
+            None => vec![1, cols],
+            Some(s) => vec![s[1], s[0]],
+        };
+        Some(Entry { shape: vec![cols, rows], strides: Some(strides), ..self })
+    }
+
+    /// Row `i` of a contiguous tensor of `rows` rows, as a vector.
+    fn row(&self, i: usize, rows: usize) -> Option<Entry> {
+        if self.shape.first() != Some(&rows) || self.strides.is_some() {
+            return None;
+        }
+        let len = self.elements() / rows;
+        if !len.is_multiple_of(self.dtype.block()) {
+            return None;
+        }
+        let size = len / self.dtype.block() * self.dtype.size();
+        let start = self.start + i * size;
+        Some(Entry { shape: vec![len], start, end: start + size, ..self.clone() })
+    }
 }
 
 /// The bytes of a file.
@@ -106,23 +134,60 @@ pub struct Checkpoint {
     /// Scales of the matrices in 8 bits.
     scales: BTreeMap<String, Entry>,
     metadata: BTreeMap<String, String>,
+    format: Format,
     naming: Naming,
 }
 
-/// Whose tensor names a file has. [`Checkpoint`] shows all of them under the official ones.
+/// The kind of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// PyTorch's zip archive.
+    Pth,
+    /// safetensors, one file or a folder of them.
+    Safetensors,
+    /// llama.cpp's container.
+    Gguf,
+}
+
+impl std::fmt::Display for Format {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Format::Pth => ".pth",
+            Format::Safetensors => "safetensors",
+            Format::Gguf => "GGUF",
+        })
+    }
+}
+
+/// Whose tensor names and layouts a file has. [`Checkpoint`] shows all of them as the official ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Naming {
     /// The official trainer's: `blocks.N.att...`.
     Official,
     /// Hugging Face / flash-linear-attention's: `model.layers.N.attn...`, low-rank matrices transposed.
     HuggingFace,
+    /// web-rwkv's and ai00's (`.st`): the official names, low-rank matrices transposed.
+    WebRwkv,
+    /// llama.cpp's: `blk.N.time_mix...`, low-rank matrices transposed, the token-shift weights of a layer in one tensor.
+    LlamaCpp,
+}
+
+impl std::fmt::Display for Naming {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Naming::Official => "official",
+            Naming::HuggingFace => "huggingface",
+            Naming::WebRwkv => "web-rwkv",
+            Naming::LlamaCpp => "llama.cpp",
+        })
+    }
 }
 
 /// Key of [`Checkpoint::metadata`] under which the `config.json` of a Hugging Face folder is found.
 pub const CONFIG_JSON: &str = "config.json";
 
 impl Checkpoint {
-    /// Opens a `.pth` or safetensors file (the kind is told by its content), or a Hugging Face folder with
+    /// Opens a `.pth`, safetensors or GGUF file (the kind is told by its content), or a Hugging Face folder with
     /// `model.safetensors`, or with the shards that `model.safetensors.index.json` names.
     ///
     /// # Errors
@@ -140,7 +205,7 @@ impl Checkpoint {
         ckpt.finish()
     }
 
-    /// A `.pth` or safetensors file that is part of the program; `name` stands for it in messages.
+    /// A `.pth`, safetensors or GGUF file that is part of the program; `name` stands for it in messages.
     ///
     /// # Errors
     /// When it is damaged.
@@ -158,13 +223,15 @@ impl Checkpoint {
             entries: BTreeMap::new(),
             scales: BTreeMap::new(),
             metadata: BTreeMap::new(),
+            format: Format::Safetensors,
             naming: Naming::Official,
         }
     }
 
     /// Adds a file's tensors and metadata.
     fn add(&mut self, file: &Path, bytes: Bytes) -> Result<(), Error> {
-        let (entries, metadata) = read(file, &bytes)?;
+        self.format = format(&bytes);
+        let (entries, metadata) = read(file, &bytes, self.format)?;
         for (name, entry) in entries {
             if self.entries.insert(name.clone(), Entry { file: self.maps.len(), ..entry }).is_some() {
                 return Err(malformed(file, format!("tensor {name} is also in another file of this folder")));
@@ -179,16 +246,26 @@ impl Checkpoint {
     fn finish(mut self) -> Result<Checkpoint, Error> {
         let wrong = |reason| malformed(&self.path, reason);
         self.scales = int8::scales(&mut self.entries, &self.metadata).map_err(wrong)?;
-        if huggingface::is(&self.entries) {
-            self.naming = Naming::HuggingFace;
-            self.entries = huggingface::to_official(self.entries).map_err(wrong)?;
-        }
+        let entries = std::mem::take(&mut self.entries);
+        (self.naming, self.entries) = match () {
+            _ if self.format == Format::Gguf => {
+                (Naming::LlamaCpp, llama::to_official(entries, &self.metadata).map_err(wrong)?)
+            }
+            _ if huggingface::is(&entries) => (Naming::HuggingFace, huggingface::to_official(entries).map_err(wrong)?),
+            _ if web_rwkv::is(&entries) => (Naming::WebRwkv, web_rwkv::to_official(entries)),
+            _ => (Naming::Official, entries),
+        };
         Ok(self)
     }
 
     /// The file or folder.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The kind of file.
+    pub fn format(&self) -> Format {
+        self.format
     }
 
     /// Whose names the file has.
@@ -213,7 +290,8 @@ impl Checkpoint {
         Some(TensorView { name, entry, map: &self.maps[entry.file], scale })
     }
 
-    /// Metadata strings of a safetensors file (`__metadata__`); for a folder also its [`CONFIG_JSON`].
+    /// Metadata strings of a safetensors file (`__metadata__`), for a folder also its [`CONFIG_JSON`]; those of a GGUF file as text, arrays by
+    /// their length.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
@@ -255,7 +333,7 @@ fn shards(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     match single.exists() {
         true => Ok(vec![single]),
         false => {
-            let reason = "no model.safetensors in this folder; name the .pth or .safetensors file itself";
+            let reason = "no model.safetensors in this folder; name the .pth, .safetensors or .gguf file itself";
             Err(malformed(folder, reason.into()))
         }
     }
@@ -269,12 +347,23 @@ fn map(path: &Path) -> Result<Bytes, Error> {
     Ok(Bytes::Mapped(map))
 }
 
-/// Tensors and metadata of a file.
-fn read(path: &Path, bytes: &[u8]) -> Result<safetensors::Contents, Error> {
-    if bytes.starts_with(b"PK") {
-        return Ok((pth::read(bytes).map_err(|reason| malformed(path, reason))?, BTreeMap::new()));
+/// The kind of a file, by its first bytes.
+fn format(bytes: &[u8]) -> Format {
+    match bytes {
+        [b'P', b'K', ..] => Format::Pth,
+        _ if bytes.starts_with(gguf::MAGIC) => Format::Gguf,
+        _ => Format::Safetensors,
     }
-    safetensors::read(bytes).map_err(|reason| {
+}
+
+/// Tensors and metadata of a file.
+fn read(path: &Path, bytes: &[u8], format: Format) -> Result<safetensors::Contents, Error> {
+    let contents = match format {
+        Format::Pth => pth::read(bytes).map(|entries| (entries, BTreeMap::new())),
+        Format::Gguf => gguf::read(bytes),
+        Format::Safetensors => safetensors::read(bytes),
+    };
+    contents.map_err(|reason| {
         // A pickle at the top is the format that PyTorch wrote before 1.6.
         let old = matches!(bytes, [0x80, 2..=5, ..]);
         let advice = "this is PyTorch's old format (before 1.6); load and save it again with a current torch";

@@ -14,11 +14,14 @@ pub(crate) type Contents = (BTreeMap<String, Entry>, BTreeMap<String, String>);
 /// Reads and checks the header.
 pub(crate) fn read(file: &[u8]) -> Result<Contents, String> {
     let Some((len, rest)) = file.split_first_chunk::<8>() else {
-        return Err("neither a .pth nor a safetensors file (it is shorter than 8 bytes)".into());
+        return Err("neither a .pth nor a GGUF nor a safetensors file (it is shorter than 8 bytes)".into());
     };
     let len = u64::from_le_bytes(*len);
     let len = usize::try_from(len).ok().filter(|&l| l <= MAX_HEADER && l <= rest.len()).ok_or_else(|| {
-        format!("neither a .pth nor a complete safetensors file (header of {len} bytes in a file of {})", file.len())
+        format!(
+            "neither a .pth nor a GGUF nor a complete safetensors file (header of {len} bytes in a file of {})",
+            file.len()
+        )
     })?;
     let (header, data) = rest.split_at(len);
     let header: serde_json::Map<String, Value> =
@@ -73,6 +76,10 @@ pub fn write_safetensors(
     }
     let mut at = 0;
     for t in tensors {
+        if t.dtype.block() != 1 {
+            let reason = format!("a safetensors file cannot hold {}: use F32, F16 or BF16", t.dtype);
+            return Err(Error::Tensor { name: t.name.clone(), reason });
+        }
         let end = at + t.bytes();
         let entry = serde_json::json!({ "dtype": t.dtype.name(), "shape": t.shape, "data_offsets": [at, end] });
         if header.insert(t.name.clone(), entry).is_some() {

@@ -1,4 +1,4 @@
-use crate::{Bytes, Entry, Error, int8};
+use crate::{Bytes, Entry, Error, blocks, int8};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::fmt;
@@ -26,20 +26,53 @@ pub enum Dtype {
     U8,
     /// Truth value, one byte.
     Bool,
+    /// llama.cpp's blocks of 32 or 256 values with common scales, in GGUF files; readers see floats.
+    Q4_0,
+    /// See [`Dtype::Q4_0`].
+    Q4_1,
+    /// See [`Dtype::Q4_0`].
+    Q5_0,
+    /// See [`Dtype::Q4_0`].
+    Q5_1,
+    /// See [`Dtype::Q4_0`]; the one that is written too.
+    Q8_0,
+    /// See [`Dtype::Q4_0`].
+    Q4K,
+    /// See [`Dtype::Q4_0`].
+    Q5K,
+    /// See [`Dtype::Q4_0`].
+    Q6K,
 }
 
 impl Dtype {
-    /// Bytes of one element.
+    /// Elements of a block, the unit in which values are stored: 1 but for llama.cpp's types.
+    pub fn block(self) -> usize {
+        match self {
+            Dtype::Q4_0 | Dtype::Q4_1 | Dtype::Q5_0 | Dtype::Q5_1 | Dtype::Q8_0 => 32,
+            Dtype::Q4K | Dtype::Q5K | Dtype::Q6K => 256,
+            _ => 1,
+        }
+    }
+
+    /// Bytes of one block, that is of one element where blocks have one.
     pub fn size(self) -> usize {
         match self {
             Dtype::F64 | Dtype::I64 => 8,
             Dtype::F32 | Dtype::I32 => 4,
             Dtype::F16 | Dtype::BF16 | Dtype::I16 => 2,
             Dtype::I8 | Dtype::U8 | Dtype::Bool => 1,
+            Dtype::Q4_0 => 18,
+            Dtype::Q4_1 => 20,
+            Dtype::Q5_0 => 22,
+            Dtype::Q5_1 => 24,
+            Dtype::Q8_0 => 34,
+            Dtype::Q4K => 144,
+            Dtype::Q5K => 176,
+            Dtype::Q6K => 210,
         }
     }
 
-    /// The name that safetensors uses.
+    /// The name that safetensors uses, or llama.cpp.
     pub fn name(self) -> &'static str {
         match self {
             Dtype::F64 => "F64",
@@ -52,9 +85,18 @@ impl Dtype {
             Dtype::I8 => "I8",
             Dtype::U8 => "U8",
             Dtype::Bool => "BOOL",
+            Dtype::Q4_0 => "Q4_0",
+            Dtype::Q4_1 => "Q4_1",
+            Dtype::Q5_0 => "Q5_0",
+            Dtype::Q5_1 => "Q5_1",
+            Dtype::Q8_0 => "Q8_0",
+            Dtype::Q4K => "Q4_K",
+            Dtype::Q5K => "Q5_K",
+            Dtype::Q6K => "Q6_K",
         }
     }
 
+    /// By the name that safetensors uses.
     pub(crate) fn from_name(name: &str) -> Option<Dtype> {
         use Dtype::*;
         [F64, F32, F16, BF16, I64, I32, I16, I8, U8, Bool].into_iter().find(|d| d.name() == name)
@@ -96,7 +138,7 @@ impl<'a> TensorView<'a> {
     /// The bytes (little-endian, row-major), straight from the map; `None` if the tensor is not contiguous in the file.
     pub fn bytes(&self) -> Option<&'a [u8]> {
         let e = self.entry;
-        e.strides.is_none().then(|| &self.map[e.start..e.start + e.elements() * e.dtype.size()])
+        e.strides.is_none().then(|| &self.map[e.start..e.start + e.elements() / e.dtype.block() * e.dtype.size()])
     }
 
     /// Number of elements.
@@ -145,18 +187,26 @@ impl<'a> TensorView<'a> {
                 Some(scale) => int8::read(data, scale, e.shape[1], start, out),
                 None => return Err(int8::missing(self.name)),
             },
-            other => return Err(self.error(format!("it holds {other}; weights must be floating-point numbers"))),
+            Dtype::I64 | Dtype::I32 | Dtype::I16 | Dtype::U8 | Dtype::Bool => {
+                return Err(self.error(format!("it holds {}; weights must be floating-point numbers", e.dtype)));
+            }
+            blocks if e.strides.is_none() => blocks::read(blocks, data, start, out),
+            blocks => self.read_strided(start, out, |i| blocks::value(blocks, data, i)),
         }
         Ok(())
     }
 
     fn read<const S: usize>(&self, data: &[u8], start: usize, out: &mut [f32], get: impl Fn([u8; S]) -> f32) {
         let values = data.as_chunks::<S>().0;
-        let Some(strides) = &self.entry.strides else {
-            out.iter_mut().zip(&values[start..]).for_each(|(o, b)| *o = get(*b));
-            return;
-        };
-        let shape = &self.entry.shape;
+        match self.entry.strides {
+            None => out.iter_mut().zip(&values[start..]).for_each(|(o, b)| *o = get(*b)),
+            Some(_) => self.read_strided(start, out, |i| get(values[i])),
+        }
+    }
+
+    /// Reads a tensor that is not contiguous; `get` gives the element at a place of its storage.
+    fn read_strided(&self, start: usize, out: &mut [f32], get: impl Fn(usize) -> f32) {
+        let (shape, strides) = (&self.entry.shape, self.entry.strides.as_deref().unwrap_or_default());
         let mut index = vec![0; shape.len()];
         let mut rest = start;
         for d in (0..shape.len()).rev() {
@@ -164,7 +214,7 @@ impl<'a> TensorView<'a> {
             rest /= shape[d].max(1);
         }
         for o in out {
-            *o = get(values[index.iter().zip(strides).map(|(i, s)| i * s).sum::<usize>()]);
+            *o = get(index.iter().zip(strides).map(|(i, s)| i * s).sum::<usize>());
             for d in (0..index.len()).rev() {
                 index[d] += 1;
                 if index[d] < shape[d] {
@@ -222,7 +272,8 @@ impl<'a> TensorView<'a> {
     }
 }
 
-/// A tensor to be written: f32 values given on demand, stored as `dtype` (F32, F16 or BF16, rounded to nearest even, or whole numbers as I8).
+/// A tensor to be written: f32 values given on demand, stored as `dtype` (F32, F16 or BF16, rounded to nearest even, whole numbers as I8, or in GGUF
+/// Q8_0).
 pub struct Source<'a> {
     /// Name.
     pub name: String,
@@ -241,7 +292,7 @@ impl<'a> Source<'a> {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.size()
+        self.shape.iter().product::<usize>() / self.dtype.block() * self.dtype.size()
     }
 
     /// The stored bytes, handed out in pieces.
@@ -249,7 +300,7 @@ impl<'a> Source<'a> {
         &self, mut out: impl FnMut(&[u8]) -> std::io::Result<()>,
     ) -> Result<std::io::Result<()>, Error> {
         let values = (self.values)()?;
-        if values.len() * self.dtype.size() != self.bytes() {
+        if values.len() != self.shape.iter().product::<usize>() || !values.len().is_multiple_of(self.dtype.block()) {
             let reason = format!("shape {:?} does not fit {} values", self.shape, values.len());
             return Err(Error::Tensor { name: self.name.clone(), reason });
         }
@@ -261,6 +312,7 @@ impl<'a> Source<'a> {
                 Dtype::F16 => piece.iter().for_each(|v| buffer.extend(f16::from_f32(*v).to_le_bytes())),
                 Dtype::BF16 => piece.iter().for_each(|v| buffer.extend(bf16::from_f32(*v).to_le_bytes())),
                 Dtype::I8 => buffer.extend(piece.iter().map(|v| *v as i8 as u8)),
+                Dtype::Q8_0 => blocks::write_q8_0(piece, &mut buffer),
                 other => {
                     let reason = format!("cannot be written as {other}: use F32, F16 or BF16");
                     return Err(Error::Tensor { name: self.name.clone(), reason });

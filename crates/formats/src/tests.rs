@@ -282,8 +282,8 @@ fn huggingface_folders_show_the_official_tensors() {
 }
 
 /// A small file of each kind, to be damaged.
-fn small_files() -> &'static [Vec<u8>; 3] {
-    static FILES: std::sync::OnceLock<[Vec<u8>; 3]> = std::sync::OnceLock::new();
+fn small_files() -> &'static [Vec<u8>; 4] {
+    static FILES: std::sync::OnceLock<[Vec<u8>; 4]> = std::sync::OnceLock::new();
     FILES.get_or_init(|| {
         let folder = Folder::new("small");
         let values = [1.5, -2.0, 3.0, 4.0, 5.0, 6.0];
@@ -300,7 +300,9 @@ fn small_files() -> &'static [Vec<u8>; 3] {
             Source::new("model.layers.0.attn.x_x", &[6, 1], Dtype::F32, &values),
         ];
         write_safetensors(&hf, &sources, &BTreeMap::new()).unwrap();
-        [pth, safe, hf].map(|p| std::fs::read(p).unwrap())
+        let gguf = folder.0.join("a.gguf");
+        write_small_gguf(&gguf);
+        [pth, safe, hf, gguf].map(|p| std::fs::read(p).unwrap())
     })
 }
 
@@ -310,7 +312,7 @@ proptest::proptest! {
     /// Whatever is changed in a file, reading it ends in tensors that can be read or in an error, never in a panic.
     #[test]
     fn damaged_files_are_errors_or_readable(
-        which in 0usize..3,
+        which in 0usize..4,
         edits in proptest::collection::vec((proptest::prelude::any::<proptest::sample::Index>(), proptest::prelude::any::<u8>()), 0..12),
         cut in proptest::option::of(proptest::prelude::any::<proptest::sample::Index>()),
         insert in proptest::option::of((proptest::prelude::any::<proptest::sample::Index>(), proptest::collection::vec(proptest::prelude::any::<u8>(), 1..40))),
@@ -332,8 +334,8 @@ proptest::proptest! {
         if let Ok(c) = Checkpoint::open(&path) {
             for name in c.names() {
                 let t = c.get(name).unwrap();
-                // Nothing larger than the file can come out of it.
-                proptest::prop_assert!(t.elements() <= bytes.len());
+                // Nothing larger than the file can come out of it; a byte holds two values at most.
+                proptest::prop_assert!(t.elements() <= 2 * bytes.len());
                 let _ = t.to_f32_vec();
                 let _ = t.to_u32_vec();
             }
@@ -378,4 +380,240 @@ fn matrices_in_8_bits_are_one_tensor_with_values() {
     let e = Checkpoint::open(&again).err().unwrap().to_string();
     assert!(e.contains("head.weight.scale is missing"), "{e}");
     std::fs::remove_dir_all(folder).unwrap();
+}
+
+/// Metadata of every kind that is written and tensors of all that a GGUF file changes.
+fn write_small_gguf(path: &std::path::Path) {
+    let values: Vec<f32> = (0..192).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.02).collect();
+    let sources = [
+        Source::new("token_embd.weight", &[2, 32], Dtype::Q8_0, &values[..64]),
+        Source::new("blk.0.time_mix_lerp_fused.weight", &[6, 1, 1, 32], Dtype::F32, &values),
+        Source::new("blk.0.time_mix_w1.weight", &[3, 32], Dtype::Q8_0, &values[..96]),
+        Source::new("blk.0.time_mix_r_k.weight", &[32], Dtype::F16, &values[..32]),
+        Source::new("blk.0.time_mix_v1.weight", &[3, 1], Dtype::BF16, &values[..3]),
+    ];
+    let text = |key: &str, v: &str| (key.to_string(), gguf::Value::Text(v.into()));
+    let metadata = [
+        text("general.architecture", "rwkv7"),
+        text("anser.tokenizer", "bytes"),
+        ("rwkv7.wkv.head_size".into(), gguf::Value::U32(16)),
+        ("rwkv7.attention.layer_norm_epsilon".into(), gguf::Value::F32(1e-5)),
+        ("tokens".into(), gguf::Value::Texts(vec!["a".into(), "bc".into()])),
+        ("types".into(), gguf::Value::I32s(vec![1, -2, 3])),
+    ];
+    gguf::write_gguf(path, &sources, &metadata).unwrap();
+}
+
+#[test]
+fn gguf_shows_the_official_tensors() {
+    let folder = Folder::new("gguf");
+    let path = folder.0.join("a.gguf");
+    write_small_gguf(&path);
+    let ckpt = Checkpoint::open(&path).unwrap();
+    assert_eq!((ckpt.format(), ckpt.naming()), (Format::Gguf, Naming::LlamaCpp));
+    let said = |key: &str| ckpt.metadata()[key].as_str();
+    assert_eq!((said("anser.tokenizer"), said("rwkv7.wkv.head_size")), ("bytes", "16"));
+    assert_eq!((said("tokens"), said("types")), ("[2 values]", "[3 values]"));
+    let seen = all(&ckpt);
+    let shifts = ["a", "g", "k", "r", "v", "w"].map(|m| format!("blocks.0.att.x_{m}"));
+    let others = ["blocks.0.att.r_k", "blocks.0.att.w1", "emb.weight"].map(String::from);
+    let mut names = [&others[..1], &others[1..2], &shifts[..], &others[2..]].concat();
+    names.sort();
+    // The first layer's value residual is a placeholder.
+    assert_eq!(seen.keys().cloned().collect::<Vec<_>>(), names);
+    assert_eq!((&seen["blocks.0.att.r_k"].0[..], &seen["blocks.0.att.w1"].0[..]), (&[2, 16][..], &[32, 3][..]));
+    let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) * 0.02;
+    for (row, m) in ["r", "w", "k", "v", "a", "g"].iter().enumerate() {
+        let expected: Vec<f32> = (0..32).map(|i| value(32 * row + i)).collect();
+        assert_eq!(seen[&format!("blocks.0.att.x_{m}")].1, expected);
+    }
+    // Transposed blocks: element (i, j) was (j, i).
+    let (emb, w1) = (&seen["emb.weight"].1, &seen["blocks.0.att.w1"].1);
+    for i in 0..32 {
+        for j in 0..3 {
+            let v = w1[3 * i + j];
+            assert!((v - value(32 * j + i)).abs() <= 0.5 / 127.0 && (j == 2 || v == emb[32 * j + i]));
+        }
+    }
+    let view = ckpt.get("blocks.0.att.w1").unwrap();
+    let mut part = [0.0; 17];
+    view.read_f32_from(41, &mut part).unwrap();
+    assert!(view.bytes().is_none() && part == w1[41..58]);
+}
+
+/// `fixtures/llama.cpp` holds random blocks of every type and the values that llama.cpp and gguf-py give them.
+#[test]
+fn blocks_have_the_values_that_llama_cpp_gives_them() {
+    let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/llama.cpp"));
+    let blocks = Checkpoint::open(&folder.join("blocks.gguf")).unwrap();
+    let expected = Checkpoint::open(&folder.join("blocks.safetensors")).unwrap();
+    assert_eq!(blocks.metadata()["a.list"], "[2 values]");
+    let kinds = ["Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0"];
+    assert_eq!(blocks.names().collect::<Vec<_>>(), kinds);
+    for kind in kinds {
+        let t = blocks.get(kind).unwrap();
+        let values = expected.get(kind).unwrap().to_f32_vec().unwrap();
+        assert_eq!((t.dtype().name(), t.shape()), (kind, expected.shape(kind).unwrap()));
+        let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&t.to_f32_vec().unwrap()), bits(&values), "{kind}");
+        // Reading may start and end anywhere.
+        for start in 0..values.len() {
+            for len in [1, 2, 31, 33, 70] {
+                let mut part = vec![0.0; len.min(values.len() - start)];
+                t.read_f32_from(start, &mut part).unwrap();
+                assert_eq!(bits(&part), bits(&values[start..start + part.len()]), "{kind} from {start}");
+            }
+        }
+    }
+    let plain = expected.get("rounded").unwrap().to_f32_vec().unwrap();
+    let mut out = Vec::new();
+    blocks::write_q8_0(&plain, &mut out);
+    assert_eq!(out, expected.get("rounded.Q8_0").unwrap().bytes().unwrap());
+}
+
+#[test]
+fn a_model_comes_back_from_llama_cpp_layout_to_the_bit() {
+    let folder = Folder::new("llama");
+    let golden = Checkpoint::open(&fixture("rwkv7.pth")).unwrap();
+    let official = all(&golden);
+    for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::Q8_0] {
+        let (path, again) = (folder.0.join("a.gguf"), folder.0.join("b.gguf"));
+        let (sources, mut metadata) = llama::from_official(&golden, Some(dtype)).unwrap();
+        metadata.extend(llama::tokenizer([], 0, None));
+        gguf::write_gguf(&path, &sources, &metadata).unwrap();
+        let ckpt = Checkpoint::open(&path).unwrap();
+        let seen = all(&ckpt);
+        assert!(seen.keys().eq(official.keys().filter(|n| !n.starts_with("blocks.0.att.v") || n.contains("value"))));
+        let mut kinds = std::collections::BTreeSet::new();
+        for (name, (shape, values)) in &seen {
+            let stored = ckpt.get(name).unwrap().dtype();
+            kinds.insert(stored.name());
+            let squeezed = |s: &[usize]| s.iter().copied().filter(|&d| d != 1).collect::<Vec<_>>();
+            assert_eq!(squeezed(shape), squeezed(&official[name].0), "{name}");
+            for (v, was) in values.iter().zip(&official[name].1) {
+                match stored {
+                    Dtype::F16 => assert_eq!(*v, half::f16::from_f32(*was).to_f32(), "{name}"),
+                    Dtype::BF16 => assert_eq!(*v, half::bf16::from_f32(*was).to_f32(), "{name}"),
+                    Dtype::F32 => assert_eq!(v, was, "{name}"),
+                    _ => {}
+                }
+            }
+        }
+        let expected: &[&str] = match dtype {
+            Dtype::F32 => &["F32"],
+            Dtype::F16 => &["F16", "F32"],
+            Dtype::BF16 => &["BF16", "F32"],
+            _ => &["F16", "F32", "Q8_0"],
+        };
+        assert!(kinds.iter().eq(expected), "{kinds:?}");
+        // What was written once is written the same again, in its own types.
+        let (sources, mut metadata) = llama::from_official(&ckpt, None).unwrap();
+        metadata.extend(llama::tokenizer([], 0, None));
+        gguf::write_gguf(&again, &sources, &metadata).unwrap();
+        assert!(std::fs::read(&path).unwrap() == std::fs::read(&again).unwrap(), "{dtype}");
+    }
+    let small = folder.0.join("small.safetensors");
+    let values = [0.0; 4];
+    write_safetensors(&small, &[Source::new("emb.weight", &[2, 2], Dtype::F32, &values)], &BTreeMap::new()).unwrap();
+    let small = Checkpoint::open(&small).unwrap();
+    let e = llama::from_official(&small, None).err().unwrap().to_string();
+    assert!(e.contains("blocks.0.ln0.weight: it is missing"), "{e}");
+}
+
+#[test]
+fn damaged_gguf_files_are_errors() {
+    let folder = Folder::new("gguf-damage");
+    let bad = folder.0.join("bad.gguf");
+    let whole = &small_files()[3];
+    let open = |bytes: &[u8]| {
+        std::fs::write(&bad, bytes).unwrap();
+        Checkpoint::open(&bad)
+    };
+    let error = |bytes: &[u8]| open(bytes).err().map(|e| e.to_string()).unwrap_or_default();
+    // The last tensor has 6 bytes, after which the file is filled up.
+    for cut in 0..whole.len() - 26 {
+        let e = error(&whole[..cut]);
+        assert!(e.contains("bad.gguf: "), "cut at {cut}: {e}");
+    }
+    for i in 0..whole.len() * 8 {
+        let mut file = whole.clone();
+        file[i / 8] ^= 1 << (i % 8);
+        if let Ok(ckpt) = open(&file) {
+            ckpt.names().for_each(|n| drop(ckpt.get(n).unwrap().to_f32_vec()));
+        }
+    }
+    // Counts and sizes beyond all bounds, at every place where there is one or not.
+    for at in 4..whole.len() - 8 {
+        for n in [u64::MAX, 1 << 63, 1 << 40, u64::from(u32::MAX)] {
+            let mut file = whole.clone();
+            file[at..at + 8].copy_from_slice(&n.to_le_bytes());
+            if let Ok(ckpt) = open(&file) {
+                assert!(ckpt.names().all(|n| ckpt.get(n).unwrap().elements() <= 2 * file.len()));
+            }
+        }
+    }
+    let replaced = |from: &[u8], to: &[u8]| {
+        let at = whole.windows(from.len()).position(|w| w == from).unwrap();
+        [&whole[..at], to, &whole[at + from.len()..]].concat()
+    };
+    let e = error(&replaced(b"rwkv7", b"llama"));
+    assert!(e.contains("architecture llama; GGUF files of rwkv7 load"), "{e}");
+    let e = error(&replaced(b"general.architecture", b"general.a_chitecture"));
+    assert!(e.contains("does not say general.architecture"), "{e}");
+    let e = error(&replaced(&1e-5f32.to_le_bytes(), &1e-6f32.to_le_bytes()));
+    assert!(e.contains("epsilon 0.000001; RWKV-7 has 0.00001"), "{e}");
+    let e = error(&replaced(&[3, 0, 0, 0], &[1, 0, 0, 0]));
+    assert!(e.contains("GGUF version 1; versions 2 and 3 load"), "{e}");
+    let e = error(&replaced(&[3, 0, 0, 0], &[0, 0, 0, 3]));
+    assert!(e.contains("big-endian"), "{e}");
+    // A type that is not read: the embedding's, after its two dimensions.
+    let head = |kind: u32| [&32u64.to_le_bytes()[..], &2u64.to_le_bytes(), &kind.to_le_bytes()].concat();
+    for (kind, name) in [(16, "IQ2_XXS"), (20, "IQ4_NL"), (10, "Q2_K"), (99, "unknown type 99")] {
+        let e = error(&replaced(&head(8), &head(kind)));
+        assert!(e.contains("tensor token_embd.weight") && e.contains(name), "{e}");
+    }
+    let e = error(&replaced(&head(8), &head(12)));
+    assert!(e.contains("[2, 32] are no multiple of the 256 values"), "{e}");
+    let values = [0.0; 30];
+    let odd = gguf::write_gguf(&bad, &[Source::new("x", &[30], Dtype::Q8_0, &values)], &[]);
+    assert!(odd.unwrap_err().to_string().contains("tensor x: rows of [30] are no multiple of the 32 values"));
+    let no = write_safetensors(&bad, &[Source::new("x", &[32], Dtype::Q8_0, &values)], &BTreeMap::new());
+    assert!(no.unwrap_err().to_string().contains("tensor x: a safetensors file cannot hold Q8_0"));
+}
+
+#[test]
+fn web_rwkv_files_show_the_official_tensors() {
+    let folder = Folder::new("st");
+    let path = folder.0.join("a.st");
+    let official = all(&Checkpoint::open(&fixture("rwkv7.pth")).unwrap());
+    let turned: Vec<(&String, Vec<usize>, Vec<f32>)> = official
+        .iter()
+        .map(|(name, (shape, v))| match name.split_once(".att.").map(|(_, part)| part) {
+            Some(part) if web_rwkv::is_low_rank(part) => {
+                let (rows, cols) = (shape[0], shape[1]);
+                (name, vec![cols, rows], (0..rows * cols).map(|i| v[i % rows * cols + i / rows]).collect())
+            }
+            _ => (name, shape.clone(), v.clone()),
+        })
+        .collect();
+    let sources: Vec<Source<'_>> =
+        turned.iter().map(|(n, shape, v)| Source::new(n.as_str(), shape, Dtype::F16, v)).collect();
+    write_safetensors(&path, &sources, &BTreeMap::new()).unwrap();
+    let ckpt = Checkpoint::open(&path).unwrap();
+    assert_eq!((ckpt.format(), ckpt.naming()), (Format::Safetensors, Naming::WebRwkv));
+    let seen = all(&ckpt);
+    assert_eq!(seen.len(), official.len());
+    for (name, (shape, values)) in &official {
+        let rounded: Vec<f32> = values.iter().map(|v| half::f16::from_f32(*v).to_f32()).collect();
+        assert!(seen[name] == (shape.clone(), rounded), "{name}");
+    }
+}
+
+#[test]
+fn tokens_are_written_as_python_does() {
+    let tokens: [&[u8]; 6] = [b"", b"\\\n'", b"'\"", "\u{e9}".as_bytes(), b"\x00\xff ~", b"a"];
+    let metadata = llama::tokenizer(tokens, 8, Some(5));
+    let expected = ["<s>", "\\\\\\n'", "\\'\"", "\\xc3\\xa9", "\\x00\\xff ~", "a", "[PAD6]", "[PAD7]"];
+    assert_eq!(metadata[1].1, gguf::Value::Texts(expected.map(String::from).to_vec()));
+    assert_eq!(metadata[2].1, gguf::Value::I32s(vec![3, 1, 1, 1, 1, 1, 5, 5]));
 }

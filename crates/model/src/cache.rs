@@ -118,11 +118,11 @@ impl Cache {
         // What may go, in whole units; the rest stays.
         let old = (len - self.window) / unit * unit;
         let stay = (self.keep - (len - old)) / unit;
-        let goodness = match (self.by, &past.to_vecs()[..]) {
-            (Eviction::Attention, [keys, _, queries]) => {
-                attention(ctx, &keys[..old * c], &queries[(len - self.window) * c..], c, heads)
+        let goodness = match (self.by, &past.notes()[..]) {
+            (Eviction::Attention, [queries]) => {
+                attention(ctx, &past.keys()[..old * c], &queries[(len - self.window) * c..], c, heads)
             }
-            (Eviction::Error, [_, _, values, keys]) => {
+            (Eviction::Error, [values, keys]) => {
                 forgotten(ctx, &values[..old * c], &keys[..old * c], &state(), c, heads)
             }
             _ => (0..old).map(|i| i as f32).collect(),
@@ -233,7 +233,7 @@ mod tests {
     fn the_best_stay_in_their_order() {
         let (ctx, c) = (Context::cpu(1), 4);
         let of = |len: usize, values: &[f32]| {
-            let past = Past::new(&ctx, c);
+            let past = Past::new(&ctx, 1, c);
             let rows = |x: &[f32]| ctx.copy_of(x);
             let keys: Vec<f32> = vec![1.0; len * c];
             let past = past.append(&ctx, [&rows(&keys), &rows(&keys)], 0, len, Chunks { size: 4, top: 2 });

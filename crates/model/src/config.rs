@@ -192,6 +192,15 @@ impl Config {
         Ok(c)
     }
 
+    /// What such models are called.
+    pub fn family(&self) -> &'static str {
+        match self.architecture {
+            Architecture::Rwkv7 if self.hybrid.is_some() => "RWKV-X",
+            Architecture::Rwkv7 => "RWKV-7",
+            Architecture::Transformer => "Transformer",
+        }
+    }
+
     /// Heads, H.
     pub fn heads(&self) -> usize {
         self.n_embd / self.head_size

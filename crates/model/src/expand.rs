@@ -2,7 +2,7 @@
 
 use crate::config::{Place, place};
 use crate::{Config, Error, Hybrid};
-use anser_formats::{Checkpoint, Source};
+use anser_formats::{Checkpoint, Dtype, Source};
 
 /// What an inserted block begins as. In both ways its matrices are those of the RWKV-7 block before it (receptance for queries), its
 /// norms are 1 and 0, and its token shift is that of a new block.
@@ -16,7 +16,7 @@ pub enum Expansion {
 }
 
 impl Hybrid {
-    /// The checkpoint of a RWKV-7 model as one of a hybrid: its configuration, and tensors in the types of the file.
+    /// The checkpoint of a RWKV-7 model as one of a hybrid: its configuration, and tensors in the types of the file, f16 for those quantised.
     ///
     /// # Errors
     /// When the checkpoint is no RWKV-7 model or a tensor is missing, or the hybrid is impossible.
@@ -30,6 +30,8 @@ impl Hybrid {
         }
         let config = Config { hybrid: Some(self), ..plain };
         config.validate()?;
+        // What is quantised comes as f16.
+        let float = |dtype: Dtype| if dtype == Dtype::I8 || dtype.block() > 1 { Dtype::F16 } else { dtype };
         let before = |j: usize| (j + 1) * (config.n_layer / self.layers) - 1;
         let mut sources = Vec::new();
         for (name, shape, _) in config.tensors() {
@@ -49,10 +51,10 @@ impl Hybrid {
                         t.release();
                         Ok(values.into())
                     });
-                    Source { name, shape: t.shape().into(), dtype: t.dtype(), values }
+                    Source { name, shape: t.shape().into(), dtype: float(t.dtype()), values }
                 }
                 None => {
-                    let dtype = ckpt.get("head.weight").map_or(anser_formats::Dtype::F32, |t| t.dtype());
+                    let dtype = ckpt.get("head.weight").map_or(Dtype::F32, |t| float(t.dtype()));
                     let values = if output { vec![0.0; shape.iter().product()] } else { config.vector(&name) };
                     Source { name, shape, dtype, values: Box::new(move || Ok(values.clone().into())) }
                 }

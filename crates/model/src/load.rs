@@ -53,10 +53,16 @@ impl Config {
         let (mut n_layer, mut attention) = (0, 0);
         for name in ckpt.names() {
             match place(name).0 {
-                Place::Block(i) => n_layer = n_layer.max(i + 1),
-                Place::Attention(j) => attention = attention.max(j + 1),
+                Place::Block(i) => n_layer = n_layer.max(i.saturating_add(1)),
+                Place::Attention(j) => attention = attention.max(j.saturating_add(1)),
                 Place::Outside => {}
             }
+        }
+        if n_layer.max(attention) > ckpt.names().count() {
+            return Err(Error::Checkpoint(format!(
+                "it names a layer {} and has few tensors: it is damaged",
+                n_layer.max(attention) - 1
+            )));
         }
         let hybrid = (attention > 0 || ckpt.names().any(|n| n.starts_with("rwkv."))).then(|| {
             let said = said.as_ref().and_then(|c| c.hybrid);
@@ -165,9 +171,6 @@ impl Model {
     /// As [`Model::load`], or when the configuration is impossible.
     pub fn load_as(ctx: &Context, ckpt: &Checkpoint, config: Config, load: Load) -> Result<Model, Error> {
         config.validate()?;
-        if config.hybrid.is_some_and(|h| h.layers > 0) && ctx.cuda().is_some() {
-            return Err(Error::Config("attention by chunks has no kernels for a GPU yet: use --device cpu".into()));
-        }
         let needed = match load {
             Load::Train => config.parameters() * 4,
             // On a GPU one matrix after another passes through memory.

@@ -2,9 +2,9 @@
 //!
 //! Needs a GPU: `cargo test -p anser-ops --test device -- --ignored` (the device is cuda:0).
 
-use anser_ops::attention::Chunks;
+use anser_ops::attention::{Chunks, Past};
 use anser_ops::wkv7::Wkv7Inputs;
-use anser_ops::{Activation, CrossEntropy, Group, LowRank, Param, ParamSet, Segment, Tape, Var, Weight};
+use anser_ops::{Activation, CrossEntropy, Group, LowRank, Param, ParamSet, Segment, Tape, Var, Weight, batch};
 use anser_tensor::{Buf, Context, DType, Device};
 use std::sync::Arc;
 
@@ -316,10 +316,47 @@ fn attention() {
     use Kind::Act;
     for (heads, n) in [(2, 16), (3, 32), (2, 64), (1, 128)] {
         let three: [Leaf; 3] = std::array::from_fn(|_| Leaf(ROWS, heads * n, 1.5, Act));
-        check(&format!("attention {n}"), &three, &[], |t, x, _| {
-            vec![t.attention([&x[0], &x[1], &x[2]], &segments(), heads, Chunks::WHOLE, &[]).0]
-        });
-        check(&format!("rotary {n}"), &three[..1], &[], |t, x, _| vec![t.rotary(&x[0], &segments(), heads)]);
+        let segments: Arc<[Segment]> =
+            segments().iter().map(|s| Segment { state_in: None, state_out: None, ..*s }).collect();
+        for chunks in [Chunks::WHOLE, Chunks { size: 5, top: 2 }, Chunks { size: 16, top: 1 << 24 }] {
+            check(&format!("attention {n} {chunks:?}"), &three, &[], |t, x, _| {
+                vec![t.attention([&x[0], &x[1], &x[2]], &segments, heads, chunks, &[]).0]
+            });
+        }
+        check(&format!("rotary {n}"), &three[..1], &[], |t, x, _| vec![t.rotary(&x[0], &segments, heads)]);
+    }
+}
+
+/// Read in pieces, with tokens given up between two of them, as on the CPU.
+#[test]
+#[ignore = "needs a GPU"]
+fn attention_with_a_past() {
+    let (heads, n, len, chunks) = (2, 64, 90, Chunks { size: 8, top: 3 });
+    let c = heads * n;
+    let x: [Vec<f32>; 3] = std::array::from_fn(|i| rounded(&noise(len * c, i as u32 + 1, 1.5)));
+    let read = |ctx: &Context| {
+        let (params, mut pasts, mut y) = (ParamSet::default(), vec![Past::new(ctx, heads, c)], Vec::new());
+        for (from, to) in [(0, 21), (21, 22), (22, 64), (64, 90)] {
+            let mut t = Tape::inference(ctx, &params);
+            let var = |x: &Vec<f32>| Var::constant(to - from, c, ctx.copy_of(&x[from * c..to * c]));
+            let [q, k, v] = x.each_ref().map(var);
+            let out;
+            (out, pasts) = t.attention([&q, &k, &v], &batch(1, to - from, true).into(), heads, chunks, &pasts);
+            y.extend(out.to_vec());
+            if to == 64 {
+                let kept: Vec<usize> = (0..16).chain(32..40).chain(50..64).collect();
+                pasts[0] = pasts[0].keep(ctx, &kept, chunks);
+            }
+        }
+        ctx.check().unwrap();
+        (y, pasts[0].keys())
+    };
+    let (y, keys) = read(&Context::cpu(2));
+    for (dtype, tolerance) in TYPES {
+        let got = read(&Context::with_activations(Device::Cuda(0), dtype, 1).unwrap());
+        let e = error(&got.0, &y);
+        assert!(e <= tolerance, "{dtype}: off by {e:.1e}");
+        assert!(got.1 == keys);
     }
 }
 

@@ -49,6 +49,24 @@ enum What {
         #[arg(long, default_value_t = 64)]
         head_size: usize,
     },
+    /// Top-k chunk attention alone, forward and with the backward pass, kernel by kernel on a GPU
+    Attention {
+        /// Tokens of the sequence; without it 8192, 32768 and 131072
+        #[arg(long)]
+        ctx: Option<usize>,
+        /// Heads; without it 12 and 40
+        #[arg(long)]
+        heads: Option<usize>,
+        /// Size of a head
+        #[arg(long, default_value_t = 64)]
+        head_size: usize,
+        /// Tokens of a chunk, with --top; without them 2048 with 3 and 128 with 16
+        #[arg(long, requires = "top")]
+        chunk: Option<usize>,
+        /// Chunks that a query sees, its own included
+        #[arg(long, requires = "chunk")]
+        top: Option<usize>,
+    },
     /// Decoding and prefill of a randomly initialised model: tokens/s and share of the memory bandwidth
     Decode {
         /// Size
@@ -184,6 +202,27 @@ impl Step {
     }
 }
 
+/// A line for the operation and one for each kernel.
+fn attention(a: &bench::Attention) -> String {
+    let mut text = format!(
+        "chunk {} top {}, T{} H{} N{}: forward {:.3} ms = {:.0} TFLOP/s, with backward {:.3} ms = {:.0} TFLOP/s\n",
+        a.chunk,
+        a.top,
+        a.tokens,
+        a.heads,
+        a.head_size,
+        1e3 * a.forward,
+        a.flops / a.forward / 1e12,
+        1e3 * a.both,
+        3.5 * a.flops / a.both / 1e12,
+    );
+    let all: f64 = a.kernels.iter().map(|k| k.1).sum();
+    for (name, seconds) in &a.kernels {
+        text += &format!("  {name:28} {:9.3} ms {:5.1}%\n", 1e3 * seconds, 100.0 * seconds / all);
+    }
+    text
+}
+
 /// Runs the subcommand.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let ctx = global.context()?;
@@ -278,6 +317,24 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                     100.0 * floor / r.both,
                 )
             })
+        }
+        What::Attention { ctx: tokens, heads, head_size, chunk, top } => {
+            ensure!([16, 32, 64, 128].contains(head_size), "--head-size must be 16, 32, 64 or 128");
+            let shapes = match (chunk, top) {
+                (Some(size), Some(top)) => vec![[*size, *top]],
+                _ => vec![[2048, 3], [128, 16]],
+            };
+            ensure!(shapes.iter().flatten().all(|n| *n > 0), "--chunk and --top must be at least 1");
+            let mut all = Vec::new();
+            for chunks in shapes {
+                for heads in heads.map_or(vec![12, 40], |h| vec![h]) {
+                    for tokens in tokens.map_or(vec![8192, 32768, 131072], |t| vec![t]) {
+                        all.push(bench::attention(&ctx, tokens, heads, *head_size, chunks));
+                        ctx.check()?;
+                    }
+                }
+            }
+            global.result(serde_json::to_value(&all)?, || all.iter().map(attention).collect())
         }
         What::Decode { batch, state, tune, .. } if *batch != 1 || *state != DType::F32 || *tune => {
             anyhow::bail!("--batch, --state and --tune need --device cuda")

@@ -1,5 +1,5 @@
 use crate::global::Global;
-use anser_formats::{CONFIG_JSON, Checkpoint, write_pth, write_safetensors};
+use anser_formats::{CONFIG_JSON, Checkpoint, int8, write_pth, write_safetensors};
 use anser_model::{Expansion, Hybrid};
 use anyhow::ensure;
 use serde_json::json;
@@ -41,6 +41,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         Some("safetensors") => {
             let mut metadata = ckpt.metadata().clone();
             metadata.remove(CONFIG_JSON);
+            metadata.remove(int8::INT8);
             metadata.extend([config.description()]);
             write_safetensors(&args.out, &sources, &metadata)?
         }

@@ -1,21 +1,30 @@
 use crate::global::Global;
-use anser_formats::{Checkpoint, Naming};
-use anser_model::{Architecture, Config};
+use anser_formats::{CONFIG_JSON, Checkpoint, Format, Naming};
+use anser_model::Config;
+use anyhow::Context as _;
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::PathBuf;
 
-/// Dimensions, parameters, state size and tensors of a checkpoint
+/// Format, dimensions, parameters, state size and tensors of a checkpoint, and what it lacks
 #[derive(clap::Args)]
 pub struct Args {
-    /// Checkpoint: .pth, .safetensors or a Hugging Face folder
+    /// Checkpoint: .pth, .safetensors, .st, .gguf or a Hugging Face folder
     model: PathBuf,
 }
 
 /// Runs the subcommand.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let ckpt = Checkpoint::open(&args.model)?;
-    let config = Config::from_checkpoint(&ckpt)?;
+    let mut types: BTreeMap<&str, usize> = BTreeMap::new();
+    for t in ckpt.names().filter_map(|name| ckpt.get(name)) {
+        *types.entry(t.dtype().name()).or_default() += 1;
+    }
+    let mix: Vec<String> = types.iter().map(|(dtype, n)| format!("{n} {dtype}")).collect();
+    let kind = format!("{}, {} names, tensors: {}", ckpt.format(), ckpt.naming(), mix.join(", "));
+    let config = Config::from_checkpoint(&ckpt).with_context(|| format!("{}: {kind}", args.model.display()))?;
+    let missing = missing(&ckpt, &config);
     global.remarks(&config);
     let mut tensors = Vec::new();
     for name in ckpt.names() {
@@ -28,22 +37,18 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         "config": config,
         "parameters": config.parameters(),
         "state": config.state_len(),
-        "names": match ckpt.naming() {
-            Naming::Official => "official",
-            Naming::HuggingFace => "huggingface",
-        },
+        "format": ckpt.format().to_string(),
+        "names": ckpt.naming().to_string(),
+        "types": types,
+        "missing": missing,
         "metadata": ckpt.metadata(),
         "tensors": tensors,
     });
     global.result(json, || {
         let c = &config;
         let mut s = format!(
-            "{}: {} layers, width {}, {} heads of {}, vocabulary {}{}\n{} parameters, state of {} numbers per sequence\n",
-            match c.architecture {
-                Architecture::Rwkv7 if c.hybrid.is_some() => "RWKV-X",
-                Architecture::Rwkv7 => "RWKV-7",
-                Architecture::Transformer => "Transformer",
-            },
+            "{kind}\n{}: {} layers, width {}, {} heads of {}, vocabulary {}{}\n{} parameters, state of {} numbers per sequence\n",
+            c.family(),
             c.n_layer,
             c.n_embd,
             c.heads(),
@@ -63,10 +68,33 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                 c.cache_len()
             );
         }
+        for what in &missing {
+            let _ = writeln!(s, "missing: {what}");
+        }
         for t in &tensors {
             let (name, dtype) = (t["name"].as_str().unwrap_or_default(), t["dtype"].as_str().unwrap_or_default());
             let _ = writeln!(s, "{name:40} {dtype:5} {}", t["shape"]);
         }
         s
     })
+}
+
+/// What a model of these dimensions should have and this one lacks.
+fn missing(ckpt: &Checkpoint, config: &Config) -> Vec<String> {
+    let tensors = config.tensors().into_iter().map(|(name, ..)| name);
+    let mut missing: Vec<String> =
+        tensors.filter(|name| ckpt.get(name).is_none()).map(|n| format!("tensor {n}")).collect();
+    if ckpt.format() == Format::Gguf && ckpt.metadata().get("tokenizer.ggml.model").is_none_or(|m| m != "rwkv") {
+        missing.push("a RWKV tokenizer in the metadata (tokenizer.ggml.model)".into());
+    }
+    if ckpt.naming() == Naming::HuggingFace && ckpt.path().is_dir() {
+        if !ckpt.metadata().contains_key(CONFIG_JSON) {
+            missing.push(format!("{CONFIG_JSON} (dimensions come from the tensors)"));
+        }
+        let vocabularies = ["rwkv_vocab_v20230424.txt", "tokenizer.json", "tokenizer_config.json"];
+        if !vocabularies.iter().any(|file| ckpt.path().join(file).exists()) {
+            missing.push("tokenizer files (World is taken, which is part of the program)".into());
+        }
+    }
+    missing
 }

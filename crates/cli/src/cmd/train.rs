@@ -55,7 +55,8 @@ pub fn watched(global: &Global, config: &RunConfig) -> anyhow::Result<Summary> {
     let mut watch = |event: Event| match event {
         Event::Started { config, steps, resumed, tokens, memory, seconds } => {
             line(format!(
-                "RWKV-7: {} layers, width {}, {} parameters; {} threads; {tokens} tokens of text",
+                "{}: {} layers, width {}, {} parameters; {} threads; {tokens} tokens of text",
+                config.family(),
                 config.n_layer,
                 config.n_embd,
                 config.parameters(),

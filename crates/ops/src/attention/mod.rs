@@ -19,12 +19,15 @@
 
 use crate::rows::{blocks, row, sum};
 use crate::{Segment, Tape, Var};
-use anser_tensor::{Buf, Context, DisjointMut, Guard};
+use anser_tensor::cuda::DevicePtr;
+use anser_tensor::{Buf, Context, DType, DisjointMut, Guard};
 use std::ops::Range;
 use std::sync::Arc;
 
 mod cpu;
 mod cuda;
+#[cfg(test)]
+mod device;
 mod past;
 #[cfg(test)]
 mod tests;
@@ -44,11 +47,6 @@ pub struct Chunks {
 impl Chunks {
     /// One chunk of any length: dense attention.
     pub const WHOLE: Chunks = Chunks { size: usize::MAX, top: 1 };
-
-    /// Places for past chunks that a token needs in sequences of at most `tokens`.
-    fn slots(self, tokens: usize) -> usize {
-        (self.top - 1).min(tokens.saturating_sub(1) / self.size)
-    }
 }
 
 /// Means of the keys of full chunks, numbered `range`, of a sequence's `keys` [tokens, C], into `to` from element `at` on.
@@ -65,18 +63,22 @@ fn means(ctx: &Context, keys: &[f32], range: Range<usize>, size: usize, to: &mut
     });
 }
 
-/// Keys, values and means of a sequence that has a past, held while they are read.
-type Held<'a> = [Guard<'a>; 3];
+/// Of each segment whose keys and values are not rows of k and v, but those of a past: how many were there before, and all of them with their
+/// means, held while they are read.
+type Held<'a> = Vec<Option<(usize, [Guard<'a>; 3])>>;
 
-/// The sequences of segments: keys and values are those of the past that their rows were appended to, or else rows of k and v.
+fn hold<'a>(segments: &[Segment], seen: &'a [Option<Past>]) -> Held<'a> {
+    segments.iter().zip(seen).map(|(s, p)| p.as_ref().map(|p| (p.len() - s.len, p.read()))).collect()
+}
+
+/// The sequences of segments on the CPU. `means` are those of segments without a past, one after another.
 fn sequences<'a>(
-    segments: &[Segment], seen: &'a [Option<(usize, Held<'a>)>], [k, v, means]: [&'a [f32]; 3], c: usize,
-    chunks: Chunks,
+    segments: &[Segment], held: &'a Held<'a>, [k, v, means]: [&'a [f32]; 3], c: usize, chunks: Chunks,
 ) -> Vec<Sequence<'a>> {
     let mut full = 0;
-    let sequence = |(s, seen): (&Segment, &'a Option<(usize, Held<'a>)>)| {
+    let sequence = |(s, held): (&Segment, &'a Option<(usize, [Guard<'a>; 3])>)| {
         let (start, len) = (s.start, s.len);
-        if let Some((past, [keys, values, means])) = seen {
+        if let Some((past, [keys, values, means])) = held {
             return Sequence { start, len, past: *past, keys, values, means };
         }
         let rows = start * c..(start + len) * c;
@@ -84,7 +86,29 @@ fn sequences<'a>(
         full += len / chunks.size;
         Sequence { start, len, past: 0, keys: &k[rows.clone()], values: &v[rows], means }
     };
-    segments.iter().zip(seen).map(sequence).collect()
+    segments.iter().zip(held).map(sequence).collect()
+}
+
+/// The same on a GPU.
+fn plan(
+    ctx: &Context, segments: &[Segment], held: &Held<'_>, [q, k, v]: [&Var; 3], means: DevicePtr, of: Shape,
+) -> cuda::Plan {
+    let c = q.cols();
+    let mut full = 0;
+    let sequence = |(s, held): (&Segment, &Option<(usize, [Guard<'_>; 3])>)| {
+        let (first_row, len) = (s.start, s.len);
+        if let Some((past, all)) = held {
+            let [keys, values, means] = all.each_ref().map(|g| g.ptr());
+            let known = (past + len) / of.chunks.size;
+            return cuda::Sequence { first_row, len, past: *past, known, keys, values, means };
+        }
+        let [keys, values] = [k, v].map(|x| x.buf().ptr().offset(first_row * c, ctx.dtype()));
+        let means = means.offset(full * c, DType::F32);
+        full += len / of.chunks.size;
+        cuda::Sequence { first_row, len, past: 0, known: 0, keys, values, means }
+    };
+    let list: Vec<_> = segments.iter().zip(held).map(sequence).collect();
+    cuda::Plan::new(ctx, q.rows(), of.heads, of.n, of.chunks, &list)
 }
 
 impl<'p> Tape<'p> {
@@ -103,28 +127,35 @@ impl<'p> Tape<'p> {
         let ctx = self.ctx().clone();
         let needs = self.needs_grad(&[q, k, v], &[]);
         assert!(!needs || segments.iter().all(|s| s.state_in.is_none()), "no gradient flows to a past");
-        let (seen, pasts) = Past::advance(&ctx, pasts, [k, v], segments, chunks);
+        let (seen, pasts) = Past::advance(&ctx, pasts, [k, v], segments, heads, chunks);
         let longest = segments.iter().zip(&seen).map(|(s, p)| p.as_ref().map_or(s.len, Past::len)).max().unwrap_or(0);
-        let of = Shape { heads, n, chunks, slots: chunks.slots(longest) };
+        // No more than there is.
+        let slots = (chunks.top - 1).min(longest.saturating_sub(1) / chunks.size);
+        let chunks = Chunks { size: chunks.size.min(longest.max(1)), top: slots + 1 };
+        let of = Shape { heads, n, chunks, slots };
 
         let fresh = || segments.iter().zip(&seen).filter(|(_, p)| p.is_none()).map(|(s, _)| s);
-        let full: usize = fresh().map(|s| if of.slots > 0 { s.len / chunks.size } else { 0 }).sum();
-        let (mut new_means, mut picks) = (ctx.alloc_f32(full * c), ctx.alloc_f32(rows * heads * of.slots));
+        let full: usize = fresh().map(|s| if slots > 0 { s.len / chunks.size } else { 0 }).sum();
+        let (mut new_means, mut picks) = (ctx.alloc_f32(full * c), ctx.alloc_f32(rows * heads * slots));
         let (mut y, mut lse) = (ctx.alloc(rows * c), needs.then(|| ctx.alloc_f32(rows * heads)));
+        let held = hold(segments, &seen);
         if let Some(gpu) = ctx.cuda() {
-            cuda::forward(&ctx, gpu, segments, heads, [q, k, v], &y, lse.as_ref());
+            let plan = plan(&ctx, segments, &held, [q, k, v], new_means.ptr(), of);
+            if slots > 0 {
+                cuda::means(&ctx, gpu, &plan);
+                cuda::select(&ctx, gpu, &plan, q.buf(), &picks);
+            }
+            cuda::forward(&ctx, gpu, &plan, q.buf(), &picks, &y, lse.as_ref());
         }
         self.run(|| {
             let mut to = &mut new_means[..];
-            for s in fresh().filter(|s| of.slots > 0 && s.len >= chunks.size) {
+            for s in fresh().filter(|s| slots > 0 && s.len >= chunks.size) {
                 let here;
                 (here, to) = to.split_at_mut(s.len / chunks.size * c);
                 means(&ctx, &k.data()[s.start * c..], 0..s.len / chunks.size, chunks.size, here);
             }
-            let held: Vec<_> =
-                segments.iter().zip(&seen).map(|(s, p)| p.as_ref().map(|p| (p.len() - s.len, p.read()))).collect();
             let sequences = sequences(segments, &held, [k.data(), v.data(), &new_means], c, chunks);
-            if of.slots > 0 {
+            if slots > 0 {
                 cpu::select(&ctx, &sequences, of, q.data(), &mut picks);
             }
             cpu::forward(&ctx, &sequences, of, q.data(), &picks, &mut y, lse.as_deref_mut());
@@ -136,11 +167,14 @@ impl<'p> Tape<'p> {
             let x = [q, k, v].map(Var::clone);
             self.record(move |b| {
                 let Some(dy) = slot.take() else { return };
-                let mut delta = ctx.alloc_f32(rows * heads);
                 let mut grads: [Buf; 3] = std::array::from_fn(|_| ctx.alloc(rows * c));
+                // What a sequence without a past sees is in k and v.
+                let held = segments.iter().map(|_| None).collect();
                 if let Some(gpu) = ctx.cuda() {
-                    cuda::backward(&ctx, gpu, &segments, heads, &x, [y.buf(), &dy, &lse, &delta], grads.each_ref());
+                    let plan = plan(&ctx, &segments, &held, x.each_ref(), DevicePtr::NULL, of);
+                    cuda::backward(&ctx, gpu, &plan, x[0].buf(), &picks, [y.buf(), &dy, &lse], grads.each_ref());
                 }
+                let mut delta = ctx.alloc_f32(if ctx.cuda().is_none() { rows * heads } else { 0 });
                 b.run(|_| {
                     let shared = DisjointMut::new(&mut delta);
                     blocks(&ctx, rows, |_, r| {
@@ -152,7 +186,6 @@ impl<'p> Tape<'p> {
                         }
                     });
                     let [q, k, v] = x.each_ref().map(Var::data);
-                    let held: Vec<_> = segments.iter().map(|_| None).collect();
                     let sequences = sequences(&segments, &held, [k, v, &[]], c, chunks);
                     let saved = Saved { q, dy: &dy, picks: &picks, lse: &lse, delta: &delta };
                     cpu::backward(&ctx, &sequences, of, saved, grads.each_mut().map(|g| &mut g[..]));

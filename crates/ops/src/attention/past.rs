@@ -1,13 +1,15 @@
 //! What attention keeps of a sequence.
 
-use super::Chunks;
+use super::{Chunks, cuda};
 use crate::{Segment, Var};
+use anser_tensor::cuda::DevicePtr;
 use anser_tensor::{Buf, Context, DType, GrowingRows, Guard};
 
 /// Keys and values [tokens, C] that one layer's attention has seen of one sequence, and the mean key of every full chunk. Clones share
 /// memory ([`GrowingRows`]), so that a state can be kept or forked at no cost.
 #[derive(Clone)]
 pub struct Past {
+    heads: usize,
     pub(super) keys: GrowingRows,
     pub(super) values: GrowingRows,
     /// f32 [chunks, C].
@@ -17,10 +19,11 @@ pub struct Past {
 }
 
 impl Past {
-    /// Nothing seen, for keys of `c` channels.
-    pub fn new(ctx: &Context, c: usize) -> Past {
+    /// Nothing seen, for keys of `heads` heads with `c` channels in all.
+    pub fn new(ctx: &Context, heads: usize, c: usize) -> Past {
         let rows = |dtype| GrowingRows::new(ctx, c, dtype);
-        Past { keys: rows(ctx.dtype()), values: rows(ctx.dtype()), means: rows(DType::F32), notes: Vec::new() }
+        let [keys, values] = [ctx.dtype(); 2].map(rows);
+        Past { heads, keys, values, means: rows(DType::F32), notes: Vec::new() }
     }
 
     /// Tokens kept.
@@ -42,6 +45,16 @@ impl Past {
     /// Copies of what is kept of every token, [tokens, C] as f32: keys, values, then notes; waits for the device.
     pub fn to_vecs(&self) -> Vec<Vec<f32>> {
         self.rows().map(GrowingRows::to_vec).collect()
+    }
+
+    /// A copy of the keys, [tokens, C] as f32; waits for the device.
+    pub fn keys(&self) -> Vec<f32> {
+        self.keys.to_vec()
+    }
+
+    /// Copies of the notes, likewise.
+    pub fn notes(&self) -> Vec<Vec<f32>> {
+        self.notes.iter().map(GrowingRows::to_vec).collect()
     }
 
     /// The same with notes of the last `count` tokens: rows of `notes`, as many matrices every time, from row `first` on.
@@ -69,8 +82,8 @@ impl Past {
         };
         let (keys, values) = (gather(&self.keys), gather(&self.values));
         let none = GrowingRows::new(ctx, c, DType::F32);
-        let means = grown(ctx, &none, &keys, chunks);
-        Past { keys, values, means, notes: self.notes.iter().map(gather).collect() }
+        let means = grown(ctx, &none, &keys, self.heads, chunks);
+        Past { heads: self.heads, keys, values, means, notes: self.notes.iter().map(gather).collect() }
     }
 
     /// Keys, values and means for reading.
@@ -82,19 +95,19 @@ impl Past {
     pub fn append(&self, ctx: &Context, [k, v]: [&Buf; 2], first: usize, count: usize, chunks: Chunks) -> Past {
         let keys = self.keys.append(ctx, k, first, count);
         let values = self.values.append(ctx, v, first, count);
-        let means = grown(ctx, &self.means, &keys, chunks);
-        Past { keys, values, means, notes: self.notes.clone() }
+        let means = grown(ctx, &self.means, &keys, self.heads, chunks);
+        Past { heads: self.heads, keys, values, means, notes: self.notes.clone() }
     }
 
     /// What segments see: for each the past that its rows of `k` and `v` were appended to; `None` where it starts from nothing and
     /// leaves nothing. And the pasts by slot afterwards.
     pub(super) fn advance(
-        ctx: &Context, pasts: &[Past], [k, v]: [&Var; 2], segments: &[Segment], chunks: Chunks,
+        ctx: &Context, pasts: &[Past], [k, v]: [&Var; 2], segments: &[Segment], heads: usize, chunks: Chunks,
     ) -> (Vec<Option<Past>>, Vec<Past>) {
         let mut next = pasts.to_vec();
         let seen = segments.iter().map(|s| {
             s.state_in.or(s.state_out)?;
-            let before = s.state_in.map_or_else(|| Past::new(ctx, k.cols()), |slot| pasts[slot].clone());
+            let before = s.state_in.map_or_else(|| Past::new(ctx, heads, k.cols()), |slot| pasts[slot].clone());
             let after = before.append(ctx, [k.buf(), v.buf()], s.start, s.len, chunks);
             if let Some(slot) = s.state_out {
                 next[slot] = after.clone();
@@ -106,14 +119,21 @@ impl Past {
 }
 
 /// The means with those of chunks that have become full.
-fn grown(ctx: &Context, means: &GrowingRows, keys: &GrowingRows, chunks: Chunks) -> GrowingRows {
+fn grown(ctx: &Context, means: &GrowingRows, keys: &GrowingRows, heads: usize, chunks: Chunks) -> GrowingRows {
     let (known, full) = (means.len(), keys.len() / chunks.size);
     if full == known {
         return means.clone();
     }
     means.append_with(ctx, full - known, |to, at| {
-        if !ctx.is_dry() {
-            super::means(ctx, &keys.read(), known..full, chunks.size, &mut to[at..at + (full - known) * keys.cols()]);
+        let rows = keys.read();
+        if let Some(gpu) = ctx.cuda() {
+            let (len, none) = (full * chunks.size, DevicePtr::NULL);
+            let (at, to) = (rows.ptr(), to.ptr());
+            let sequence = cuda::Sequence { first_row: 0, len, past: 0, known, keys: at, values: none, means: to };
+            let plan = cuda::Plan::new(ctx, 0, heads, keys.cols() / heads, chunks, &[sequence]);
+            cuda::means(ctx, gpu, &plan);
+        } else if !ctx.is_dry() {
+            super::means(ctx, &rows, known..full, chunks.size, &mut to[at..at + (full - known) * keys.cols()]);
         }
     })
 }

@@ -105,7 +105,7 @@ fn cuts_do_not_change_a_bit() {
     for chunks in [Chunks::WHOLE, chunks(16, 3), chunks(7, 2), chunks(40, 1), chunks(1, 5)] {
         let (whole, _) = attend(&ctx, &x, batch(1, len, false), heads, chunks, &[]);
         for cut in [1, 5, 16, 33, 149] {
-            let mut pasts = vec![Past::new(&ctx, c)];
+            let mut pasts = vec![Past::new(&ctx, heads, c)];
             let mut y = Vec::new();
             for first in (0..len).step_by(cut) {
                 let count = cut.min(len - first);
@@ -127,7 +127,7 @@ fn a_fork_goes_on_from_its_own_past() {
     let rule = chunks(4, 2);
     let rows =
         |from: usize, count: usize| x.each_ref().map(|x| Var::constant(count, n, x.buf().part(from * n, count * n)));
-    let (_, start) = attend(&ctx, &rows(0, 9), batch(1, 9, true), heads, rule, &[Past::new(&ctx, n)]);
+    let (_, start) = attend(&ctx, &rows(0, 9), batch(1, 9, true), heads, rule, &[Past::new(&ctx, 1, n)]);
     let (a, after) = attend(&ctx, &rows(9, 5), batch(1, 5, true), heads, rule, &start);
     let (b, _) = attend(&ctx, &rows(14, 5), batch(1, 5, true), heads, rule, &start);
     // From the same past, in either order and beside each other.
@@ -207,11 +207,11 @@ fn what_is_kept_is_as_if_nothing_else_had_been() {
         })
     };
     let first: Vec<usize> = (0..20).collect();
-    let (_, all) = attend(&ctx, &rows(&first), batch(1, 20, true), 1, rule, &[Past::new(&ctx, n)]);
+    let (_, all) = attend(&ctx, &rows(&first), batch(1, 20, true), 1, rule, &[Past::new(&ctx, 1, n)]);
     let all = all[0].noting(&ctx, &[x[0].buf()], 0, 20);
     let kept = [0, 1, 2, 3, 8, 9, 13, 17, 18, 19];
     let few = all.keep(&ctx, &kept, rule);
-    let (_, want) = attend(&ctx, &rows(&kept), batch(1, 10, true), 1, rule, &[Past::new(&ctx, n)]);
+    let (_, want) = attend(&ctx, &rows(&kept), batch(1, 10, true), 1, rule, &[Past::new(&ctx, 1, n)]);
     assert_eq!((few.len(), few.to_vecs().len()), (10, 3));
     assert!(few.to_vecs()[..2] == want[0].to_vecs()[..] && few.to_vecs()[2] == rows(&kept)[0].to_vec());
     let next: Vec<usize> = (20..30).collect();

@@ -37,6 +37,11 @@ impl DevicePtr {
     /// The null address: "not given" to a kernel.
     pub const NULL: DevicePtr = DevicePtr(0);
 
+    /// The address itself, for tables that kernels read.
+    pub fn address(self) -> u64 {
+        self.0
+    }
+
     /// The address `elements` elements of `dtype` further.
     pub fn offset(self, elements: usize, dtype: DType) -> DevicePtr {
         DevicePtr(self.0 + (elements * dtype.size()) as u64)

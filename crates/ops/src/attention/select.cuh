@@ -1,0 +1,250 @@
+// Means of chunks, and the choice of chunks by them.
+//
+// A block has 128 queries of a head, a thread each. Scores come for 32 chunks at a time, on tensor cores in 16 bits: queries are exact, means in two parts.
+// A thread marks those above its worst pick, then takes the marked ones, in ascending order, into a sorted list in registers: what displaces
+// must be greater, so that of equal scores the lower chunk stays.
+#pragma once
+#include "plan.cuh"
+
+namespace chunks {
+
+// A block a chunk and head, n / 8 columns of threads; rows in a fixed order.
+template <class T> __device__ void means(const Plan& p, int n) {
+    const Sequence& s = sequence_of<&Sequence::chunk_base>(p, blockIdx.x);
+    const int c = int(blockIdx.x) - s.chunk_base;
+    if (c < s.known || (c + 1) * p.size > s.past + s.len) return;
+    __shared__ float parts[256][9];
+    const int lanes = n / 8, col = threadIdx.x % lanes * 8, step = 256 / lanes;
+    const T* keys = static_cast<const T*>(s.keys) + (size_t(c) * p.size * p.heads + blockIdx.y) * n + col;
+    Vec sum = zeros();
+#pragma unroll 4
+    for (int row = threadIdx.x / lanes; row < p.size; row += step) {
+        const Vec x = load(keys + size_t(row) * p.heads * n);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum[j] += x[j];
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) parts[threadIdx.x][j] = sum[j];
+    __syncthreads();
+    if (threadIdx.x >= n) return;
+    float total = 0.f;
+    for (int i = 0; i < step; i++) total += parts[i * lanes + threadIdx.x / 8][threadIdx.x % 8];
+    s.means[(size_t(c) * p.heads + blockIdx.y) * n + threadIdx.x] = total / float(p.size);
+}
+
+// Means as two parts, [chunks, heads, 2, n]; 8 channels a thread. What isn't full becomes zero.
+template <class T> __device__ void split(const Plan& p, T* parts, int n) {
+    const Sequence& s = sequence_of<&Sequence::chunk_base>(p, blockIdx.x);
+    const int c = int(blockIdx.x) - s.chunk_base;
+    const bool full = (c + 1) * p.size <= s.past + s.len;
+    for (int i = threadIdx.x; i < p.heads * n / 8; i += blockDim.x) {
+        Vec x = zeros(), low;
+        if (full) x = load(s.means + size_t(c) * p.heads * n + i * 8);
+#pragma unroll
+        for (int j = 0; j < 8; j++) low[j] = x[j] - to_f32(from_f32<T>(x[j]));
+        T* to = parts + size_t(blockIdx.x) * p.heads * 2 * n + size_t(i * 8 / n) * 2 * n + i * 8 % n;
+        store(to, x);
+        store(to + n, low);
+    }
+}
+
+// The K best of what comes, best first; the slots in front of `first` are out of use.
+template <int K> struct Best {
+    float score[K];
+    int chunk[K];
+    __device__ __forceinline__ Best(int first) {
+#pragma unroll
+        for (int j = 0; j < K; j++) {
+            score[j] = j < first ? INFINITY : -INFINITY;
+            chunk[j] = j < first ? 0x7fffffff : -1;
+        }
+    }
+    __device__ __forceinline__ float worst() const { return score[K - 1]; }
+    __device__ __forceinline__ void insert(float s, int c) {
+#pragma unroll
+        for (int j = K - 1; j > 0; j--) {
+            const bool here = s > score[j], above = s > score[j - 1];
+            chunk[j] = above ? chunk[j - 1] : here ? c : chunk[j];
+            score[j] = fmaxf(score[j], fminf(s, score[j - 1]));
+        }
+        if (s > score[0]) {
+            score[0] = s;
+            chunk[0] = c;
+        }
+    }
+    // Chunks in ascending order, those that are missing last.
+    __device__ __forceinline__ void sort() {
+#pragma unroll
+        for (int j = 0; j < K; j++)
+            if (chunk[j] < 0) chunk[j] = 0x7fffffff;
+#pragma unroll
+        for (int round = 0; round < K; round++)
+#pragma unroll
+            for (int j = round % 2; j + 1 < K; j += 2) {
+                const int a = min(chunk[j], chunk[j + 1]), b = max(chunk[j], chunk[j + 1]);
+                chunk[j] = a;
+                chunk[j + 1] = b;
+            }
+    }
+};
+
+constexpr int AT_ONCE = 32; // chunks that are scored at a time
+
+// Scores in f32 on CUDA cores, by each thread for its query.
+template <class T> struct ExactScores {
+    const Plan& p;
+    const Sequence& s;
+    const T* q;
+    int n;
+    float (*scores)[QUERIES + 4];
+
+    __device__ __forceinline__ void begin(int) {}
+    __device__ __forceinline__ void score(int low, int end) {
+        for (int c = low; q && c < min(low + AT_ONCE, end); c++) {
+            const float* mean = s.means + (size_t(c) * p.heads + blockIdx.y) * n;
+            float sum = 0.f;
+            for (int i = 0; i < n; i += 8) {
+                const Vec x = load(q + i), m = load(mean + i);
+#pragma unroll
+                for (int j = 0; j < 8; j++) sum += x[j] * m[j];
+            }
+            scores[c - low][threadIdx.x] = sum;
+        }
+    }
+};
+
+// Scores on tensor cores: a warp's 32 queries against 32 chunks.
+template <class T, int N> struct TensorScores {
+    static constexpr int PITCH = N + 8, STAGE = 2 * AT_ONCE * PITCH;
+    const Plan& p;
+    const Sequence& s;
+    const T *q, *parts; // of the block's first query; of the sequence's chunk 0
+    int rows;           // queries
+    float (*scores)[QUERIES + 4];
+    T* tiles; // two stages of means; before them the queries come here
+    uint32_t a[2][N / 16][4];
+
+    __device__ __forceinline__ void fetch(int low, int end) {
+        T* to = tiles + low / AT_ONCE % 2 * STAGE;
+        for (int i = threadIdx.x; i < 2 * AT_ONCE * N / 8; i += QUERIES) {
+            const int part = i / (N / 8), col = i % (N / 8) * 8, c = low + part / 2;
+            copy_async(to + (part % 2 * AT_ONCE + part / 2) * PITCH + col, parts + (c < end ? ((size_t(c) * p.heads + blockIdx.y) * 2 + part % 2) * N + col : 0), c < end);
+        }
+        copy_commit();
+    }
+    __device__ __forceinline__ void begin(int end) {
+        for (int i = threadIdx.x; i < QUERIES * N / 8; i += QUERIES) {
+            const int row = i / (N / 8), col = i % (N / 8) * 8;
+            copy_async(tiles + row * PITCH + col, q + (row < rows ? size_t(row) * p.heads * N + col : 0), row < rows);
+        }
+        copy_commit();
+        copy_wait<0>();
+        __syncthreads();
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int k = 0; k < N / 16; k++) load_tiles(a[m][k], by_rows<PITCH>(tiles, (threadIdx.x >> 5) * 32 + 16 * m, 16 * k));
+        __syncthreads();
+        fetch(0, end);
+    }
+    __device__ __forceinline__ void score(int low, int end) {
+        copy_wait<0>();
+        __syncthreads();
+        if (low + AT_ONCE < end) fetch(low + AT_ONCE, end);
+        const T* tile = tiles + low / AT_ONCE % 2 * STAGE;
+        const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+        for (int j = 0; j < AT_ONCE / 16; j++) {
+            float c[2][2][4] = {};
+#pragma unroll
+            for (int part = 0; part < 2; part++)
+#pragma unroll
+                for (int k = 0; k < N / 16; k++) {
+                    uint32_t b[4];
+                    load_tiles(b, by_columns<PITCH>(tile, part * AT_ONCE + 16 * j, 16 * k));
+#pragma unroll
+                    for (int m = 0; m < 2; m++) {
+                        mma<T>(c[m][0], a[m][k], b[0], b[1]);
+                        mma<T>(c[m][1], a[m][k], b[2], b[3]);
+                    }
+                }
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                const int m = i / 8, half = i / 4 % 2, e = i % 4;
+                scores[16 * j + 8 * half + 2 * t + e % 2][(threadIdx.x >> 5) * 32 + 16 * m + g + 8 * (e / 2)] = c[m][half][e];
+            }
+        }
+        __syncwarp(); // a warp's queries are its threads'
+    }
+};
+
+// picks [rows, heads, slots - 1]: K at a time, each time those after the last one of the time before.
+template <int K, class Scores> __device__ __forceinline__ void select(const Plan& p, Scores& from, const Sequence& s, int first, int* picks) {
+    const int want = p.slots - 1, i = first + threadIdx.x;
+    const int own = i < s.len ? (s.past + i) / p.size : 0, end = (s.past + min(first + QUERIES, s.len) - 1) / p.size;
+    int* to = picks + (size_t(s.first_row + i) * p.heads + blockIdx.y) * want;
+    if (end <= want) { // all that is past
+        for (int j = 0; i < s.len && j < want; j++) to[j] = j < own ? j : -1;
+        return;
+    }
+    float before = INFINITY;
+    int before_chunk = -1;
+    for (int done = 0; done < want; done += K) {
+        const int count = min(K, want - done);
+        Best<K> best(K - count);
+        from.begin(end);
+        for (int low = 0; low < end; low += AT_ONCE) {
+            from.score(low, end);
+            const float worst = best.worst();
+            unsigned marked = 0;
+            const int mine = min(AT_ONCE, own - low);
+#pragma unroll
+            for (int c = 0; c < AT_ONCE; c++) {
+                const float x = from.scores[c][threadIdx.x];
+                bool in = c < mine && x > worst;
+                if (done) in = in && (x < before || (x == before && low + c > before_chunk));
+                if (in) marked |= 1u << c;
+            }
+            while (__any_sync(~0u, marked != 0)) {
+                const int c = __ffs(int(marked)) - 1;
+                if (marked) best.insert(from.scores[c][threadIdx.x], low + c);
+                marked &= marked - 1;
+            }
+        }
+        before = best.worst();
+        before_chunk = best.chunk[K - 1] < 0 ? 0x7fffffff : best.chunk[K - 1];
+        best.sort();
+#pragma unroll
+        for (int j = 0; j < K; j++)
+            if (i < s.len && j < count) to[done + j] = best.chunk[j] == 0x7fffffff ? -1 : best.chunk[j];
+        if (done + K < want) __syncthreads();
+    }
+    if (want <= K || i >= s.len) return;
+    for (int j = 1; j < want; j++) { // by insertion; a missing one is the greatest
+        const unsigned x = to[j];
+        int k = j;
+        for (; k > 0 && unsigned(to[k - 1]) > x; k--) to[k] = to[k - 1];
+        to[k] = int(x);
+    }
+}
+
+template <class T, int K> __device__ void select_exact(const Plan& p, const T* q, int* picks, int n) {
+    __shared__ float scores[AT_ONCE][QUERIES + 4];
+    const Sequence& s = sequence_of<&Sequence::query_base>(p, blockIdx.x);
+    const int first = (int(blockIdx.x) - s.query_base) * QUERIES, i = first + threadIdx.x;
+    ExactScores<T> from{p, s, i < s.len ? q + (size_t(s.first_row + i) * p.heads + blockIdx.y) * n : nullptr, n, scores};
+    select<K>(p, from, s, first, picks);
+}
+
+template <class T, int N, int K> __device__ void select_tensor(const Plan& p, const T* q, const T* parts, int* picks) {
+    DYNAMIC_SHARED(memory);
+    const int block = gridDim.x - 1 - blockIdx.x; // later queries have more to do
+    const Sequence& s = sequence_of<&Sequence::query_base>(p, block);
+    const int first = (block - s.query_base) * QUERIES;
+    auto* scores = reinterpret_cast<float(*)[QUERIES + 4]>(memory);
+    TensorScores<T, N> from{p, s, vector_of<N>(p, q, s.first_row + first, blockIdx.y), parts + size_t(s.chunk_base) * p.heads * 2 * N, s.len - first, scores,
+                            reinterpret_cast<T*>(memory + sizeof(float) * AT_ONCE * (QUERIES + 4))};
+    select<K>(p, from, s, first, picks);
+}
+
+} // namespace chunks
