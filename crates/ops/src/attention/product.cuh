@@ -58,7 +58,14 @@ template <class T, int TRANSPOSED> __device__ __forceinline__ void wgmma(float (
     else
         WGMMA_32("bf16");
 }
-__device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// What goes in and what is added to is in registers: the hardware reads them by itself, so that nothing that writes them may come later.
+template <int B, int A, int C> __device__ __forceinline__ void wgmma_begin(const uint32_t (&a)[B][A][4], float (&d)[B][C][4]) {
+#pragma unroll
+    for (int i = 0; i < B * A * 4; i++) asm volatile("" ::"r"(a[i / (4 * A)][i / 4 % A][i % 4]) : "memory");
+#pragma unroll
+    for (int i = 0; i < B * C * 4; i++) asm volatile("" : "+f"(d[i / (4 * C)][i / 4 % C][i % 4])::"memory");
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 // Waits for all products; no use of the results moves before it.
 template <int B, int C> __device__ __forceinline__ void wgmma_end(float (&d)[B][C][4]) {
     asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
@@ -80,7 +87,7 @@ template <class T, int N, int W, int B>
 __device__ __forceinline__ void times_rows(float (&c)[B][W / 8][4], const uint32_t (&a)[B][N / 16][4], const T* tile, int first) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     if constexpr (WGMMA<N>) {
-        wgmma_begin();
+        wgmma_begin(a, c);
 #pragma unroll
         for (int m = 0; m < B; m++)
 #pragma unroll
@@ -113,7 +120,7 @@ __device__ __forceinline__ void add_product(float (&o)[B][N / 8][4], const float
     for (int i = 0; i < B * W / 16; i++) as_a<T>(a[i / (W / 16)][i % (W / 16)], c[i / (W / 16)][i % (W / 16) * 2], c[i / (W / 16)][i % (W / 16) * 2 + 1]);
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     if constexpr (WGMMA<N>) {
-        wgmma_begin();
+        wgmma_begin(a, o);
 #pragma unroll
         for (int m = 0; m < B; m++)
 #pragma unroll
