@@ -335,7 +335,7 @@ template <class T, int N> __device__ __forceinline__ void merge_dq(const Plan& p
 // out [rows, group, slots, N]: the part of dq that each slot's keys give. Shared memory: tiles of q and dy, two steps of keys and values.
 template <class T, int N>
 __device__ __forceinline__ void back_queries(const Plan& p, const T* q, const T* dy, const float2* stats, const List* lists, const int* entries, T* out) {
-    constexpr int M = TILE<N>, P = WIDTH<N>, B = BLOCKS<N>, W = WGMMA<N> ? 32 : 16;
+    constexpr int M = TILE<N>, P = WIDTH<N>, B = BLOCKS<N>, W = 16;
     DYNAMIC_SHARED(memory);
     T* tile = aligned<T>(memory);
     const int lane = threadIdx.x & 31, head = p.first + blockIdx.y;
@@ -407,7 +407,7 @@ template <int N> constexpr int STEP = N == 64 ? 64 : 32;
 // A query that isn't there is zero with a weight of 1, and adds nothing.
 template <class T, int N>
 __device__ __forceinline__ void back_keys(const Plan& p, const T* q, const T* dy, const float2* stats, const List* lists, const int* entries, float* parts, T* dk, T* dv) {
-    constexpr int P = WIDTH<N>, K = KEY_TILE, Q = STEP<N>, THREADS = 2 * K, V = N / 8, PASSES = Q * V / THREADS, W = WGMMA<N> ? 64 : 16;
+    constexpr int P = WIDTH<N>, K = KEY_TILE, Q = STEP<N>, THREADS = 2 * K, V = N / 8, PASSES = Q * V / THREADS, W = 16;
     constexpr int STAGE = 2 * Q * P;
     DYNAMIC_SHARED(memory);
     T *keys = aligned<T>(memory), *values = keys + K * P, *stages = values + K * P;
