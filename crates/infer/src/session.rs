@@ -29,9 +29,12 @@ impl<'m> Session<'m> {
     /// The session with a bound on what attention keeps of it, before it reads anything.
     ///
     /// # Errors
-    /// When the bound doesn't fit the model ([`Cache::validate`]).
+    /// When the bound doesn't fit the model ([`Cache::validate`]), or something was read already.
     pub fn bounded(mut self, cache: Cache) -> Result<Session<'m>, Error> {
         cache.validate(self.model.config())?;
+        if self.cached() > 0 {
+            return Err(Error::State("a bound on what attention keeps must be there before the first token".into()));
+        }
         self.state.cache = Some(cache);
         Ok(self)
     }
@@ -161,12 +164,11 @@ impl<'m> Session<'m> {
         }
         if let Some(chunks) = model.config().hybrid.map(|h| h.chunks()) {
             let c = model.config().n_embd;
+            let notes = session.state.cache.map_or(0, |cache| cache.notes());
+            let tokens = file.shape(&past_name(0, 0)).and_then(|s| s.first().copied()).unwrap_or(0);
             for (j, a) in session.state.attention.iter_mut().enumerate() {
-                let tokens = file.shape(&past_name(j, 0)).map_or(0, |s| s[0]);
-                let mut rows = Vec::new();
-                while rows.len() < 2 || file.shape(&past_name(j, rows.len())).is_some() {
-                    rows.push(ctx.copy_of(&read(&past_name(j, rows.len()), tokens * c)?));
-                }
+                let rows = (0..2 + notes).map(|i| Ok(ctx.copy_of(&read(&past_name(j, i), tokens * c)?)));
+                let rows = rows.collect::<Result<Vec<_>, Error>>()?;
                 let past = a.pasts[0].append(ctx, [&rows[0], &rows[1]], 0, tokens, chunks);
                 a.pasts[0] = past.noting(ctx, &rows[2..].iter().collect::<Vec<_>>(), 0, tokens);
             }
@@ -199,8 +201,7 @@ const CACHE: &str = "anser.cache";
 
 /// The name of the i-th matrix that attention block `j` keeps: keys, values, what its bound notes.
 fn past_name(j: usize, i: usize) -> String {
-    let part = ["keys", "values", "notes.0", "notes.1"].get(i).unwrap_or(&"notes.2");
-    format!("state.moba.{j}.{part}")
+    format!("state.moba.{j}.{}", ["keys", "values", "notes.0", "notes.1"][i])
 }
 
 #[cfg(test)]
@@ -265,6 +266,10 @@ mod tests {
         loaded.feed(&tokens[300..]).unwrap();
         assert!(loaded.logits().unwrap() == whole.logits().unwrap());
         assert!(fork.logits().unwrap() != whole.logits().unwrap());
+        if cache.is_some() {
+            let late = Session::load(&ctx, &model, &path).unwrap();
+            assert!(late.bounded(cache.unwrap()).is_err(), "what came before has no notes");
+        }
         let other = Model::init(&ctx, config, Init::Current, 2).unwrap();
         let e = Session::load(&ctx, &other, &path).err().unwrap().to_string();
         assert!(e.contains("another model"), "{e}");

@@ -65,6 +65,15 @@ impl Cache {
         Cache { most, keep: most / 4 * 3, window: most / 8, by, whole_chunks }
     }
 
+    /// Matrices [tokens, C] that the rule notes beside keys and values.
+    pub fn notes(&self) -> usize {
+        match self.by {
+            Eviction::Recent => 0,
+            Eviction::Attention => 1,
+            Eviction::Error => 2,
+        }
+    }
+
     /// Checks that the bound fits a model.
     ///
     /// # Errors

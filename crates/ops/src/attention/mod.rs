@@ -49,7 +49,7 @@ impl Chunks {
     pub const WHOLE: Chunks = Chunks { size: usize::MAX, top: 1 };
 }
 
-/// Means of the keys of full chunks, numbered `range`, of a sequence's `keys` [tokens, C], into `to` from element `at` on.
+/// Means of the keys of full chunks, numbered `range`, of a sequence's `keys` [tokens, C], into `to` [chunks, C].
 fn means(ctx: &Context, keys: &[f32], range: Range<usize>, size: usize, to: &mut [f32]) {
     let c = to.len() / range.len();
     let to = DisjointMut::new(to);
