@@ -148,6 +148,10 @@ impl<'m> Session<'m> {
         let mut session = Session::new(ctx, model);
         let read = |name: &str, len: usize| -> Result<Vec<f32>, Error> {
             let t = file.get(name).ok_or_else(|| Error::State(format!("{}: no tensor {name}", path.display())))?;
+            if t.elements() != len {
+                let found = t.elements();
+                return Err(Error::State(format!("{}: {name} has {found} elements, not {len}", path.display())));
+            }
             let mut values = vec![0.0; len];
             t.read_f32_into(&mut values)?;
             Ok(values)
@@ -167,7 +171,7 @@ impl<'m> Session<'m> {
             let notes = session.state.cache.map_or(0, |cache| cache.notes());
             let tokens = file.shape(&past_name(0, 0)).and_then(|s| s.first().copied()).unwrap_or(0);
             for (j, a) in session.state.attention.iter_mut().enumerate() {
-                let rows = (0..2 + notes).map(|i| Ok(ctx.copy_of(&read(&past_name(j, i), tokens * c)?)));
+                let rows = (0..2 + notes).map(|i| Ok(ctx.copy_of(&read(&past_name(j, i), tokens.saturating_mul(c))?)));
                 let rows = rows.collect::<Result<Vec<_>, Error>>()?;
                 let past = a.pasts[0].append(ctx, [&rows[0], &rows[1]], 0, tokens, chunks);
                 a.pasts[0] = past.noting(ctx, &rows[2..].iter().collect::<Vec<_>>(), 0, tokens);
