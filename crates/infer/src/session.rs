@@ -270,9 +270,9 @@ mod tests {
         loaded.feed(&tokens[300..]).unwrap();
         assert!(loaded.logits().unwrap() == whole.logits().unwrap());
         assert!(fork.logits().unwrap() != whole.logits().unwrap());
-        if cache.is_some() {
+        if let Some(cache) = cache {
             let late = Session::load(&ctx, &model, &path).unwrap();
-            assert!(late.bounded(cache.unwrap()).is_err(), "what came before has no notes");
+            assert!(late.bounded(cache).is_err(), "what came before has no notes");
         }
         let other = Model::init(&ctx, config, Init::Current, 2).unwrap();
         let e = Session::load(&ctx, &other, &path).err().unwrap().to_string();

@@ -31,6 +31,9 @@ enum Data {
     Device(DevicePtr),
 }
 
+/// Bytes of free buffers that are kept whatever the work.
+const SLACK: usize = 64 << 20;
+
 #[derive(Default)]
 struct State {
     /// Free buffers by bytes.
@@ -73,6 +76,10 @@ impl Pool {
         s.stats.in_use += bytes;
         s.stats.peak = s.stats.peak.max(s.stats.in_use);
         let data = s.free.get_mut(&bytes).and_then(Vec::pop).unwrap_or_else(|| {
+            // Work of ever new shapes would keep buffers of all of them; a step of one shape doesn't come here again.
+            if s.stats.reserved + bytes - s.stats.in_use > 2 * s.stats.peak + SLACK {
+                self.drop_free(s);
+            }
             s.stats.reserved += bytes;
             match &self.cuda {
                 _ if self.dry => Data::Dry,
@@ -80,7 +87,7 @@ impl Pool {
                 Some(cuda) => {
                     let p = cuda.take(bytes).or_else(|| {
                         // Buffers of other lengths may be in the way.
-                        release(s, cuda);
+                        self.drop_free(s);
                         cuda.take(bytes)
                     });
                     Data::Device(p.unwrap_or_else(|| {
@@ -115,22 +122,17 @@ impl Pool {
     }
 
     pub(crate) fn trim(&self) {
-        let mut s = self.state();
-        match &self.cuda {
-            Some(cuda) => release(&mut s, cuda),
-            None => s.free.clear(),
-        }
-        s.stats.reserved = s.stats.in_use;
+        self.drop_free(&mut self.state());
     }
-}
 
-/// Gives all free device buffers back.
-fn release(s: &mut State, cuda: &Cuda) {
-    for (bytes, list) in s.free.drain() {
-        for data in list {
-            if let Data::Device(p) = data {
-                s.stats.reserved -= bytes;
-                cuda.give_back(p);
+    /// Gives all free buffers back to the system.
+    fn drop_free(&self, s: &mut State) {
+        for (bytes, list) in s.free.drain() {
+            s.stats.reserved -= bytes * list.len();
+            for data in list {
+                if let (Data::Device(p), Some(cuda)) = (data, &self.cuda) {
+                    cuda.give_back(p);
+                }
             }
         }
     }
@@ -351,6 +353,22 @@ mod tests {
         drop(b);
         p.trim();
         assert_eq!(p.stats().reserved, 44);
+    }
+
+    #[test]
+    fn ever_new_lengths_do_not_pile_up() {
+        for p in [Pool::new(false, None), Pool::new(true, None)] {
+            let weights = p.alloc(1 << 20, DType::F32);
+            for len in 0..200 {
+                drop(p.alloc((1 << 20) + len, DType::F32));
+                assert!(p.stats().reserved <= 3 * p.stats().peak + SLACK);
+            }
+            // A length that comes again is still there.
+            let before = p.stats().reserved;
+            drop(p.alloc((1 << 20) + 199, DType::F32));
+            assert_eq!(p.stats().reserved, before);
+            drop(weights);
+        }
     }
 
     #[test]
