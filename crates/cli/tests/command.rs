@@ -179,6 +179,8 @@ fn a_hybrid_is_expanded_bounded_and_goes_on_from_its_state() {
     assert!(out.contains("\"attention\":3"), "{out}");
     let info: serde_json::Value = serde_json::from_str(&run(&["inspect", "x.safetensors", "--json"])).unwrap();
     assert_eq!(info["config"]["hybrid"], serde_json::json!({ "layers": 3, "chunk": 4, "topk": 2 }));
+    let (code, _, err) = anser(&f.0, &["expand", &plain, "y.pth", "--chunk", "4", "--topk", "2"]);
+    assert!(code == 0 && err.contains("--chunk 4 --topk 2"), "{err}");
     // It says what the model said that it was made of, in every type of file.
     let tokens = f.file("t.json", b"[[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]");
     let logits = |model: &str, more: &[&str]| {
@@ -198,7 +200,6 @@ fn a_hybrid_is_expanded_bounded_and_goes_on_from_its_state() {
     fails(&["expand", &plain, "y.pth", "--layers", "9"], "9 attention blocks");
     fails(&["convert", &golden, "y.gguf"], "llama.cpp has no RWKV-X");
 
-    // Its vocabulary is smaller than bytes and a mark of the end need: any tokenizer is told apart first.
     let config = "[model]\npreset = \"\"\nn_layer = 2\nn_embd = 64\nattention = 1\nchunk = 8\ntopk = 2\n[train]\nctx = 64\nrows = 2\nsteps = 3\n[output]\nfolder = \"run\"\nsample_every = 0\n";
     f.file("run.toml", config.as_bytes());
     run(&["train", "run.toml", "--device", "cpu"]);

@@ -7,7 +7,7 @@ use anser_tokenizer::Tokenizer;
 use anyhow::ensure;
 use serde_json::json;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Rewrites a checkpoint as .pth, .safetensors or .gguf (told by OUT's name), with --dtype in another type; int8 and, in .gguf, q8_0 take half the room of f16
 #[derive(clap::Args)]
@@ -32,6 +32,8 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     if args.out.extension().is_some_and(|e| e == "gguf") {
         return to_gguf(args, &ckpt, &config, global);
     }
+    let known = args.out.extension().is_some_and(|e| e == "pth" || e == "safetensors");
+    ensure!(known, "{}: the name must end in .gguf, .pth or .safetensors", args.out.display());
     let mut sources = Vec::new();
     let mut report = Vec::new();
     let (mut small, to_int8) = (false, matches!(global.stored, Some(Stored::Int8)));
@@ -65,35 +67,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         };
         sources.push(Source { name: name.into(), shape: t.shape().into(), dtype, values: Box::new(values) });
     }
-    match args.out.extension().and_then(|e| e.to_str()) {
-        Some("pth") if config.double_rate || config.architecture != Architecture::Rwkv7 => anyhow::bail!(
-            "{}: a .pth file cannot say that a model is a Transformer or has the doubled in-context rate; write .safetensors",
-            args.out.display()
-        ),
-        Some("pth") if small => anyhow::bail!("{}: int8 is written as .safetensors", args.out.display()),
-        Some("pth") => {
-            if let Some(h) = config.hybrid {
-                let (chunk, topk) = (h.chunk, h.topk);
-                global.note(format!("a .pth file doesn't say its chunks: load it with --chunk {chunk} --topk {topk}"));
-            }
-            write_pth(&args.out, &sources)?
-        }
-        Some("safetensors") => {
-            // What a Hugging Face folder or a GGUF file says about itself is not true of the file written.
-            let mut metadata = ckpt.metadata().clone();
-            metadata.remove(CONFIG_JSON);
-            metadata.retain(|key, _| ckpt.format() != Format::Gguf || key.starts_with("anser."));
-            metadata.remove(int8::INT8);
-            if config.hybrid.is_some() {
-                metadata.extend([config.description()]);
-            }
-            if small {
-                metadata.insert(int8::INT8.into(), int8::GROUP.to_string());
-            }
-            write_safetensors(&args.out, &sources, &metadata)?
-        }
-        _ => anyhow::bail!("{}: the name must end in .gguf, .pth or .safetensors", args.out.display()),
-    }
+    write(&args.out, &ckpt, &config, &sources, small, global)?;
     let bytes = std::fs::metadata(&args.out)?.len();
     let errors: BTreeMap<&str, f64> = report.iter().copied().collect();
     let mut json = json!({ "out": args.out, "tensors": sources.len(), "bytes": bytes });
@@ -105,6 +79,41 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         let lines: String = errors.iter().map(line).collect();
         format!("{lines}{}: {} tensors, {bytes} bytes\n", args.out.display(), sources.len())
     })
+}
+
+/// Writes a .pth or .safetensors file, told by its name, of tensors made from those of `from`; `small`: some are int8.
+pub fn write(
+    out: &Path, from: &Checkpoint, config: &Config, sources: &[Source<'_>], small: bool, global: &Global,
+) -> anyhow::Result<()> {
+    let name = out.display();
+    match out.extension().and_then(|e| e.to_str()) {
+        Some("pth") if config.double_rate || config.architecture != Architecture::Rwkv7 => anyhow::bail!(
+            "{name}: a .pth file cannot say that a model is a Transformer or has the doubled in-context rate; write .safetensors"
+        ),
+        Some("pth") if small => anyhow::bail!("{name}: int8 is written as .safetensors"),
+        Some("pth") => {
+            if let Some(h) = config.hybrid {
+                let (chunk, topk) = (h.chunk, h.topk);
+                global.note(format!("a .pth file doesn't say its chunks: load it with --chunk {chunk} --topk {topk}"));
+            }
+            Ok(write_pth(out, sources)?)
+        }
+        Some("safetensors") => {
+            // What a Hugging Face folder or a GGUF file says about itself is not true of the file written.
+            let mut metadata = from.metadata().clone();
+            metadata.remove(CONFIG_JSON);
+            metadata.retain(|key, _| from.format() != Format::Gguf || key.starts_with("anser."));
+            metadata.remove(int8::INT8);
+            if config.hybrid.is_some() {
+                metadata.extend([config.description()]);
+            }
+            if small {
+                metadata.insert(int8::INT8.into(), int8::GROUP.to_string());
+            }
+            Ok(write_safetensors(out, sources, &metadata)?)
+        }
+        _ => anyhow::bail!("{name}: the name must end in .pth or .safetensors"),
+    }
 }
 
 /// Writes what llama.cpp loads.

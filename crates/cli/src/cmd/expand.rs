@@ -1,5 +1,6 @@
+use crate::cmd::convert;
 use crate::global::Global;
-use anser_formats::{CONFIG_JSON, Checkpoint, int8, write_pth, write_safetensors};
+use anser_formats::Checkpoint;
 use anser_model::{Expansion, Hybrid};
 use anyhow::ensure;
 use serde_json::json;
@@ -8,7 +9,7 @@ use std::path::PathBuf;
 /// Inserts attention blocks into a RWKV-7 model: a RWKV-X hybrid with the same logits, to be trained on
 #[derive(clap::Args)]
 pub struct Args {
-    /// RWKV-7 checkpoint: .pth, .safetensors or a Hugging Face folder
+    /// RWKV-7 checkpoint: .pth, .safetensors, .st, .gguf or a Hugging Face folder
     input: PathBuf,
     /// File to write, .pth or .safetensors
     out: PathBuf,
@@ -36,17 +37,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let how = if args.init == "copy" { Expansion::Copy } else { Expansion::Identity };
     let (config, sources) = hybrid.expand(&ckpt, how)?;
     global.remarks(&config);
-    match args.out.extension().and_then(|e| e.to_str()) {
-        Some("pth") => write_pth(&args.out, &sources)?,
-        Some("safetensors") => {
-            let mut metadata = ckpt.metadata().clone();
-            metadata.remove(CONFIG_JSON);
-            metadata.remove(int8::INT8);
-            metadata.extend([config.description()]);
-            write_safetensors(&args.out, &sources, &metadata)?
-        }
-        _ => anyhow::bail!("{}: the name must end in .pth or .safetensors", args.out.display()),
-    }
+    convert::write(&args.out, &ckpt, &config, &sources, false, global)?;
     let Hybrid { layers, chunk, topk } = hybrid;
     let json = json!({ "out": args.out, "attention": layers, "chunk": chunk, "topk": topk, "parameters": config.parameters() });
     global.result(json, || {
