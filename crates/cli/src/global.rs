@@ -1,7 +1,7 @@
 //! What all subcommands share: global flags, output, Ctrl-C.
 
 use anser_model::{Cache, Config, Eviction};
-use anser_tensor::{Context, DType, Device};
+use anser_tensor::{Context, DType, Device, WeightType};
 use anyhow::ensure;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +15,7 @@ pub struct Global {
     /// CPU threads [default: as many as this process may use]
     #[arg(long, global = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Type of weights: f32, f16 or bf16; for convert also int8 and q8_0
+    /// Type of weights: f32, f16, bf16, on a CPU int8 and q4; for convert all but q4, and q8_0 [default: bf16; for convert the file's]
     #[arg(long = "dtype", global = true, value_name = "DTYPE")]
     pub stored: Option<Stored>,
     /// One JSON object on stdout, everything else on stderr
@@ -44,13 +44,15 @@ impl std::str::FromStr for Place {
     }
 }
 
-/// A type that files hold weights in.
+/// A type that weights have in files or in memory.
 #[derive(Clone, Copy)]
 pub enum Stored {
     /// One that computations have too.
     Float(DType),
     /// 8 bits and scales.
     Int8,
+    /// 4 bits and scales, in memory only.
+    Q4,
     /// llama.cpp's 8 bits and scales.
     Q8_0,
 }
@@ -60,6 +62,7 @@ impl std::str::FromStr for Stored {
     fn from_str(s: &str) -> Result<Stored, String> {
         match s {
             "int8" => Ok(Stored::Int8),
+            "q4" => Ok(Stored::Q4),
             "q8_0" => Ok(Stored::Q8_0),
             _ => s.parse().map(Stored::Float).map_err(|e: anser_tensor::Error| e.to_string()),
         }
@@ -67,27 +70,31 @@ impl std::str::FromStr for Stored {
 }
 
 impl Global {
-    /// `--dtype` as a type of computations.
-    pub fn dtype(&self) -> anyhow::Result<Option<DType>> {
-        match self.stored {
-            Some(Stored::Int8) => {
-                anyhow::bail!(
-                    "--dtype int8 is a type for files: write one with `anser convert IN OUT --dtype int8` and load that"
-                )
-            }
-            Some(Stored::Q8_0) => {
-                anyhow::bail!(
-                    "--dtype q8_0 is a type for files: write one with `anser convert IN OUT.gguf --dtype q8_0` and load that"
-                )
-            }
-            Some(Stored::Float(dtype)) => Ok(Some(dtype)),
-            None => Ok(None),
-        }
+    /// How weights are kept: as `--dtype` says, or bf16.
+    pub fn weights(&self, ctx: &Context) -> anyhow::Result<WeightType> {
+        let coded = match self.stored {
+            None => return Ok(DType::BF16.into()),
+            Some(Stored::Float(dtype)) => return Ok(dtype.into()),
+            Some(Stored::Int8) => WeightType::Int8,
+            Some(Stored::Q4) => WeightType::Q4,
+            Some(Stored::Q8_0) => anyhow::bail!(
+                "--dtype q8_0 is a type for files: write one with `anser convert IN OUT.gguf --dtype q8_0` and load that"
+            ),
+        };
+        ensure!(
+            ctx.cuda().is_none(),
+            "--dtype {coded} keeps weights on the CPU only: use f16 or bf16, or --device cpu"
+        );
+        Ok(coded)
     }
 
     /// The device and threads asked for; activations on a GPU are of `--dtype`, or bf16.
     pub fn context(&self) -> anyhow::Result<Context> {
-        self.open(self.device.unwrap_or(Place::Best), self.dtype()?.unwrap_or(DType::BF16))
+        let activations = match self.stored {
+            Some(Stored::Float(dtype)) => dtype,
+            _ => DType::BF16,
+        };
+        self.open(self.device.unwrap_or(Place::Best), activations)
     }
 
     /// The same with activations in f32, whatever `--dtype` says, and on the CPU unless another device is asked for.

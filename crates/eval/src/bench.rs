@@ -7,7 +7,7 @@ use anser_model::{Cache, Config, Init, Model};
 use anser_ops::attention::Chunks;
 use anser_ops::{ParamSet, Tape, Var, batch, wkv7::Wkv7Inputs};
 use anser_tensor::cuda::Span;
-use anser_tensor::{Context, DType, bench, memory};
+use anser_tensor::{Context, DType, WeightType, bench, memory};
 use anser_tokenizer::Tokenizer;
 use anser_train::{Bptt, Hyper, Recompute, RecomputeMode, Schedule, Settings, Trainer};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -292,9 +292,9 @@ pub fn decode_batch(
 ///
 /// # Errors
 /// When there is no such size.
-pub fn decode(ctx: &Context, preset: &str, dtype: DType, tokens: usize) -> Result<Decode, crate::Error> {
+pub fn decode(ctx: &Context, preset: &str, kept: WeightType, tokens: usize) -> Result<Decode, crate::Error> {
     let config = Config::preset(preset)?;
-    let model = Model::init(ctx, &config, Init::Current, 1)?.packed(ctx, dtype);
+    let model = Model::init(ctx, &config, Init::Current, 1)?.packed(ctx, kept);
     let mut session = Session::new(ctx, &model);
     let prompt: Vec<u32> = (0..256).map(|i| i * 37 % 60000).collect();
     session.feed(&prompt)?;
@@ -310,7 +310,7 @@ pub fn decode(ctx: &Context, preset: &str, dtype: DType, tokens: usize) -> Resul
     let prefill = 256.0 / time(5, &mut |_| session.feed(&prompt))?;
     let decode = 1.0 / time(tokens.max(1), &mut |i| session.feed(&[i]))?;
     let matrices = config.parameters() - config.vocab_size * config.n_embd;
-    let bytes = (matrices * dtype.size() + config.state_len() * 4) as f64;
+    let bytes = (kept.bytes_of(matrices) + config.state_len() * 4) as f64;
     Ok(Decode { decode, prefill, bytes, bandwidth: bench::read_bandwidth(ctx) })
 }
 
@@ -339,10 +339,10 @@ pub fn tokenize(tokenizer: &Tokenizer) -> Tokenize {
 }
 
 /// A model for inference whose matrices are noise, in `dtype` on the CPU, in the type of activations on a GPU.
-pub(crate) fn noise(ctx: &Context, config: &Config, dtype: DType) -> Result<Model, crate::Error> {
+pub(crate) fn noise(ctx: &Context, config: &Config, kept: WeightType) -> Result<Model, crate::Error> {
     Ok(match ctx.cuda() {
         Some(_) => Model::noise(ctx, config, 1)?,
-        None => Model::init(ctx, config, Init::Noise, 1)?.packed(ctx, dtype),
+        None => Model::init(ctx, config, Init::Noise, 1)?.packed(ctx, kept),
     })
 }
 
@@ -365,10 +365,10 @@ pub struct Position {
 /// # Errors
 /// When the bound doesn't fit the model, or memory runs out.
 pub fn flat(
-    ctx: &Context, config: &Config, dtype: DType, cache: Option<Cache>, tokens: usize, stop: &AtomicBool,
+    ctx: &Context, config: &Config, kept: WeightType, cache: Option<Cache>, tokens: usize, stop: &AtomicBool,
     on: &mut dyn FnMut(&Position),
 ) -> Result<Vec<Position>, crate::Error> {
-    let model = noise(ctx, config, dtype)?;
+    let model = noise(ctx, config, kept)?;
     let mut session = Session::new(ctx, &model);
     if let Some(cache) = cache {
         session = session.bounded(cache)?;

@@ -90,7 +90,7 @@ impl Tokens {
 pub fn logits(
     ctx: &Context, ckpt: &Checkpoint, config: Config, tokens: &Tokens, mode: Mode,
 ) -> Result<Vec<Named>, crate::Error> {
-    let model = Model::load_as(ctx, ckpt, config, Load::Inference(DType::F32))?;
+    let model = Model::load_as(ctx, ckpt, config, Load::Inference(DType::F32.into()))?;
     let (b, t, v) = (tokens.rows, tokens.len, model.config().vocab_size);
     let step = match mode {
         Mode::Parallel => t,

@@ -5,7 +5,7 @@ use crate::bench::{median, noise};
 use anser_infer::Session;
 use anser_model::{Cache, Config, Hybrid, Model};
 use anser_ops::attention::Chunks;
-use anser_tensor::{Context, DType};
+use anser_tensor::{Context, WeightType};
 use anser_train::{Line, chart};
 use serde::Serialize;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,8 +16,8 @@ use std::time::Instant;
 pub struct Long {
     /// The hybrid.
     pub config: Config,
-    /// Type of its weights on the CPU.
-    pub dtype: DType,
+    /// How its weights are kept on the CPU.
+    pub kept: WeightType,
     /// A bound on what its attention keeps.
     pub cache: Option<Cache>,
     /// Lengths that are read.
@@ -93,7 +93,7 @@ impl Long {
             cache.validate(&self.config)?;
         }
         let variants = self.models();
-        let model = |(_, config, _): &(_, Config, _)| noise(ctx, config, self.dtype);
+        let model = |(_, config, _): &(_, Config, _)| noise(ctx, config, self.kept);
         let models = variants.iter().map(model).collect::<Result<Vec<Model>, _>>()?;
         let tokens: Vec<u32> = (0..STRETCH).map(|i| (i * 7919 % self.config.vocab_size) as u32).collect();
         let mut readers = Vec::new();

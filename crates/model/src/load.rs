@@ -8,7 +8,7 @@ use crate::{Architecture, Config, Error, Hybrid, LoraDims, Model};
 use anser_formats::{CONFIG_JSON, Checkpoint, Dtype, TensorView};
 use anser_ops::attention::Chunks;
 use anser_ops::{Activation, LowRank, Param, ParamSet, Weight};
-use anser_tensor::{Context, DType, DeviceMatrix, DisjointMut, Packed, memory};
+use anser_tensor::{Context, DType, DeviceMatrix, DisjointMut, Packed, WeightType, memory};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,8 +18,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub enum Load {
     /// f32 master weights in the parameter arena.
     Train,
-    /// Matrices packed for inference in this type, or on a GPU in the type of activations; vectors stay f32.
-    Inference(DType),
+    /// Matrices packed for inference in this type, or on a GPU in the type of activations; vectors stay f32. With 8 and 4 bits the embedding and the low-rank
+    /// maps, of which little is read, stay f16.
+    Inference(WeightType),
 }
 
 impl Config {
@@ -175,7 +176,7 @@ impl Model {
             Load::Train => config.parameters() * 4,
             // On a GPU one matrix after another passes through memory.
             Load::Inference(_) if ctx.cuda().is_some() => config.vocab_size * config.n_embd * 4,
-            Load::Inference(dtype) => config.parameters() * dtype.size(),
+            Load::Inference(kept) => kept.bytes_of(config.parameters()),
         };
         check_memory(needed as u64, memory::available())?;
         let find = |name: &str, shape: &[usize]| -> Result<TensorView<'_>, Error> {
@@ -191,7 +192,7 @@ impl Model {
         };
         let mut weights = HashMap::new();
         let mut list = config.tensors();
-        if let Load::Inference(dtype) = load {
+        if let Load::Inference(kept) = load {
             if ctx.cuda().is_some() {
                 weights = to_device(ctx, &config, |name, shape, out| {
                     let t = find(name, shape)?;
@@ -216,7 +217,7 @@ impl Model {
                 let bad = AtomicUsize::new(usize::MAX);
                 // An element type that is no float shows at once; after that reading cannot fail.
                 t.read_f32_from(0, &mut [])?;
-                let weight = pack(ctx, dtype, shape, in_out, |start, out| {
+                let weight = pack(ctx, of_matrix(kept, name, in_out), shape, in_out, |start, out| {
                     let read = t.read_f32_from(start, out);
                     let found = out.iter().position(|v| !v.is_finite()).map(|i| start + i);
                     if let Some(i) = read.map_or(Some(start), |()| found) {
@@ -246,8 +247,9 @@ impl Model {
         Ok(Model::build(config, params, &weights))
     }
 
-    /// The same model for inference, its matrices packed in `dtype`, or on a GPU in the type of activations.
-    pub fn packed(&self, ctx: &Context, dtype: DType) -> Model {
+    /// The same model for inference, its matrices packed as [`Load::Inference`] says.
+    pub fn packed(&self, ctx: &Context, kept: impl Into<WeightType>) -> Model {
+        let kept = kept.into();
         let mut weights = HashMap::new();
         let mut list = self.config.tensors();
         let from = |name: &str| {
@@ -266,7 +268,10 @@ impl Model {
             if let Some(in_out) = packed_layout(name).filter(|_| ctx.cuda().is_none()) {
                 let m = from(name);
                 let copy = |start: usize, out: &mut [f32]| out.copy_from_slice(&m[start..start + out.len()]);
-                weights.insert(name.clone(), Weight::Packed(Arc::new(pack(ctx, dtype, shape, in_out, copy))));
+                weights.insert(
+                    name.clone(),
+                    Weight::Packed(Arc::new(pack(ctx, of_matrix(kept, name, in_out), shape, in_out, copy))),
+                );
             }
         }
         list.retain(|(name, ..)| packed_layout(name).is_none());
@@ -539,10 +544,20 @@ fn not_finite(name: &str, element: usize) -> Error {
     ))
 }
 
+/// How a matrix is kept.
+fn of_matrix(kept: WeightType, name: &str, in_out: bool) -> WeightType {
+    match kept {
+        WeightType::Int8 | WeightType::Q4 if in_out || name.ends_with("emb.weight") => DType::F16.into(),
+        _ => kept,
+    }
+}
+
 /// Packs a matrix stored [out, in] or, with `in_out`, [in, out]; see [`Packed::new`].
-fn pack(ctx: &Context, dtype: DType, shape: &[usize], in_out: bool, read: impl Fn(usize, &mut [f32]) + Sync) -> Packed {
+fn pack(
+    ctx: &Context, kept: WeightType, shape: &[usize], in_out: bool, read: impl Fn(usize, &mut [f32]) + Sync,
+) -> Packed {
     let (n, k) = if in_out { (shape[1], shape[0]) } else { (shape[0], shape[1]) };
-    Packed::new(ctx, dtype, n, k, in_out, read)
+    Packed::new(ctx, kept, n, k, in_out, read)
 }
 
 #[cfg(test)]

@@ -27,7 +27,12 @@ fn loads_to_the_same_bits() {
     assert_eq!(folder.naming(), Naming::HuggingFace);
     let official = Checkpoint::open(&fixture("golden/rwkv7_bf16.pth")).unwrap();
     assert_eq!(Config::from_checkpoint(&folder).unwrap(), Config::from_checkpoint(&official).unwrap());
-    for load in [Load::Train, Load::Inference(DType::F32), Load::Inference(DType::BF16), Load::Inference(DType::F16)] {
+    for load in [
+        Load::Train,
+        Load::Inference(DType::F32.into()),
+        Load::Inference(DType::BF16.into()),
+        Load::Inference(DType::F16.into()),
+    ] {
         let (ours, theirs) = (logits(&ctx, "huggingface", load), logits(&ctx, "golden/rwkv7_bf16.pth", load));
         assert!(ours == theirs && ours.iter().all(|x| x.is_finite()), "{load:?}");
     }

@@ -107,13 +107,13 @@ fn a_file_says_its_chunks_and_a_missing_tensor_is_named() {
     let file = TempFile::new("chunks.safetensors");
     let model = stirred(&ctx, &mixed(8, 2));
     let ckpt = save(&model, &file);
-    let loaded = Model::load(&ctx, &ckpt, Load::Inference(DType::F32)).unwrap();
+    let loaded = Model::load(&ctx, &ckpt, Load::Inference(DType::F32.into())).unwrap();
     assert_eq!((loaded.config(), loaded.fingerprint() == model.fingerprint()), (&mixed(8, 2), false));
     let (tokens, rows) = (ids(70), batch(2, 35, false));
     let (a, b) = (logits(&ctx, &loaded, &tokens, rows.clone()), logits(&ctx, &model, &tokens, rows.clone()));
     assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-4));
     // Other chunks are another model.
-    let other = Model::load_as(&ctx, &ckpt, mixed(8, 1), Load::Inference(DType::F32)).unwrap();
+    let other = Model::load_as(&ctx, &ckpt, mixed(8, 1), Load::Inference(DType::F32.into())).unwrap();
     assert!(other.fingerprint() != loaded.fingerprint());
     assert!(logits(&ctx, &other, &tokens, rows) != a);
     let p = model.params();

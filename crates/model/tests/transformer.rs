@@ -98,7 +98,7 @@ fn files_say_what_they_hold_and_states_are_refused() {
     write_safetensors(&path, &tensors, &[m.config().description()].into()).unwrap();
     let file = Checkpoint::open(&path).unwrap();
     let want = logits(&ctx, &m, &ids(9), batch(1, 9, false));
-    for load in [Load::Train, Load::Inference(DType::F32)] {
+    for load in [Load::Train, Load::Inference(DType::F32.into())] {
         let loaded = Model::load(&ctx, &file, load).unwrap();
         assert!(loaded.config().architecture == Architecture::Transformer && loaded.config() == m.config());
         let got = logits(&ctx, &loaded, &ids(9), batch(1, 9, false));

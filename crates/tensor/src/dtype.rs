@@ -68,3 +68,41 @@ impl FromStr for DType {
         }
     }
 }
+
+/// How a matrix of weights is kept for products ([`crate::Packed`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightType {
+    /// Floats; products are sums of floats.
+    Float(DType),
+    /// 8 bits, with a scale in f16 for 64 inputs: 8.25 bits a weight. Products round activations to 8 bits too and are sums of integers.
+    Int8,
+    /// 4 bits that stand for 16 values, with a scale in f16 for 32 inputs: 4.5 bits a weight. Products as for `Int8`.
+    Q4,
+}
+
+impl WeightType {
+    /// Bytes of about so many weights.
+    pub fn bytes_of(self, weights: usize) -> usize {
+        match self {
+            WeightType::Float(dtype) => weights * dtype.size(),
+            WeightType::Int8 => weights / 32 * 33,
+            WeightType::Q4 => weights / 16 * 9,
+        }
+    }
+}
+
+impl From<DType> for WeightType {
+    fn from(dtype: DType) -> WeightType {
+        WeightType::Float(dtype)
+    }
+}
+
+impl fmt::Display for WeightType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            WeightType::Float(dtype) => dtype.fmt(f),
+            WeightType::Int8 => f.write_str("int8"),
+            WeightType::Q4 => f.write_str("q4"),
+        }
+    }
+}

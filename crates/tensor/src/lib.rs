@@ -14,13 +14,14 @@ pub mod math;
 mod matrix;
 pub mod memory;
 pub mod packed;
+mod quant;
 mod rows;
 pub mod simd;
 mod threads;
 
 pub use buf::{Buf, MemoryStats};
 pub use context::{Context, Device};
-pub use dtype::DType;
+pub use dtype::{DType, WeightType};
 pub use matrix::DeviceMatrix;
 pub use packed::Packed;
 pub use rows::{GrowingRows, Guard};

@@ -1,8 +1,9 @@
 //! Weights repacked for inference: f32, f16 or bf16, in panels of 16 outputs with k contiguous, so that a product with 1 or
-//! 1000 rows streams them once and in order.
+//! 1000 rows streams them once and in order; or coded in fewer bits (`quant.rs`).
 
 use crate::gemm::{MR, Scratch, pack, tile};
-use crate::{Context, DType, DisjointMut};
+use crate::quant::{Code, Quantised};
+use crate::{Context, DType, DisjointMut, WeightType};
 use half::{bf16, f16};
 
 const NR: usize = crate::gemm::NR;
@@ -18,19 +19,21 @@ pub struct Packed {
     data: Data,
 }
 
-/// [n / 16][k][16], padded with zeros.
+/// Floats are [n / 16][k][16], padded with zeros.
 enum Data {
     F32(Vec<f32>),
     F16(Vec<u16>),
     BF16(Vec<u16>),
+    Coded(Quantised),
 }
 
 impl Packed {
-    /// Packs a matrix of n outputs and k inputs, rounding to `dtype` (to nearest, ties to even). `read(start, out)` gives the
+    /// Packs a matrix of n outputs and k inputs, rounding to `to` (floats to nearest, ties to even). `read(start, out)` gives the
     /// elements from the `start`-th on of the matrix as it is stored, row-major: [n, k], or [k, n] if `in_out`. It is
     /// called for a row at a time at most, from several threads.
     pub fn new(
-        ctx: &Context, dtype: DType, n: usize, k: usize, in_out: bool, read: impl Fn(usize, &mut [f32]) + Sync,
+        ctx: &Context, to: impl Into<WeightType>, n: usize, k: usize, in_out: bool,
+        read: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Packed {
         fn fill<T: Copy + Default + Send>(
             ctx: &Context, (n, k): (usize, usize), in_out: bool, read: impl Fn(usize, &mut [f32]) + Sync,
@@ -59,10 +62,21 @@ impl Packed {
             });
             out
         }
-        let data = match dtype {
-            DType::F32 => Data::F32(fill(ctx, (n, k), in_out, read, |v| v)),
-            DType::F16 => Data::F16(fill(ctx, (n, k), in_out, read, |v| f16::from_f32(v).to_bits())),
-            DType::BF16 => Data::BF16(fill(ctx, (n, k), in_out, read, |v| bf16::from_f32(v).to_bits())),
+        let coded = |code, read: &(dyn Fn(usize, &mut [f32]) + Sync)| {
+            let row = |i: usize, row: &mut [f32]| match in_out {
+                false => read(i * k, row),
+                true => row.iter_mut().enumerate().for_each(|(j, w)| read(j * n + i, std::slice::from_mut(w))),
+            };
+            Data::Coded(Quantised::new(ctx, code, n, k, row))
+        };
+        let data = match to.into() {
+            WeightType::Float(DType::F32) => Data::F32(fill(ctx, (n, k), in_out, read, |v| v)),
+            WeightType::Float(DType::F16) => Data::F16(fill(ctx, (n, k), in_out, read, |v| f16::from_f32(v).to_bits())),
+            WeightType::Float(DType::BF16) => {
+                Data::BF16(fill(ctx, (n, k), in_out, read, |v| bf16::from_f32(v).to_bits()))
+            }
+            WeightType::Int8 => coded(Code::Int8, &read),
+            WeightType::Q4 => coded(Code::Q4, &read),
         };
         Packed { n, k, data }
     }
@@ -77,18 +91,26 @@ impl Packed {
         self.k
     }
 
-    /// Element type.
-    pub fn dtype(&self) -> DType {
-        match self.data {
-            Data::F32(_) => DType::F32,
-            Data::F16(_) => DType::F16,
-            Data::BF16(_) => DType::BF16,
+    /// How weights are kept.
+    pub fn kept(&self) -> WeightType {
+        match &self.data {
+            Data::F32(_) => DType::F32.into(),
+            Data::F16(_) => DType::F16.into(),
+            Data::BF16(_) => DType::BF16.into(),
+            Data::Coded(w) => match w.code() {
+                Code::Int8 => WeightType::Int8,
+                Code::Q4 => WeightType::Q4,
+            },
         }
     }
 
     /// Bytes of the packed form.
     pub fn bytes(&self) -> usize {
-        self.n.div_ceil(NR) * NR * self.k * self.dtype().size()
+        match &self.data {
+            Data::F32(w) => 4 * w.len(),
+            Data::F16(w) | Data::BF16(w) => 2 * w.len(),
+            Data::Coded(w) => w.bytes(),
+        }
     }
 
     /// Row `i` of the [n, k] matrix into `out`: a row of an embedding.
@@ -102,10 +124,11 @@ impl Packed {
             Data::F32(w) => copy::<F32>(&w[at.min(w.len())..], out),
             Data::F16(w) => copy::<F16>(&w[at.min(w.len())..], out),
             Data::BF16(w) => copy::<BF16>(&w[at.min(w.len())..], out),
+            Data::Coded(w) => w.row(i, out),
         }
     }
 
-    /// `y = x w^T`: x [m, k], y [m, n]. A row of y is bitwise the same for every m, and the same as
+    /// `y = x w^T`: x [m, k], y [m, n]. A row of y is bitwise the same for every m, and with floats the same as
     /// [`crate::gemm::gemm`] gives for the rounded weights.
     pub fn matmul(&self, ctx: &Context, x: &[f32], y: &mut [f32]) {
         let m = y.len().checked_div(self.n).unwrap_or(0);
@@ -117,6 +140,7 @@ impl Packed {
             Data::F32(w) => product::<F32>(ctx, w, (m, self.n, self.k), x, y),
             Data::F16(w) => product::<F16>(ctx, w, (m, self.n, self.k), x, y),
             Data::BF16(w) => product::<BF16>(ctx, w, (m, self.n, self.k), x, y),
+            Data::Coded(w) => w.matmul(ctx, x, y),
         }
     }
 }
@@ -342,7 +366,7 @@ mod tests {
                         turned.row(i, &mut b);
                         assert!(a == w[i * k..(i + 1) * k] && a == b);
                     }
-                    assert_eq!((packed.n(), packed.k(), packed.dtype()), (n, k, dtype));
+                    assert_eq!((packed.n(), packed.k(), packed.kept()), (n, k, dtype.into()));
                     for m in [0, 1, 2, 5, 6, 7, 12, 40] {
                         let x: Vec<f32> = (0..m * k).map(|i| value(i + 11) * 0.7).collect();
                         let (mut y, mut want) = (vec![1.0; m * n], vec![2.0; m * n]);

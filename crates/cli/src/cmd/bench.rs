@@ -340,7 +340,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             anyhow::bail!("--batch, --state and --tune need --device cuda")
         }
         What::Decode { preset, tokens, .. } => {
-            let dtype = global.dtype()?.unwrap_or(DType::BF16);
+            let dtype = global.weights(&ctx)?;
             let r = bench::decode(&ctx, preset, dtype, *tokens)?;
             let json = json!({
                 "decode_tokens_per_second": r.decode,
@@ -363,7 +363,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             })
         }
         What::Flat { dims, tokens } => {
-            let (config, dtype) = (dims.config(|_| 0)?, global.dtype()?.unwrap_or(DType::BF16));
+            let (config, dtype) = (dims.config(|_| 0)?, global.weights(&ctx)?);
             let mut told = Ok(());
             let mut tell = |p: &bench::Position| {
                 let (us, state, resident) = (p.seconds * 1e6, p.bytes as f64 / 1e6, p.resident as f64 / 1e6);
@@ -386,7 +386,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             let powers = (10..=longest).map(|i| 1 << i).collect();
             let test = Long {
                 config,
-                dtype: global.dtype()?.unwrap_or(DType::BF16),
+                kept: global.weights(&ctx)?,
                 cache: dims.bound.cache(),
                 lengths: if lengths.is_empty() { powers } else { lengths.clone() },
                 decode_at: decode_at.clone(),

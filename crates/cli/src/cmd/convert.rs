@@ -9,6 +9,9 @@ use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+const Q4_IN_FILES: &str =
+    "--dtype q4 is a type of weights in memory, made when a file is loaded: convert to int8 or 16 bits";
+
 /// Rewrites a checkpoint as .pth, .safetensors or .gguf (told by OUT's name), with --dtype in another type; int8 and, in .gguf, q8_0 take half the room of f16
 #[derive(clap::Args)]
 pub struct Args {
@@ -47,6 +50,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             Some(Stored::Int8) if int8::is_large(name, t.shape()) => Dtype::I8,
             Some(Stored::Int8) => Dtype::F16,
             Some(Stored::Q8_0) => anyhow::bail!("{}: q8_0 is written as .gguf", args.out.display()),
+            Some(Stored::Q4) => anyhow::bail!(Q4_IN_FILES),
             // What has no other file's blocks has 16 bits.
             None if t.dtype().block() != 1 => Dtype::F16,
             None => t.dtype(),
@@ -128,6 +132,7 @@ fn to_gguf(args: &Args, ckpt: &Checkpoint, config: &Config, global: &Global) -> 
         Some(Stored::Float(DType::F16)) => Some(Dtype::F16),
         Some(Stored::Float(DType::BF16)) => Some(Dtype::BF16),
         Some(Stored::Q8_0) => Some(Dtype::Q8_0),
+        Some(Stored::Q4) => anyhow::bail!(Q4_IN_FILES),
         Some(Stored::Int8) => anyhow::bail!("{out}: int8 is written as .safetensors; a .gguf file has q8_0"),
         None => None,
     };

@@ -2,7 +2,7 @@ use crate::global::{Bound, Chunks, Global, Interrupted, stop};
 use anser_formats::Checkpoint;
 use anser_infer::{Sampler, SamplerOrder, Sampling, Session, TextStream};
 use anser_model::{Cache, Config, Load, Model};
-use anser_tensor::{Context, DType};
+use anser_tensor::Context;
 use anser_tokenizer::Tokenizer;
 use anyhow::{Context as _, bail, ensure};
 use serde_json::json;
@@ -126,7 +126,7 @@ impl Source {
         let tokenizer = Tokenizer::from_name(name.unwrap_or("world"))?;
         let config = self.chunks.apply(Config::from_checkpoint(&ckpt)?).with_context(|| path.to_string())?;
         global.remarks(&config);
-        let model = Model::load_as(ctx, &ckpt, config, Load::Inference(global.dtype()?.unwrap_or(DType::BF16)))
+        let model = Model::load_as(ctx, &ckpt, config, Load::Inference(global.weights(ctx)?))
             .with_context(|| path.to_string())?;
         let (vocab, all) = (model.config().vocab_size, tokenizer.vocab_size());
         ensure!(

@@ -19,7 +19,7 @@ pub enum Weight {
     OutIn(Param),
     /// f32 master weights in the arena, [in, out]: trainable.
     InOut(Param),
-    /// Tiled f32, f16 or bf16: inference only.
+    /// Tiled floats, or 8 or 4 bits: inference only.
     Packed(Arc<Packed>),
     /// On a GPU in the type of activations: inference only.
     Device(DeviceMatrix),
