@@ -6,6 +6,7 @@
 mod answer;
 mod api;
 mod auth;
+mod constraint;
 mod errors;
 mod fields;
 mod listen;
@@ -72,6 +73,7 @@ pub struct Shared {
     options: Options,
     metrics: Metrics,
     per_owner: auth::PerOwner,
+    grammars: constraint::Grammars,
     created: u64,
     draining: AtomicBool,
 }
@@ -86,6 +88,7 @@ impl Shared {
         Arc::new(Shared {
             metrics: Metrics::new(move || of_metrics.stats()),
             per_owner: auth::PerOwner::new(options.per_key),
+            grammars: constraint::Grammars::new(tokenizer),
             created: api::now(),
             draining: AtomicBool::new(false),
             engine,

@@ -234,6 +234,33 @@ fn chat_and_states() {
 }
 
 #[test]
+fn answers_of_a_given_form() {
+    let s = Server::plain();
+    let schema = json!({
+        "type": "object",
+        "properties": { "name": { "type": "string", "maxLength": 12 }, "age": { "type": "integer", "minimum": 0, "maximum": 99 } },
+        "required": ["name", "age"],
+        "additionalProperties": false,
+    });
+    let format = json!({ "type": "json_schema", "json_schema": { "name": "person", "schema": schema } });
+    for seed in 0..4 {
+        let body = json!({ "messages": [{ "role": "user", "content": "Who?" }], "max_tokens": 400, "seed": seed, "response_format": format });
+        let chat = s.post("/v1/chat/completions", body);
+        let text = chat["choices"][0]["message"]["content"].as_str().unwrap();
+        let person: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{text}: {e}"));
+        assert!(person["name"].is_string() && person["age"].is_u64(), "{text}");
+        assert_eq!(chat["choices"][0]["finish_reason"], "stop");
+    }
+    let body = json!({ "prompt": "The year", "max_tokens": 40, "guided_regex": " [0-9]{4}-(am|pm)", "n": 3 });
+    for choice in s.post("/v1/completions", body)["choices"].as_array().unwrap() {
+        let text = choice["text"].as_str().unwrap();
+        assert!(text.len() == 8 && text[1..5].bytes().all(|b| b.is_ascii_digit()) && text.ends_with('m'), "{text}");
+    }
+    let (status, error) = s.refused("/v1/completions", r#"{"prompt": "a", "guided_regex": "("}"#);
+    assert_eq!((status, error["error"]["param"].as_str()), (400, Some("guided_regex")));
+}
+
+#[test]
 fn embeddings() {
     let s = Server::plain();
     let many = s.post("/v1/embeddings", json!({ "input": ["a cat", "a dog"] }));

@@ -24,9 +24,6 @@ pub async fn completions(
     State(app): State<App>, Extension(Owner(owner)): Extension<Owner>, f: Fields,
 ) -> Result<Response, ApiError> {
     f.refuse(&["tools", "functions", "audio", "prediction", "web_search_options"])?;
-    if f.object("response_format")?.is_some_and(|o| o.get("type").is_none_or(|t| t != "text")) {
-        return Err(ApiError::field("response_format", "this server writes text only: leave it out"));
-    }
     let options = Options::read(&app, &f)?;
     let best = f.whole("top_logprobs", 0..=20)?;
     let logprobs = f.flag("logprobs")?;
@@ -38,7 +35,14 @@ pub async fn completions(
         Some(n) => n,
         None => f.whole("max_tokens", most)?.unwrap_or(app.options.max_tokens),
     };
-    let think = think(&app, &f)?;
+    let think = match &options.grammar {
+        // What may be written begins with the answer.
+        Some(_) if f.get("think").is_some_and(|t| t != "off") => {
+            return Err(ApiError::field("think", "an answer of a given form has no thoughts: it must be off"));
+        }
+        Some(_) => Think::Off,
+        None => think(&app, &f)?,
+    };
     let messages = messages(&f)?;
     let turn = Turn::new(&app, &messages, think, options)?;
     let mut choices = Vec::new();

@@ -1,6 +1,7 @@
 //! What requests for text have in common: how tokens are chosen, how many, where an answer ends, states.
 
 use crate::App;
+use crate::constraint::Grammar;
 use crate::errors::ApiError;
 use crate::fields::Fields;
 use anser_infer::engine::{Request, Start};
@@ -33,6 +34,8 @@ pub struct Options {
     pub start: Start,
     /// The name under which its state is kept.
     pub save_as: Option<String>,
+    /// What may be written.
+    pub grammar: Option<Grammar>,
 }
 
 impl Options {
@@ -69,6 +72,7 @@ impl Options {
             usage,
             start: f.text("state")?.map_or(Start::Empty, |name| Start::Named(name.into())),
             save_as,
+            grammar: app.grammars.read(f)?,
         })
     }
 
@@ -83,6 +87,7 @@ impl Options {
             max_tokens,
             stop_tokens: self.stop_tokens.clone(),
             save_as: self.save_as.clone(),
+            constraint: self.grammar.as_ref().map(Grammar::begin),
             ..Request::default()
         }
     }
