@@ -291,7 +291,7 @@ impl Constraint for Even {
 
     fn accept(&mut self, token: u32) -> Result<bool, String> {
         self.0 += 1;
-        if token % 2 == 0 { Ok(self.0 == 4) } else { Err(format!("{token} is odd")) }
+        if token.is_multiple_of(2) { Ok(self.0 == 4) } else { Err(format!("{token} is odd")) }
     }
 }
 

@@ -113,7 +113,7 @@ pub struct Request {
     pub constraint: Option<Box<dyn Constraint>>,
     /// Name under which the state is kept at the end, after all tokens of the answer.
     pub save_as: Option<String>,
-    /// Whether the last hidden vector of the prompt is wanted, [C] after the last norm.
+    /// Whether the last hidden vector of the prompt is wanted, `[C]` after the last norm.
     pub hidden: bool,
 }
 
