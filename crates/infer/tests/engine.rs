@@ -3,9 +3,9 @@
 use anser_infer::engine::{
     Constraint, End, Engine, EngineOptions, Event, Refused, Request, Start, Stream, TokenLogprob,
 };
-use anser_infer::{Sampler, Sampling, Session};
+use anser_infer::{Decoder, Sampler, Sampling, Session};
 use anser_model::{Config, Hybrid, Init, Model};
-use anser_tensor::Context;
+use anser_tensor::{Context, DType, Device};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -557,4 +557,44 @@ fn states_outlive_a_killed_process() {
         let a = answer(engine.submit(r).unwrap());
         assert_eq!(a.tokens, alone(&of, &so_far, &Sampling::default(), 5, 8), "{name}");
     }
+}
+
+/// On a GPU, in a decoder's slots. With up to 4 sequences a row's bits don't depend on its neighbours there either.
+#[test]
+#[ignore = "needs a GPU"]
+fn on_a_gpu_a_sequence_is_the_same_in_any_company() {
+    let ctx = Context::with_activations(Device::Cuda(0), DType::F16, 2).unwrap();
+    let of = model(&Config::new(2, 128, 200));
+    let of = (ctx.clone(), Arc::new(of.1.packed(&ctx, DType::F16)));
+    let engine = engine(&of, EngineOptions { slots: 3, stride: 0, ..EngineOptions::default() });
+    let greedy = samplings()[0].clone();
+    let short = |i: u32| prompt(i, 1 + i * 3 % 9).iter().map(|t| t % 200).collect::<Vec<u32>>();
+    let go = |i: u32, start: Start, count: usize| {
+        let p = if start == Start::Empty { short(i) } else { Vec::new() };
+        let save_as = (i == 4).then(|| "x".into());
+        engine.submit(Request { start, sampling: greedy.clone(), save_as, ..request(p, count) }).unwrap()
+    };
+    let streams: Vec<Stream> = (0..6).map(|i| go(i, Start::Empty, 2 + i as usize)).collect();
+    let answers: Vec<Answer> = streams.into_iter().map(answer).collect();
+    let alone = |i: u32, count: usize| {
+        let mut decoder = Decoder::new(&of.0, &of.1, 1).unwrap().expect("the kernels know this model");
+        let mut logits = decoder.prefill(0, &short(i)).unwrap();
+        let mut sampler = Sampler::new(greedy.clone()).unwrap();
+        let mut tokens = Vec::new();
+        for _ in 0..count {
+            tokens.push(sampler.sample(&logits).unwrap());
+            logits = decoder.step(&[(0, tokens[tokens.len() - 1])]).unwrap().to_vec();
+        }
+        tokens
+    };
+    for (i, a) in (0..).zip(&answers) {
+        assert_eq!((&a.tokens, &a.end), (&alone(i, 2 + i as usize), &Some(End::Length)), "{i}");
+    }
+    // From a cached prefix and from a named state.
+    let again = answer(go(4, Start::Empty, 6));
+    assert_eq!((again.tokens, again.cached), (answers[4].tokens.clone(), short(4).len()));
+    assert_eq!(answer(go(0, Start::Named("x".into()), 3)).tokens, alone(4, 9)[6..]);
+    let r = Request { prompt_logprobs: Some(1), hidden: true, ..request(short(5), 1) };
+    let a = answer(engine.submit(r).unwrap());
+    assert_eq!((a.prompt.len(), a.hidden.map(|h| h.len())), (short(5).len() - 1, Some(128)));
 }
