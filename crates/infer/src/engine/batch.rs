@@ -1,5 +1,5 @@
 use crate::{Decoder, Error};
-use anser_model::{Cache, Model, State};
+use anser_model::{Model, State};
 use anser_ops::{Segment, Tape, Var};
 use anser_tensor::Context;
 use std::ops::Range;
@@ -59,24 +59,14 @@ enum Place {
 }
 
 impl<'m> Batch<'m> {
-    /// A batch of up to `most` sequences; `bound` is what attention keeps of each.
-    pub fn new(ctx: &Context, model: &'m Model, most: usize, bound: Option<Cache>) -> Result<Batch<'m>, Error> {
-        let mut empty = State::zeros(ctx, model.config(), 1);
-        if let Some(bound) = bound {
-            bound.validate(model.config())?;
-            empty.cache = Some(bound);
-        }
+    /// A batch of up to `most` sequences, whose states begin as `empty`.
+    pub fn new(ctx: &Context, model: &'m Model, most: usize, empty: State) -> Result<Batch<'m>, Error> {
         let states = match Decoder::new(ctx, model, most.min(Decoder::MOST_SLOTS))? {
             Some(decoder) => States::Slots { decoder: Box::new(decoder), used: 0 },
             None => States::Rows { arena: None, slots: Vec::new() },
         };
         ctx.check()?;
         Ok(Batch { ctx: ctx.clone(), model, empty, states })
-    }
-
-    /// A sequence that has read nothing.
-    pub fn empty(&self) -> &State {
-        &self.empty
     }
 
     /// Adds a sequence behind the others, with a state of one slot.

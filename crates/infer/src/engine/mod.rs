@@ -6,6 +6,8 @@
 //! bit whatever else runs.
 
 mod batch;
+mod bytes;
+mod disk;
 mod run;
 mod snapshot;
 mod store;
@@ -16,6 +18,8 @@ use crate::{Error, Sampler, Sampling};
 use anser_model::{Architecture, Cache, Model};
 use anser_tensor::Context;
 use run::{Job, Shared};
+use serde_json::json;
+use snapshot::Form;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -51,9 +55,11 @@ pub struct EngineOptions {
     pub prefill_piece: usize,
     /// Tokens of a prompt after which a state is kept for other prompts that begin alike; 0: only at its end.
     pub stride: usize,
-    /// Where named states and what doesn't fit into memory are kept; without one everything is lost at the end.
+    /// Where named states and what memory has no room for are kept; without one everything is lost at the end.
     pub folder: Option<PathBuf>,
-    /// A bound on what attention keeps of each sequence of a hybrid.
+    /// Bytes of states in the folder at most.
+    pub disk_bytes: usize,
+    /// A bound on what attention keeps of each sequence of a hybrid. States saved with another one are not seen.
     pub bound: Option<Cache>,
 }
 
@@ -67,6 +73,7 @@ impl Default for EngineOptions {
             prefill_piece: 0,
             stride: 512,
             folder: None,
+            disk_bytes: 16 << 30,
             bound: None,
         }
     }
@@ -106,7 +113,7 @@ pub struct Request {
     pub constraint: Option<Box<dyn Constraint>>,
     /// Name under which the state is kept at the end, after all tokens of the answer.
     pub save_as: Option<String>,
-    /// Whether the last hidden vector of the prompt is wanted, [C] after the last norm.
+    /// Whether the last hidden vector of the prompt is wanted, `[C]` after the last norm.
     pub hidden: bool,
 }
 
@@ -260,7 +267,9 @@ pub struct Stats {
     pub running_bytes: usize,
     /// Bytes of states kept in memory to go on from.
     pub cached_bytes: usize,
-    /// States kept in memory.
+    /// The same on disk.
+    pub disk_bytes: usize,
+    /// States kept in memory or on disk.
     pub cached_states: usize,
 }
 
@@ -276,7 +285,10 @@ impl Engine {
         if options.slots == 0 {
             return Err(Error::State("an engine needs at least 1 slot".into()));
         }
-        let store = Arc::new(StateStore::open(&ctx, &model, &options)?);
+        let form = Form::new(&ctx, model.config(), options.bound)?;
+        // States under a bound are not those without.
+        let fingerprint = model.fingerprint() + &options.bound.map_or_else(String::new, |b| json!(b).to_string());
+        let store = StateStore::open(form, fingerprint, &options)?;
         let shared = Arc::new(Shared::new(&model, &options, store));
         let (ready, started) = std::sync::mpsc::channel();
         let of_thread = shared.clone();

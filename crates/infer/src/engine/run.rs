@@ -18,7 +18,7 @@ use tokio::sync::mpsc::UnboundedSender;
 /// What clients and the thread share.
 pub(super) struct Shared {
     pub vocab: usize,
-    pub store: Arc<StateStore>,
+    pub store: StateStore,
     size: Size,
     memory: usize,
     slots: usize,
@@ -134,7 +134,7 @@ impl Queue {
 }
 
 impl Shared {
-    pub fn new(model: &Model, options: &EngineOptions, store: Arc<StateStore>) -> Shared {
+    pub fn new(model: &Model, options: &EngineOptions, store: StateStore) -> Shared {
         let inner =
             Inner { queue: Queue::default(), stats: Stats::default(), draining: false, closed: false, seconds: 1.0 };
         Shared {
@@ -183,9 +183,9 @@ impl Shared {
     }
 
     pub fn stats(&self) -> Stats {
-        let (cached_states, cached_bytes) = self.store.size();
+        let (cached_states, cached_bytes, disk_bytes) = self.store.size();
         let inner = self.inner();
-        Stats { waiting: inner.queue.len(), cached_states, cached_bytes, ..inner.stats }
+        Stats { waiting: inner.queue.len(), cached_states, cached_bytes, disk_bytes, ..inner.stats }
     }
 
     pub fn drain(&self) {
@@ -194,6 +194,8 @@ impl Shared {
         while !inner.closed && inner.stats.running + inner.queue.len() > 0 {
             inner = self.wait(inner);
         }
+        drop(inner);
+        self.store.flush();
     }
 
     /// Takes no more requests, and cancels those that are there.
@@ -219,7 +221,7 @@ pub(super) fn run(
         }
     }
     let _close = Close(shared);
-    let batch = match Batch::new(ctx, model, options.slots, options.bound) {
+    let batch = match Batch::new(ctx, model, options.slots, shared.store.form().empty.clone()) {
         Ok(batch) => batch,
         Err(e) => {
             let _ = ready.send(Err(e));
@@ -368,9 +370,9 @@ impl Runner<'_> {
                 sequence.cached = read.saturating_sub(start);
                 self.done.prefix_hits += u64::from(sequence.cached > 0);
                 self.done.tokens_cached += sequence.cached as u64;
-                snapshot.state(self.ctx, self.batch.empty())
+                snapshot.state(self.shared.store.form())
             }
-            None => self.batch.empty().clone(),
+            None => self.shared.store.form().empty.clone(),
         };
         match self.batch.push(state) {
             Ok(()) => self.running.push(sequence),
@@ -437,7 +439,7 @@ impl Runner<'_> {
             if s.read > s.tokens.len() {
                 let Some((snapshot, prefix)) = &s.after_prompt else { continue };
                 (s.read, s.prefix, s.logits) = (s.prompt.end, prefix.clone(), snapshot.logits.clone());
-                let state = snapshot.state(self.ctx, self.batch.empty());
+                let state = snapshot.state(self.shared.store.form());
                 if let Err(e) = self.batch.set_state(slot, state) {
                     s.phase = Phase::Closing(End::Failed(e.to_string()));
                 }
@@ -470,7 +472,7 @@ impl Runner<'_> {
     /// Keeps the state at the end of a stride of the prompt.
     fn keep(&mut self, slot: usize) -> Result<(), Error> {
         let s = &self.running[slot];
-        if self.stride > 0 && s.read % self.stride == 0 && s.read < s.prompt.end {
+        if s.read.is_multiple_of(self.stride) && s.read < s.prompt.end {
             let snapshot = Snapshot::new(&self.batch.state(slot)?, Vec::new());
             self.shared.store.insert(s.prefix.key(), s.read, Arc::new(snapshot));
         }
@@ -513,32 +515,32 @@ impl Runner<'_> {
 
     /// Ends a sequence: its state is kept.
     fn finish(&mut self, slot: usize, end: End) -> Result<(), Error> {
-        let s = &self.running[slot];
-        let mut end = end;
-        match end {
-            End::Failed(_) => self.done.failed += 1,
-            _ => {
-                let snapshot = Arc::new(Snapshot::new(&self.batch.state(slot)?, s.logits.clone()));
-                let (store, key) = (&self.shared.store, s.prefix.key());
-                match &s.request.save_as {
-                    Some(name) => {
-                        if let Err(e) = store.save(&s.request.owner, name, key, &s.tokens, snapshot) {
-                            end = End::Failed(e);
-                        }
-                    }
-                    None => store.insert(key, s.read, snapshot),
-                }
-                self.done.finished += 1;
-            }
-        }
-        let sequence = self.remove(slot);
+        let failed = matches!(end, End::Failed(_));
+        let state = if failed { None } else { Some(self.batch.state(slot)?) };
+        let mut s = self.remove(slot);
+        *if failed { &mut self.done.failed } else { &mut self.done.finished } += 1;
         // What a client reads after the end counts its request.
         let shared = self.shared;
         let mut inner = shared.inner();
-        inner.seconds += 0.1 * (sequence.began.elapsed().as_secs_f64() - inner.seconds);
+        inner.seconds += 0.1 * (s.began.elapsed().as_secs_f64() - inner.seconds);
         self.report(&mut inner);
         drop(inner);
-        sequence.end(end);
+        let Some(state) = state else {
+            s.end(end);
+            return Ok(());
+        };
+        let (key, snapshot) = (s.prefix.key(), Arc::new(Snapshot::new(&state, std::mem::take(&mut s.logits))));
+        match s.request.save_as.take() {
+            Some(name) => {
+                let (owner, tokens) = (std::mem::take(&mut s.request.owner), std::mem::take(&mut s.tokens));
+                let done = |result: Result<(), String>| s.end(result.map_or_else(End::Failed, |()| end));
+                shared.store.save(&owner, &name, key, &tokens, snapshot, done);
+            }
+            None => {
+                shared.store.insert(key, s.read, snapshot);
+                s.end(end);
+            }
+        }
         Ok(())
     }
 
