@@ -47,13 +47,11 @@ impl Grammars {
     pub fn read(&self, f: &Fields) -> Result<Option<Grammar>, ApiError> {
         let mut asked = Vec::new();
         if let Some(schema) = response_format(f)? {
-            asked.push(("response_format", TopLevelGrammar::from_json_schema(schema)));
+            asked.push(("response_format", of_schema(schema)));
         }
         match f.get("guided_json") {
             None => {}
-            Some(schema @ Value::Object(_)) => {
-                asked.push(("guided_json", TopLevelGrammar::from_json_schema(schema.clone())))
-            }
+            Some(schema @ Value::Object(_)) => asked.push(("guided_json", of_schema(schema.clone()))),
             Some(_) => return Err(ApiError::field("guided_json", "it must be a JSON schema")),
         }
         if let Some(regex) = f.text("guided_regex")? {
@@ -89,6 +87,15 @@ fn factory(tokenizer: Tokenizer) -> Result<ParserFactory, String> {
     let mut factory = ParserFactory::new_simple(&env).map_err(|e| e.to_string())?;
     factory.quiet();
     Ok(factory)
+}
+
+/// JSON in one line with single spaces, unless the schema says otherwise: small models like to write space without end.
+fn of_schema(mut schema: Value) -> TopLevelGrammar {
+    if let Value::Object(fields) = &mut schema {
+        let line = json!({ "whitespace_flexible": false, "item_separator": ", ", "key_separator": ": " });
+        fields.entry("x-guidance").or_insert(line);
+    }
+    TopLevelGrammar::from_json_schema(schema)
 }
 
 /// The schema that OpenAI's field asks for.

@@ -11,6 +11,7 @@ mod errors;
 mod fields;
 mod listen;
 mod metrics;
+mod page;
 mod sse;
 mod template;
 mod think;
@@ -37,6 +38,9 @@ use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::CorsLayer;
 use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
 use tower_http::timeout::RequestBodyTimeoutLayer;
+
+/// Every route and field; a test compares it with the routes.
+const OPENAPI: &str = include_str!("openapi.json");
 
 /// How a server behaves.
 pub struct Options {
@@ -110,6 +114,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/models/{name}", get(api::models::one))
         .route("/v1/completions", post(api::completions::completions))
         .route("/v1/chat/completions", post(api::chat::completions))
+        .route("/v1/messages", post(api::messages::messages))
         .route("/v1/embeddings", post(api::embeddings::embeddings))
         .route("/v1/states", get(api::states::list))
         .route("/v1/states/{name}", get(api::states::one).delete(api::states::delete))
@@ -118,7 +123,14 @@ pub fn router(app: App) -> Router {
         .route("/detokenize", post(api::tokens::detokenize))
         .route("/metrics", get(api::models::metrics))
         .route_layer(middleware::from_fn_with_state(app.clone(), auth::check));
-    let open = Router::new().route("/health", get(api::models::health)).route("/ready", get(api::models::ready));
+    let open = Router::new()
+        .route("/", get(page::index))
+        .route("/page.css", get(page::style))
+        .route("/page.js", get(page::script))
+        .route("/markdown.js", get(page::markdown))
+        .route("/health", get(api::models::health))
+        .route("/ready", get(api::models::ready))
+        .route("/openapi.json", get(openapi));
     let cors = CorsLayer::new()
         .allow_origin(app.options.cors.clone())
         .allow_methods([Method::GET, Method::POST, Method::DELETE])
@@ -143,10 +155,30 @@ async fn count(State(app): State<App>, path: MatchedPath, request: Request, next
     response
 }
 
+async fn openapi() -> impl IntoResponse {
+    ([(http::header::CONTENT_TYPE, "application/json")], OPENAPI)
+}
+
 async fn no_route(method: Method, uri: Uri) -> ApiError {
     ApiError::not_found(format!("there is no {method} {}", uri.path()))
 }
 
 async fn no_method(method: Method, uri: Uri) -> ApiError {
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, format!("{} doesn't take {method}", uri.path()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn the_document_has_the_routes() {
+        let document: serde_json::Value = serde_json::from_str(OPENAPI).unwrap();
+        let written: BTreeSet<&str> = document["paths"].as_object().unwrap().keys().map(String::as_str).collect();
+        let of_page = |path: &&str| !["/", "/page.css", "/page.js", "/markdown.js"].contains(path);
+        let routes = include_str!("lib.rs").split(".route(\"").skip(1).filter_map(|s| s.split('"').next());
+        let routes: BTreeSet<&str> = routes.filter(|r| r.starts_with('/')).filter(of_page).collect();
+        assert_eq!(written, routes);
+    }
 }

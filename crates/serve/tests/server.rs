@@ -261,6 +261,57 @@ fn answers_of_a_given_form() {
 }
 
 #[test]
+fn the_document_and_the_page() {
+    let s = Server::plain();
+    let document = s.get("/openapi.json");
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        for (method, about) in methods.as_object().unwrap() {
+            let at = path.replace("{name}", "anser-12m");
+            let status = s.call(&method.to_uppercase(), &at, None, "{}").status().as_u16();
+            let states = path.starts_with("/v1/states/");
+            assert!(status != 405 && (status != 404 || states), "{method} {path}");
+            // Whoever must send fields is told so.
+            let schema = about["requestBody"]["content"]["application/json"]["schema"]["$ref"].as_str();
+            if let Some(name) = schema.and_then(|r| r.rsplit('/').next()) {
+                let needs = document["components"]["schemas"][name]["required"].is_array();
+                assert!(!needs || status == 400, "{method} {path} {status}");
+            }
+        }
+    }
+    let page = s.call("GET", "/", None, "").body_mut().read_to_string().unwrap();
+    for file in ["page.css", "page.js"] {
+        assert!(page.contains(file) && s.call("GET", &format!("/{file}"), None, "").status() == 200);
+    }
+    assert_eq!(s.call("GET", "/markdown.js", None, "").headers()["x-content-type-options"], "nosniff");
+}
+
+#[test]
+fn anthropic_messages() {
+    let s = Server::plain();
+    let ask =
+        json!({ "messages": [{ "role": "user", "content": "Who are you?" }], "max_tokens": 16, "temperature": 0 });
+    let whole = s.post("/v1/messages", ask.clone());
+    let chat = s.post("/v1/chat/completions", ask.clone());
+    assert_eq!(whole["content"][0]["text"], chat["choices"][0]["message"]["content"]);
+    let mut streamed = ask.clone();
+    streamed["stream"] = json!(true);
+    let events: Vec<Value> =
+        s.events("/v1/messages", streamed).iter().map(|e| serde_json::from_str(e).unwrap()).collect();
+    let text: String = events.iter().filter_map(|e| e["delta"]["text"].as_str()).collect();
+    assert_eq!(whole["content"][0]["text"], text);
+    let kinds: Vec<_> =
+        events.iter().map(|e| e["type"].as_str().unwrap()).filter(|k| *k != "content_block_delta").collect();
+    assert_eq!(kinds, ["message_start", "content_block_start", "content_block_stop", "message_delta", "message_stop"]);
+    let word: String = text.chars().skip(2).take(3).collect();
+    let mut stopped = ask.clone();
+    stopped["stop_sequences"] = json!([word]);
+    let stopped = s.post("/v1/messages", stopped);
+    assert_eq!((&stopped["stop_reason"], &stopped["stop_sequence"]), (&json!("stop_sequence"), &json!(word)));
+    let (status, error) = s.refused("/v1/messages", r#"{"messages": [{"role": "user", "content": "a"}]}"#);
+    assert_eq!((status, error["type"].as_str()), (400, Some("error")));
+}
+
+#[test]
 fn embeddings() {
     let s = Server::plain();
     let many = s.post("/v1/embeddings", json!({ "input": ["a cat", "a dog"] }));
