@@ -151,7 +151,7 @@ mod tests {
         for token in tokenizer.encode(text.as_bytes()) {
             let mut logits = vec![0.0; tokenizer.vocab_size() + 7];
             constraint.mask(&mut logits).unwrap();
-            assert!(logits.iter().any(|l| *l == 0.0) && logits.ends_with(&[f32::NEG_INFINITY; 7]));
+            assert!(logits.contains(&0.0) && logits.ends_with(&[f32::NEG_INFINITY; 7]));
             if logits[token as usize] != 0.0 {
                 return false;
             }

@@ -17,7 +17,7 @@ pub enum Template {
     /// That of RWKV-7 "G1".
     Rwkv,
     /// A Jinja template, which is given `messages`, `add_generation_prompt` and `enable_thinking`.
-    Jinja(Environment<'static>),
+    Jinja(Box<Environment<'static>>),
 }
 
 impl Template {
@@ -34,7 +34,7 @@ impl Template {
             Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, why))
         });
         env.add_template_owned("chat", source).map_err(|e| e.to_string())?;
-        Ok(Template::Jinja(env))
+        Ok(Template::Jinja(Box::new(env)))
     }
 
     /// The prompt up to where the model goes on.

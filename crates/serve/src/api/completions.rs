@@ -42,7 +42,7 @@ pub async fn completions(
         request.logprobs = logprobs;
         request.prompt_logprobs = logprobs.filter(|_| echo);
         if max_tokens == 0 && logprobs.is_none() {
-            // Nothing but the prompt is sent back: the engine has nothing to do.
+            // The engine reads a prompt only for something that comes of it.
             request.prompt_logprobs = Some(0);
         }
         if echo && logprobs.is_some() && max_tokens == 1 {
@@ -125,7 +125,7 @@ impl Choice {
         Ok(Choice { answer, app: app.clone(), index, echo, logprobs, offset: 0 })
     }
 
-    /// What a part adds, in the shape of a choice; the finish of the last one.
+    /// What a part adds, in the shape of a choice: text, and before it the prompt with the log probabilities of its tokens.
     fn json(&mut self, text: Text, echoed: Vec<TokenLogprob>, echo: Vec<u32>, finish: Option<&Finish>) -> Value {
         let mut listed = Logprobs::default();
         let mut whole = String::new();
@@ -153,20 +153,15 @@ impl Choice {
 
     /// The next piece in the shape of a choice, and the tokens that were cached if it says so.
     async fn next(&mut self) -> Result<Option<(Value, usize)>, ApiError> {
-        loop {
-            match self.answer.next().await? {
-                Some(Part::Prompt { cached, logprobs, .. }) => {
-                    let echo = std::mem::take(&mut self.echo);
-                    let piece = self.json(Text::default(), logprobs, echo, None);
-                    return Ok(Some((piece, cached)));
-                }
-                Some(Part::Text(text)) => return Ok(Some((self.json(text, Vec::new(), Vec::new(), None), 0))),
-                Some(Part::End(text, finish)) => {
-                    return Ok(Some((self.json(text, Vec::new(), Vec::new(), Some(&finish)), 0)));
-                }
-                None => return Ok(None),
+        let (text, echoed, echo, finish, cached) = match self.answer.next().await? {
+            Some(Part::Prompt { cached, logprobs, .. }) => {
+                (Text::default(), logprobs, std::mem::take(&mut self.echo), None, cached)
             }
-        }
+            Some(Part::Text(text)) => (text, Vec::new(), Vec::new(), None, 0),
+            Some(Part::End(text, finish)) => (text, Vec::new(), Vec::new(), Some(finish), 0),
+            None => return Ok(None),
+        };
+        Ok(Some((self.json(text, echoed, echo, finish.as_ref()), cached)))
     }
 
     async fn whole(mut self) -> Result<(Usage, Value), ApiError> {
