@@ -11,6 +11,7 @@ mod errors;
 mod fields;
 mod listen;
 mod metrics;
+mod origin;
 mod page;
 mod sse;
 mod template;
@@ -143,6 +144,7 @@ pub fn router(app: App) -> Router {
         .layer(DefaultBodyLimit::max(app.options.max_body))
         .layer(RequestBodyTimeoutLayer::new(app.options.read_timeout))
         .layer(CatchPanicLayer::custom(|_| ApiError::internal("this server has a fault; it goes on").into_response()))
+        .layer(middleware::from_fn_with_state(app.clone(), origin::check))
         .layer(cors)
         .layer(PropagateRequestIdLayer::x_request_id())
         .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid))

@@ -417,8 +417,12 @@ fn clients_that_go_are_cancelled() {
         let before = s.engine.stats().cancelled;
         let body = json!({ "prompt": "a", "max_tokens": 4000, "stream": stream, "ignore_eos": true }).to_string();
         let mut socket = TcpStream::connect(s.address).unwrap();
-        write!(socket, "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}", body.len())
-            .unwrap();
+        write!(
+            socket,
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )
+        .unwrap();
         until("a running request", || s.engine.stats().running == 1);
         drop(socket);
         until("its end", || s.engine.stats().cancelled == before + 1 && s.engine.stats().running == 0);
@@ -426,9 +430,33 @@ fn clients_that_go_are_cancelled() {
 }
 
 #[test]
+fn pages_of_others_are_refused() {
+    let s = Server::start(
+        Options { cors: vec!["https://mine.example".parse().unwrap()], ..options() },
+        EngineOptions::default(),
+    );
+    let ask = |host: &str, origin: &str| {
+        let mut socket = TcpStream::connect(s.address).unwrap();
+        write!(socket, "GET /health HTTP/1.1\r\nHost: {host}\r\n{origin}Connection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).unwrap();
+        answer.to_lowercase()
+    };
+    assert!(ask("localhost", "").contains(" 200 "));
+    assert!(ask("rebound.example", "").contains(" 403 "));
+    assert!(ask("localhost", "Origin: https://evil.example\r\n").contains(" 403 "));
+    let allowed = ask("localhost", "Origin: https://mine.example\r\n");
+    assert!(
+        allowed.contains(" 200 ") && allowed.contains("access-control-allow-origin: https://mine.example"),
+        "{allowed}"
+    );
+}
+
+#[test]
 fn slow_clients_are_cut_off() {
     let s = Server::plain();
-    for begin in ["POST /v1/compl", "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"] {
+    for begin in ["POST /v1/compl", "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"]
+    {
         let mut socket = TcpStream::connect(s.address).unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         socket.write_all(begin.as_bytes()).unwrap();

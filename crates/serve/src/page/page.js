@@ -117,7 +117,8 @@ async function answer(text) {
       if (seconds > 0.2) $("speed").textContent = `${(pieces / seconds).toFixed(1)} pieces/s`;
     }
     if (usage && first) {
-      const speed = usage.completion_tokens / ((performance.now() - first) / 1000);
+      // Time counts from the first token on.
+      const speed = (usage.completion_tokens - 1) / ((performance.now() - first) / 1000);
       const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
       $("speed").textContent = `${speed.toFixed(1)} tokens/s`;
       status(`${usage.prompt_tokens} tokens read (${cached} cached), ${usage.completion_tokens} written${finish === "length" ? ": the limit" : ""}`);
