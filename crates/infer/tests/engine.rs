@@ -377,6 +377,15 @@ fn hybrids_are_admitted_by_memory() {
 }
 
 #[test]
+fn nobody_waits_for_a_client_that_does_not_read() {
+    let engine = engine(&plain(), EngineOptions { slots: 2, ..EngineOptions::default() });
+    let slow = engine.submit(request(prompt(1, 5), 3000)).unwrap();
+    assert_eq!(answer(engine.submit(request(prompt(2, 5), 1000)).unwrap()).tokens.len(), 1000);
+    engine.drain();
+    assert_eq!(answer(slow).tokens.len(), 3000);
+}
+
+#[test]
 fn owners_take_turns() {
     let of = plain();
     let engine = engine(&of, EngineOptions { slots: 1, ..EngineOptions::default() });

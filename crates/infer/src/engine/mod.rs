@@ -4,6 +4,25 @@
 //! writes, and of those that still read their prompt pieces in turn, of a bounded number of tokens in all, so that nobody waits long
 //! for anybody's prompt. A row's result depends on its own sequence only, so that on the CPU a request's tokens are the same to the
 //! bit whatever else runs.
+//!
+//! ```
+//! use anser_infer::engine::{Engine, EngineOptions, Event, Request};
+//! use anser_model::{Config, Init, Model};
+//! use anser_tensor::Context;
+//!
+//! let ctx = Context::cpu(1);
+//! let model = Model::init(&ctx, &Config::new(1, 64, 100), Init::Current, 1)?;
+//! let engine = Engine::start(ctx, model.into(), EngineOptions::default())?;
+//! let mut stream = engine.submit(Request { prompt: vec![1, 2, 3], max_tokens: 5, ..Request::default() })?;
+//! let mut tokens = Vec::new();
+//! while let Some(event) = stream.recv() {
+//!     if let Event::Token(token) = event {
+//!         tokens.push(token.token);
+//!     }
+//! }
+//! assert_eq!(tokens.len(), 5);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod batch;
 mod bytes;
@@ -199,7 +218,7 @@ pub enum End {
     Failed(String),
 }
 
-/// The events of a request. Dropping it cancels the request.
+/// The events of a request. Dropping it cancels the request, and keeps no state. Nobody waits for whoever doesn't read them.
 pub struct Stream {
     events: mpsc::UnboundedReceiver<Event>,
     ended: bool,
