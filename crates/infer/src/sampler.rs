@@ -252,7 +252,7 @@ mod tests {
 
     #[test]
     fn as_much_sorting_as_needed_changes_nothing() {
-        let hash = |i: usize| (i * 2_654_435_761 >> 7) % 997;
+        let hash = |i: usize| ((i * 2_654_435_761) >> 7) % 997;
         for n in [1, 2, 255, 256, 257, 5000] {
             let tokens: Vec<(f64, usize)> = (0..n).map(|i| (hash(i) as f64, i)).collect();
             let mut sorted = tokens.clone();

@@ -4,21 +4,42 @@
 //! writes, and of those that still read their prompt pieces in turn, of a bounded number of tokens in all, so that nobody waits long
 //! for anybody's prompt. A row's result depends on its own sequence only, so that on the CPU a request's tokens are the same to the
 //! bit whatever else runs.
+//!
+//! ```
+//! use anser_infer::engine::{Engine, EngineOptions, Event, Request};
+//! use anser_model::{Config, Init, Model};
+//! use anser_tensor::Context;
+//!
+//! let ctx = Context::cpu(1);
+//! let model = Model::init(&ctx, &Config::new(1, 64, 100), Init::Current, 1)?;
+//! let engine = Engine::start(ctx, model.into(), EngineOptions::default())?;
+//! let mut stream = engine.submit(Request { prompt: vec![1, 2, 3], max_tokens: 5, ..Request::default() })?;
+//! let mut tokens = Vec::new();
+//! while let Some(event) = stream.recv() {
+//!     if let Event::Token(token) = event {
+//!         tokens.push(token.token);
+//!     }
+//! }
+//! assert_eq!(tokens.len(), 5);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod batch;
 mod bytes;
 mod disk;
 mod run;
+mod sequence;
+mod shared;
 mod snapshot;
 mod store;
 
 pub use store::{StateInfo, StateStore};
 
-use crate::{Error, Sampler, Sampling};
+use crate::{Decoder, Error, Sampler, Sampling};
 use anser_model::{Architecture, Cache, Model};
 use anser_tensor::Context;
-use run::{Job, Shared};
 use serde_json::json;
+use shared::{Job, Shared};
 use snapshot::Form;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -42,7 +63,7 @@ struct Handle {
 /// How an [`Engine`] runs.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
-    /// Sequences that run at the same time at most.
+    /// Sequences that run at the same time at most, up to [`Decoder::MOST_SLOTS`].
     pub slots: usize,
     /// Requests that wait for a slot at most.
     pub waiting: usize,
@@ -53,7 +74,7 @@ pub struct EngineOptions {
     pub memory: usize,
     /// Tokens of prompts that a step reads at most; 0: what suits the device.
     pub prefill_piece: usize,
-    /// Tokens of a prompt after which a state is kept for other prompts that begin alike; 0: only at its end.
+    /// Tokens of a prompt after which its state is kept for others that begin alike, and after multiples of these, which become rarer; 0: only at its end.
     pub stride: usize,
     /// Where named states and what memory has no room for are kept; without one everything is lost at the end.
     pub folder: Option<PathBuf>,
@@ -197,21 +218,34 @@ pub enum End {
     Failed(String),
 }
 
-/// The events of a request. Dropping it cancels the request.
+/// The events of a request. Dropping it cancels the request, and keeps no state. Nobody waits for whoever doesn't read them.
 pub struct Stream {
     events: mpsc::UnboundedReceiver<Event>,
+    ended: bool,
     stop: Arc<AtomicUsize>,
 }
 
 impl Stream {
     /// The next event, `None` after the end.
     pub async fn next(&mut self) -> Option<Event> {
-        self.events.recv().await
+        let event = self.events.recv().await;
+        self.note(event)
     }
 
     /// The same, waiting for it; not to be called from async code.
     pub fn recv(&mut self) -> Option<Event> {
-        self.events.blocking_recv()
+        let event = self.events.blocking_recv();
+        self.note(event)
+    }
+
+    /// There is an end even if the engine didn't come to it.
+    fn note(&mut self, event: Option<Event>) -> Option<Event> {
+        if event.is_none() && !self.ended {
+            self.ended = true;
+            return Some(Event::End(End::Failed("the engine has stopped working".into())));
+        }
+        self.ended |= matches!(event, Some(Event::End(_)));
+        event
     }
 
     /// Ends the answer after its first `keep` tokens, such as before a stop text: a state that is kept is that after these. Tokens
@@ -282,8 +316,8 @@ impl Engine {
         if model.config().architecture == Architecture::Transformer {
             return Err(anser_model::Error::Stateless.into());
         }
-        if options.slots == 0 {
-            return Err(Error::State("an engine needs at least 1 slot".into()));
+        if !(1..=Decoder::MOST_SLOTS).contains(&options.slots) {
+            return Err(Error::State(format!("{} slots: there must be 1 to {}", options.slots, Decoder::MOST_SLOTS)));
         }
         let form = Form::new(&ctx, model.config(), options.bound)?;
         // States under a bound are not those without.
@@ -315,7 +349,7 @@ impl Engine {
         let (to, events) = mpsc::unbounded_channel();
         let stop = Arc::new(AtomicUsize::new(usize::MAX));
         shared.queue(Job::new(request, history, sampler, to, stop.clone()))?;
-        Ok(Stream { events, stop })
+        Ok(Stream { events, ended: false, stop })
     }
 
     /// What it has done and is doing.
