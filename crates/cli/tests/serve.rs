@@ -28,10 +28,11 @@ fn serves_until_it_is_told_to_end() {
 
     if cfg!(unix) {
         assert!(Command::new("kill").args(["-INT", &server.id().to_string()]).status().unwrap().success());
-        assert_eq!(server.wait().unwrap().code(), Some(130));
     } else {
         server.kill().unwrap();
     }
+    let code = server.wait().unwrap().code();
+    assert!(cfg!(not(unix)) || code == Some(130), "{code:?}");
 }
 
 #[test]
