@@ -19,7 +19,7 @@
 
 pub use anser_data as data;
 pub use anser_formats::Checkpoint;
-pub use anser_infer::{Sampler, SamplerOrder, Sampling, Session, TextStream, chat};
+pub use anser_infer::{Sampler, SamplerOrder, Sampling, Session, TextStream, chat, engine};
 pub use anser_model::{Config, Init, Load, Model, State};
 pub use anser_ops as ops;
 pub use anser_tensor::{Context, DType, Device};
@@ -37,6 +37,8 @@ mod tests {
         is_send::<crate::State>();
         is_send::<crate::Session<'_>>();
         is_send::<crate::Sampler>();
+        is_send::<crate::engine::Engine>();
+        is_send::<crate::engine::Stream>();
         is_send::<crate::Trainer>();
     }
 }

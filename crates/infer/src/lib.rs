@@ -2,11 +2,13 @@
 
 pub mod chat;
 mod decoder;
+pub mod engine;
 mod sampler;
 mod session;
 mod text;
 
 pub use decoder::Decoder;
+pub use engine::{Engine, EngineOptions};
 pub use sampler::{Sampler, SamplerOrder, Sampling};
 pub use session::Session;
 pub use text::TextStream;

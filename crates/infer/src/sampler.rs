@@ -119,34 +119,82 @@ impl Sampler {
             SamplerOrder::Rwkv => (1.0, power),
             SamplerOrder::OpenAi => (power, 1.0),
         };
-        let weight = |i: usize| ((logits[i] - max) as f64 * before).exp();
-        let total: f64 = (0..logits.len()).map(weight).sum();
-        // What cannot survive the cuts is not sorted: below 1e-7 of the maximum a token is out of reach of top-p < 1.
+        let weights: Vec<f64> = logits.iter().map(|l| ((l - max) as f64 * before).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        // Below 1e-7 of the maximum a token is out of reach of top-p < 1.
         let floor = if o.top_p < 1.0 { (o.min_p as f64).max(1e-7) } else { o.min_p as f64 };
-        let mut kept: Vec<(f64, usize)> = (0..logits.len()).map(|i| (weight(i), i)).filter(|w| w.0 >= floor).collect();
-        kept.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        let above = weights.into_iter().enumerate().filter(|(_, w)| *w >= floor);
+        let mut kept = Falling::new(above.map(|(i, w)| (w, i)).collect());
         if o.top_k > 0 {
             kept.truncate(o.top_k);
         }
-        let mut sum = 0.0;
-        let reach = kept.iter().position(|(w, _)| {
-            sum += w / total;
-            sum >= o.top_p as f64
-        });
-        if let Some(last) = reach {
-            let limit = kept[last].0;
-            kept.retain(|(w, _)| *w >= limit);
-        }
-        kept.iter_mut().for_each(|(w, _)| *w = w.powf(after));
-        let total: f64 = kept.iter().map(|(w, _)| w).sum();
-        let mut left = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * total;
-        for (w, i) in &kept {
-            left -= w;
-            if left < 0.0 {
-                return *i;
+        if o.top_p < 1.0 {
+            let mut sum = 0.0;
+            let reach = kept.position(|w| {
+                sum += w / total;
+                sum >= o.top_p as f64
+            });
+            if let Some(limit) = reach.map(|last| kept.tokens[last].0) {
+                let end = kept.position(|w| w < limit);
+                kept.truncate(end.unwrap_or(usize::MAX));
             }
         }
-        kept.first().map_or(0, |k| k.1)
+        let power = |w: f64| if after == 1.0 { w } else { w.powf(after) };
+        let total: f64 = kept.tokens.iter().map(|(w, _)| power(*w)).sum();
+        let mut left = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * total;
+        let drawn = kept.position(|w| {
+            left -= power(w);
+            left < 0.0
+        });
+        kept.get(drawn.unwrap_or(0)).map_or(0, |k| k.1)
+    }
+}
+
+/// Tokens with weights, from high to low, of equal ones the lower token first. As few are sorted as are looked at: of a vocabulary most are not.
+struct Falling {
+    tokens: Vec<(f64, usize)>,
+    /// How many are in their places, the first ones.
+    sorted: usize,
+}
+
+impl Falling {
+    fn new(tokens: Vec<(f64, usize)>) -> Falling {
+        Falling { tokens, sorted: 0 }
+    }
+
+    fn get(&mut self, i: usize) -> Option<(f64, usize)> {
+        if i >= self.sorted && i < self.tokens.len() {
+            self.sort((4 * i).max(256));
+        }
+        self.tokens.get(i).copied()
+    }
+
+    /// Brings the first `count` into their places.
+    fn sort(&mut self, count: usize) {
+        let order = |a: &(f64, usize), b: &(f64, usize)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+        let count = count.min(self.tokens.len()) - self.sorted;
+        let rest = &mut self.tokens[self.sorted..];
+        if count < rest.len() {
+            rest.select_nth_unstable_by(count, order);
+        }
+        rest[..count].sort_unstable_by(order);
+        self.sorted += count;
+    }
+
+    /// The first whose weight is so.
+    fn position(&mut self, mut is: impl FnMut(f64) -> bool) -> Option<usize> {
+        (0..self.tokens.len()).find(|&i| self.get(i).is_some_and(|(w, _)| is(w)))
+    }
+
+    /// The first `count` alone.
+    fn truncate(&mut self, count: usize) {
+        if count < self.tokens.len() {
+            if count > self.sorted {
+                self.sort(count);
+            }
+            self.tokens.truncate(count);
+            self.sorted = self.sorted.min(count);
+        }
     }
 }
 
@@ -200,6 +248,28 @@ mod tests {
         assert_eq!(share(greedy, &logits, 1)[3], 1.0);
         let bad = BTreeMap::from([(1, f32::NAN)]);
         assert!(Sampler::new(Sampling { logit_bias: bad, ..Sampling::default() }).is_err());
+    }
+
+    #[test]
+    fn as_much_sorting_as_needed_changes_nothing() {
+        let hash = |i: usize| ((i * 2_654_435_761) >> 7) % 997;
+        for n in [1, 2, 255, 256, 257, 5000] {
+            let tokens: Vec<(f64, usize)> = (0..n).map(|i| (hash(i) as f64, i)).collect();
+            let mut sorted = tokens.clone();
+            sorted.sort_by(|a, b| b.0.total_cmp(&a.0));
+            let mut falling = Falling::new(tokens.clone());
+            assert!((0..n).all(|i| falling.get(i) == Some(sorted[i])) && falling.get(n).is_none());
+            let limit = sorted[n / 3].0;
+            assert_eq!(Falling::new(tokens.clone()).position(|w| w <= limit), sorted.iter().position(|t| t.0 <= limit));
+            for count in [1, n / 2, n, n + 1] {
+                let mut falling = Falling::new(tokens.clone());
+                falling.get(n / 4);
+                falling.truncate(count);
+                falling.get(count.saturating_sub(1));
+                assert!(falling.tokens.len() == n.min(count));
+                assert!((0..n.min(count)).all(|i| falling.get(i) == Some(sorted[i])));
+            }
+        }
     }
 
     #[test]

@@ -1,8 +1,9 @@
 use crate::{Decoder, Error};
 use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
 use anser_model::{Cache, Model, State};
+use anser_ops::attention::{Chunks, Past};
 use anser_ops::{Tape, Var, batch};
-use anser_tensor::Context;
+use anser_tensor::{Buf, Context};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -87,7 +88,7 @@ impl<'m> Session<'m> {
     }
 
     /// The state, from wherever it is.
-    fn state(&self) -> State {
+    pub(crate) fn state(&self) -> State {
         self.decoder.as_ref().and_then(|d| d.state(0).ok()).unwrap_or_else(|| self.state.clone())
     }
 
@@ -173,8 +174,7 @@ impl<'m> Session<'m> {
             for (j, a) in session.state.attention.iter_mut().enumerate() {
                 let rows = (0..2 + notes).map(|i| Ok(ctx.copy_of(&read(&past_name(j, i), tokens.saturating_mul(c))?)));
                 let rows = rows.collect::<Result<Vec<_>, Error>>()?;
-                let past = a.pasts[0].append(ctx, [&rows[0], &rows[1]], 0, tokens, chunks);
-                a.pasts[0] = past.noting(ctx, &rows[2..].iter().collect::<Vec<_>>(), 0, tokens);
+                a.pasts[0] = filled(ctx, &a.pasts[0], &rows, tokens, chunks);
             }
         }
         let len = file.shape("logits").map_or(0, |s| s.iter().product());
@@ -198,6 +198,12 @@ pub(crate) fn read(ctx: &Context, model: &Model, piece: &[u32], state: &State) -
     let logits = model.logits(&mut tape, &last).to_vec();
     ctx.check()?;
     Ok((logits, next))
+}
+
+/// An empty past filled with what is kept of so many tokens: keys, values, notes ([`Past::to_vecs`]).
+pub(crate) fn filled(ctx: &Context, empty: &Past, rows: &[Buf], tokens: usize, chunks: Chunks) -> Past {
+    let past = empty.append(ctx, [&rows[0], &rows[1]], 0, tokens, chunks);
+    past.noting(ctx, &rows[2..].iter().collect::<Vec<_>>(), 0, tokens)
 }
 
 /// Key of a state file's metadata with the bound on what attention keeps.

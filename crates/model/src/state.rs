@@ -54,6 +54,36 @@ impl State {
         State { layers, attention, cache: None }
     }
 
+    /// A state whose slots are copies of slots of others, given as (state, slot): sequences join, leave or are kept this way.
+    ///
+    /// # Panics
+    /// If there are none, or a slot doesn't exist.
+    pub fn gather(ctx: &Context, slots: &[(&State, usize)]) -> State {
+        let rows = |of: &dyn Fn(&State) -> &Var| {
+            let (cols, dtype) = (of(slots[0].0).cols(), of(slots[0].0).buf().dtype());
+            let mut buf = ctx.alloc_as(dtype, slots.len() * cols);
+            for (i, (state, slot)) in slots.iter().enumerate() {
+                buf.write_part(i * cols, of(state).buf(), slot * cols, cols);
+            }
+            Var::constant(slots.len(), cols, buf)
+        };
+        let layer = |i: usize| LayerState {
+            att_x: rows(&|s| &s.layers[i].att_x),
+            wkv: rows(&|s| &s.layers[i].wkv),
+            ffn_x: rows(&|s| &s.layers[i].ffn_x),
+        };
+        let attention = |j: usize| AttentionState {
+            ffn_x: rows(&|s| &s.attention[j].ffn_x),
+            pasts: slots.iter().map(|(s, slot)| s.attention[j].pasts[*slot].clone()).collect(),
+        };
+        let first = slots[0].0;
+        State {
+            layers: (0..first.layers.len()).map(layer).collect(),
+            attention: (0..first.attention.len()).map(attention).collect(),
+            cache: first.cache,
+        }
+    }
+
     /// The same values, cut off from where they came from: gradients stop here, and can be read here.
     pub fn detached(&self) -> State {
         self.map(Var::detached)

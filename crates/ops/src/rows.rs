@@ -1,6 +1,6 @@
 //! What operations on rows share: fixed blocks of rows as tasks, sums over rows in a fixed order, sums within a row.
 
-use crate::{Backward, Param, Var};
+use crate::{Backward, Param, Segment, Var};
 use anser_tensor::{Buf, Context, DisjointMut};
 use std::ops::Range;
 
@@ -43,9 +43,11 @@ pub(crate) fn param_sums<const K: usize>(
     });
 }
 
-/// A copy of a value.
-pub(crate) fn copy(v: &Var) -> Buf {
-    v.buf().duplicate()
+/// The arena that follows one, for segments to write their rows: a copy, or where they write every row nothing yet.
+pub(crate) fn next_arena(ctx: &Context, arena: &Var, segments: &[Segment]) -> Buf {
+    let mut left = vec![true; arena.rows()];
+    segments.iter().filter_map(|s| s.state_out).for_each(|row| left[row] = false);
+    if left.contains(&true) { arena.buf().duplicate() } else { ctx.alloc_as(arena.buf().dtype(), arena.buf().len()) }
 }
 
 /// f(0) + .. + f(n - 1) in sixteen partial sums: vectorised, in a fixed order.

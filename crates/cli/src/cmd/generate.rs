@@ -139,6 +139,12 @@ impl Source {
 }
 
 impl Source {
+    /// The model's name: that of its file.
+    pub fn name(&self) -> String {
+        let of_file = self.model.as_deref().and_then(Path::file_stem).map(|s| s.to_string_lossy().into_owned());
+        of_file.unwrap_or_else(|| "anser-12m".into())
+    }
+
     /// The bound on what attention keeps, if one was asked for.
     pub fn bound(&self) -> Option<Cache> {
         self.bound.cache()

@@ -10,5 +10,6 @@ pub mod expand;
 pub mod generate;
 pub mod inspect;
 pub mod quickstart;
+pub mod serve;
 pub mod tokenize;
 pub mod train;

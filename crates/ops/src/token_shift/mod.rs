@@ -3,7 +3,7 @@
 //!
 //! Backward: dx_t = sum_k dy_k,t (1 - mu_k) + dy_k,t+1 mu_k, the second part within the segment only; dmu_k = sum_t dy_k,t (x'_t - x_t).
 
-use crate::rows::{blocks, copy, param_sums, row};
+use crate::rows::{blocks, next_arena, param_sums, row};
 use crate::{Param, Recompute, Segment, Tape, Var};
 use anser_tensor::{Buf, DisjointMut, simd::vectorize};
 use std::sync::Arc;
@@ -47,7 +47,7 @@ impl<'p> Tape<'p> {
         let outs = self.again(Recompute::Shifts, outs, move |t| t.mix(&t.value(&kept.0), &t.value(&kept.1), &from, mu));
         let writes = segments.iter().any(|s| s.state_out.is_some());
         let new_last = if writes {
-            let mut n = copy(last);
+            let mut n = next_arena(&ctx, last, segments);
             if let Some(gpu) = ctx.cuda() {
                 cuda::keep_last(&ctx, gpu, x, segments, &n);
             }

@@ -34,7 +34,7 @@
 mod chunk;
 mod cuda;
 
-use crate::rows::copy;
+use crate::rows::next_arena;
 use crate::{Segment, Tape, Var};
 use anser_tensor::{Buf, Context, DisjointMut, math, simd::vectorize};
 use std::sync::Arc;
@@ -338,7 +338,7 @@ impl<'p> Tape<'p> {
         let shape = Shape::new(segments, heads);
         let needs = self.needs_grad(&[r, w, k, v, a, b, state], &[]);
         let mut y = ctx.alloc(rows * c);
-        let mut new = segments.iter().any(|s| s.state_out.is_some()).then(|| copy(state));
+        let mut new = segments.iter().any(|s| s.state_out.is_some()).then(|| next_arena(&ctx, state, segments));
         let mut saved = needs.then(|| Saved::new(&ctx, &shape, n, rows));
         let cuts = cuda::Cuts::new(&ctx, &shape, n, needs);
         if let Some(gpu) = ctx.cuda() {

@@ -1,0 +1,175 @@
+use crate::cmd::generate::Source;
+use crate::global::{Global, Interrupted};
+use anser_infer::chat::Think;
+use anser_infer::{Engine, EngineOptions};
+use anser_serve::{Keys, Options, Shared, Template};
+use anyhow::{Context as _, anyhow, ensure};
+use serde_json::json;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Serves a model over HTTP: OpenAI's API, and a page to chat
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    source: Source,
+    /// Address to listen at; 0.0.0.0 for all, which should have --api-keys
+    #[arg(long, default_value = "127.0.0.1")]
+    host: String,
+    /// Port; 0: any that is free
+    #[arg(long, default_value_t = 8000)]
+    port: u16,
+    /// Name under which the model is served [default: that of its file]
+    #[arg(long)]
+    name: Option<String>,
+    /// File of API keys, one a line; the environment variable ANSER_API_KEYS has them too, separated by commas
+    #[arg(long, value_name = "FILE")]
+    api_keys: Option<PathBuf>,
+    /// Jinja file that makes prompts of messages [default: RWKV's own template]
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
+    /// How the model thinks where a request doesn't say: off, fast, on, short or long
+    #[arg(long, default_value = "off")]
+    think: Think,
+    /// Requests that run at the same time at most
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
+    slots: u16,
+    /// Requests that wait at most, before others are refused
+    #[arg(long, default_value_t = 256)]
+    waiting: usize,
+    /// MiB of states kept in memory, to go on from prompts that begin alike
+    #[arg(long, default_value_t = 1024, value_name = "MIB")]
+    cache_memory: usize,
+    /// Folder of named states [default: they are lost at the end]
+    #[arg(long, value_name = "FOLDER")]
+    states: Option<PathBuf>,
+    /// Tokens of an answer at most
+    #[arg(long, default_value_t = 4096)]
+    max_tokens: usize,
+    /// Tokens of a prompt at most
+    #[arg(long, default_value_t = 131_072)]
+    max_prompt: usize,
+    /// MiB of a request at most
+    #[arg(long, default_value_t = 4, value_name = "MIB")]
+    max_body: usize,
+    /// Seconds that an answer may take
+    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+    timeout: u64,
+    /// Seconds that a client may take to send its headers, or the next piece of its request
+    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
+    read_timeout: u64,
+    /// Seconds that running requests have to end after Ctrl-C or SIGTERM
+    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
+    grace: u64,
+    /// Connections at most
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u16).range(1..))]
+    connections: u16,
+    /// Requests of one API key (or of all, without keys) that run or wait at the same time at most
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u16).range(1..))]
+    per_key: u16,
+    /// Origin of web pages that may use the server, as in https://example.org (may be given several times)
+    #[arg(long, value_name = "ORIGIN")]
+    cors: Vec<String>,
+}
+
+/// Runs the subcommand.
+pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
+    let options = args.options()?;
+    let model_name = options.model.clone();
+    // A port that is taken is found before the model is loaded.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let at = (args.host.as_str(), args.port);
+    let listener = runtime.block_on(tokio::net::TcpListener::bind(at));
+    let listener = listener.with_context(|| format!("listening at {}:{}", args.host, args.port))?;
+    let address = listener.local_addr()?;
+    if options.keys.is_empty() && !address.ip().is_loopback() {
+        global.note("anybody who reaches this address may use the server: --api-keys FILE asks for keys");
+    }
+
+    let ctx = global.context()?;
+    let (model, tokenizer) = args.source.load(&ctx, global)?;
+    let engine = EngineOptions {
+        slots: args.slots.into(),
+        waiting: args.waiting,
+        cache_bytes: args.cache_memory << 20,
+        folder: args.states.clone(),
+        bound: args.source.bound(),
+        ..EngineOptions::default()
+    };
+    let engine = Engine::start(ctx, Arc::new(model), engine)?;
+    let app = Shared::new(engine, tokenizer, options);
+    global.note(format!("serving {model_name} at http://{address}"));
+    global.result(json!({ "model": model_name, "address": address.to_string() }), String::new)?;
+    let grace = Duration::from_secs(args.grace);
+    runtime.block_on(async {
+        let mut interrupted = false;
+        let stop = async { interrupted = stop().await };
+        anser_serve::serve(app, listener, stop, grace).await;
+        global.note("stopped");
+        if interrupted { Err(Interrupted.into()) } else { Ok(()) }
+    })
+}
+
+impl Args {
+    fn options(&self) -> anyhow::Result<Options> {
+        let mut keys = match &self.api_keys {
+            Some(path) => Keys::parse(&read(path)?).map_err(|e| anyhow!("{}: {e}", path.display()))?,
+            None => Keys::default(),
+        };
+        ensure!(self.api_keys.is_none() || !keys.is_empty(), "--api-keys: the file has no key");
+        if let Ok(text) = std::env::var("ANSER_API_KEYS") {
+            keys.extend(Keys::parse(&text).map_err(|e| anyhow!("ANSER_API_KEYS: {e}"))?);
+        }
+        let template = match &self.chat_template {
+            Some(path) => Template::jinja(read(path)?).map_err(|e| anyhow!("{}: {e}", path.display()))?,
+            None => Template::Rwkv,
+        };
+        let cors = self.cors.iter().map(|o| o.parse().with_context(|| format!("--cors {o}")));
+        ensure!(!self.cors.iter().any(|o| o == "*"), "--cors: name the origins one by one");
+        ensure!(self.max_tokens > 0 && self.max_prompt > 0, "--max-tokens and --max-prompt must be at least 1");
+        ensure!(self.cache_memory < 1 << 30 && self.max_body < 1 << 20, "--cache-memory and --max-body are in MiB");
+        Ok(Options {
+            model: self.name.clone().unwrap_or_else(|| self.source.name()),
+            keys,
+            template,
+            think: self.think,
+            max_tokens: self.max_tokens,
+            max_prompt: self.max_prompt,
+            max_body: self.max_body << 20,
+            timeout: Duration::from_secs(self.timeout),
+            read_timeout: Duration::from_secs(self.read_timeout),
+            connections: self.connections.into(),
+            per_key: self.per_key.into(),
+            cors: cors.collect::<anyhow::Result<_>>()?,
+        })
+    }
+}
+
+fn read(path: &PathBuf) -> anyhow::Result<String> {
+    std::fs::read_to_string(path).with_context(|| path.display().to_string())
+}
+
+/// Waits for Ctrl-C (true) or SIGTERM (false).
+async fn stop() -> bool {
+    let ctrl_c = async {
+        while !crate::global::stop().load(std::sync::atomic::Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    #[cfg(unix)]
+    let terminated = async {
+        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+            Ok(mut signal) => {
+                signal.recv().await;
+            }
+            Err(_) => std::future::pending().await,
+        }
+    };
+    #[cfg(not(unix))]
+    let terminated = std::future::pending::<()>();
+    tokio::select! {
+        () = ctrl_c => true,
+        () = terminated => false,
+    }
+}

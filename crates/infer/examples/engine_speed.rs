@@ -1,0 +1,104 @@
+//! Speed of the engine with a random model of 0.1B's dimensions in bf16 on the CPU: tokens a second that are written by so many requests at
+//! the same time, and how long those that write wait while a long prompt is read.
+//!
+//! `cargo run --release -p anser-infer --example engine_speed [requests ..]`
+
+use anser_infer::engine::{Engine, EngineOptions, Event, Request, Stream};
+use anser_infer::{Sampler, Sampling, Session};
+use anser_model::{Config, Init, Model};
+use anser_tensor::{Context, DType, bench};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const TOKENS: usize = 48;
+const RUNS: usize = 5;
+
+fn median(mut x: Vec<f64>) -> f64 {
+    x.sort_by(f64::total_cmp);
+    x[x.len() / 2]
+}
+
+fn request(i: usize, prompt: usize, max_tokens: usize, greedy: bool) -> Request {
+    let prompt = (0..prompt).map(|t| ((t * 7919 + i * 104_729) % 65_000) as u32 + 1).collect();
+    let sampling = Sampling { temperature: if greedy { 0.0 } else { 1.0 }, ..Sampling::default() };
+    Request { prompt, max_tokens, sampling, seed: i as u64, ..Request::default() }
+}
+
+/// Waits for the next token: none at the end.
+fn token(stream: &mut Stream) -> Option<Instant> {
+    loop {
+        match stream.recv()? {
+            Event::Token(_) => return Some(Instant::now()),
+            Event::End(_) => return None,
+            Event::Prompt { .. } => {}
+        }
+    }
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let mut counts: Vec<usize> = std::env::args().skip(1).map(|a| a.parse()).collect::<Result<_, _>>()?;
+    if counts.is_empty() {
+        counts = vec![1, 8, 32];
+    }
+    let (ctx, config) = (Context::cpu(0), Config::new(12, 768, 65_536));
+    let model = Arc::new(Model::init(&ctx, &config, Init::Current, 1)?.packed(&ctx, DType::BF16));
+    println!("{} threads, memory {:.1} GB/s", ctx.threads().len(), bench::read_bandwidth(&ctx) / 1e9);
+    for greedy in [true, false] {
+        let mut session = Session::new(&ctx, &model);
+        session.feed(&request(0, 8, 1, greedy).prompt)?;
+        let mut sampler = Sampler::new(request(0, 8, 1, greedy).sampling)?;
+        let rate = |_| {
+            let start = Instant::now();
+            for _ in 0..TOKENS {
+                let token = sampler.sample(session.logits()?)?;
+                session.feed(&[token])?;
+            }
+            Ok::<f64, anser_infer::Error>(TOKENS as f64 / start.elapsed().as_secs_f64())
+        };
+        println!("greedy {greedy}: a session {:.1} tokens/s", median((0..RUNS).map(rate).collect::<Result<_, _>>()?));
+        for &n in &counts {
+            let engine =
+                Engine::start(ctx.clone(), model.clone(), EngineOptions { slots: n, ..EngineOptions::default() })?;
+            let rate = |run: usize| {
+                let submit = |i| engine.submit(request(run * n + i, 8, TOKENS, greedy));
+                let mut streams = (0..n).map(submit).collect::<Result<Vec<Stream>, _>>()?;
+                // All write from here on.
+                let start = streams.iter_mut().filter_map(token).max().ok_or("no token")?;
+                let mut last = start;
+                for s in &mut streams {
+                    while let Some(at) = token(s) {
+                        last = last.max(at);
+                    }
+                }
+                Ok::<f64, Box<dyn std::error::Error>>((n * (TOKENS - 1)) as f64 / (last - start).as_secs_f64())
+            };
+            let rates = (0..RUNS).map(rate).collect::<Result<_, _>>()?;
+            println!("greedy {greedy}: {n} requests {:.1} tokens/s", median(rates));
+        }
+    }
+    let engine = Engine::start(ctx, model, EngineOptions::default())?;
+    let mut writer = engine.submit(request(0, 8, usize::MAX, true))?;
+    let mut longest = |count: usize| {
+        let mut last = token(&mut writer);
+        let mut longest = Duration::ZERO;
+        for _ in 0..count {
+            let now = token(&mut writer);
+            longest = longest.max(now.zip(last).map_or(Duration::ZERO, |(now, last)| now - last));
+            last = now;
+        }
+        longest
+    };
+    let alone = longest(30);
+    let start = Instant::now();
+    let mut reader = engine.submit(request(1, 4096, 1, true))?;
+    let read = std::thread::spawn(move || token(&mut reader).map(|at| at - start));
+    let mut beside = Duration::ZERO;
+    while !read.is_finished() {
+        beside = beside.max(longest(1));
+    }
+    println!(
+        "a prompt of 4096 tokens is read in {:?}; another request's tokens are {alone:.0?} apart at most before, {beside:.0?} meanwhile",
+        read.join()
+    );
+    Ok(())
+}

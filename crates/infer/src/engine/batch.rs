@@ -1,0 +1,229 @@
+use crate::{Decoder, Error};
+use anser_model::{Model, State};
+use anser_ops::{Segment, Tape, Var};
+use anser_tensor::Context;
+use std::ops::Range;
+
+/// What a step does for one sequence.
+pub(super) struct Work<'a> {
+    pub slot: usize,
+    /// Tokens to read, at least one.
+    pub tokens: &'a [u32],
+    pub wants: Wants,
+}
+
+/// What is wanted after the tokens of a [`Work`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Wants {
+    /// Logits: of no token, of the last, or of all.
+    pub logits: Rows,
+    /// The hidden vector of the last token.
+    pub hidden: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rows {
+    None,
+    Last,
+    All,
+}
+
+/// What a [`Work`] gave.
+#[derive(Default)]
+pub(super) struct Output {
+    /// [rows wanted, V].
+    pub logits: Vec<f32>,
+    pub hidden: Option<Vec<f32>>,
+}
+
+/// The states of the sequences that run, in slots 0, 1, .. without gaps, and the steps that advance them.
+pub(super) struct Batch<'m> {
+    ctx: Context,
+    model: &'m Model,
+    /// An empty state of one slot.
+    empty: State,
+    states: States<'m>,
+}
+
+enum States<'m> {
+    /// For [`Model::forward`]: an arena, and where the state of each slot is. What joins and leaves is noted there and the arena made
+    /// anew before the next step, so that a step of many changes copies once and other steps copy nothing.
+    Rows { arena: Option<State>, slots: Vec<Place> },
+    /// On a GPU: slots of a decoder, of which the first `used` are in use.
+    Slots { decoder: Box<Decoder<'m>>, used: usize },
+}
+
+enum Place {
+    Arena(usize),
+    Apart(State),
+}
+
+impl<'m> Batch<'m> {
+    /// A batch of up to `most` sequences, whose states begin as `empty`.
+    pub fn new(ctx: &Context, model: &'m Model, most: usize, empty: State) -> Result<Batch<'m>, Error> {
+        let states = match Decoder::new(ctx, model, most.min(Decoder::MOST_SLOTS))? {
+            Some(decoder) => States::Slots { decoder: Box::new(decoder), used: 0 },
+            None => States::Rows { arena: None, slots: Vec::new() },
+        };
+        ctx.check()?;
+        Ok(Batch { ctx: ctx.clone(), model, empty, states })
+    }
+
+    /// Adds a sequence behind the others, with a state of one slot.
+    pub fn push(&mut self, state: State) -> Result<(), Error> {
+        match &mut self.states {
+            States::Rows { slots, .. } => slots.push(Place::Apart(state)),
+            States::Slots { decoder, used } => {
+                decoder.set_state(*used, &state)?;
+                *used += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the sequence in `slot` out; the last one takes its place.
+    pub fn swap_remove(&mut self, slot: usize) -> Result<(), Error> {
+        match &mut self.states {
+            States::Rows { slots, .. } => {
+                slots.swap_remove(slot);
+            }
+            States::Slots { decoder, used } => {
+                *used -= 1;
+                if slot < *used {
+                    let last = decoder.state(*used)?;
+                    decoder.set_state(slot, &last)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A copy of the state in `slot`, of one slot.
+    pub fn state(&self, slot: usize) -> Result<State, Error> {
+        match &self.states {
+            States::Rows { arena, slots } => Ok(match (&slots[slot], arena) {
+                (Place::Arena(row), Some(arena)) => State::gather(&self.ctx, &[(arena, *row)]),
+                (Place::Apart(state), _) => state.clone(),
+                (Place::Arena(_), None) => self.empty.clone(),
+            }),
+            States::Slots { decoder, .. } => decoder.state(slot),
+        }
+    }
+
+    /// Replaces the state in `slot`.
+    pub fn set_state(&mut self, slot: usize, state: State) -> Result<(), Error> {
+        match &mut self.states {
+            States::Rows { slots, .. } => slots[slot] = Place::Apart(state),
+            States::Slots { decoder, .. } => decoder.set_state(slot, &state)?,
+        }
+        Ok(())
+    }
+
+    /// Tokens that the sequence in `slot` may read in one step ([`State::room`]).
+    pub fn room(&self, slot: usize) -> usize {
+        match &self.states {
+            States::Rows { arena, slots } => match (&slots[slot], arena) {
+                (Place::Arena(row), Some(arena)) => arena.room(*row),
+                (Place::Apart(state), _) => state.room(0),
+                (Place::Arena(_), None) => usize::MAX,
+            },
+            States::Slots { .. } => usize::MAX,
+        }
+    }
+
+    /// Reads tokens of some sequences, each at most once: what they want, in their order.
+    pub fn step(&mut self, work: &[Work<'_>]) -> Result<Vec<Output>, Error> {
+        let (ctx, model) = (&self.ctx, self.model);
+        match &mut self.states {
+            States::Rows { arena, slots } => {
+                let whole = |a: &State| a.slots() == slots.len();
+                let in_place = slots.iter().enumerate().all(|(i, p)| matches!(p, Place::Arena(row) if *row == i));
+                let state = match arena.take() {
+                    Some(arena) if whole(&arena) && in_place => arena,
+                    old => {
+                        let at = |p| match (p, &old) {
+                            (&Place::Arena(row), Some(old)) => (old, row),
+                            (Place::Apart(state), _) => (state, 0),
+                            (Place::Arena(_), None) => (&self.empty, 0),
+                        };
+                        State::gather(ctx, &slots.iter().map(at).collect::<Vec<_>>())
+                    }
+                };
+                slots.iter_mut().enumerate().for_each(|(i, p)| *p = Place::Arena(i));
+                // A failure leaves the states as they were.
+                let result = forward(ctx, model, &state, work);
+                let (outputs, state) = match result {
+                    Ok((outputs, next)) => (Ok(outputs), next),
+                    Err(e) => (Err(e), state),
+                };
+                *arena = Some(state);
+                outputs
+            }
+            States::Slots { decoder, .. } => {
+                let mut outputs: Vec<Output> = work.iter().map(|_| Output::default()).collect();
+                let wants = Wants { logits: Rows::Last, hidden: false };
+                let (single, others): (Vec<usize>, Vec<usize>) =
+                    (0..work.len()).partition(|&i| work[i].tokens.len() == 1 && work[i].wants == wants);
+                let inputs: Vec<(usize, u32)> = single.iter().map(|&i| (work[i].slot, work[i].tokens[0])).collect();
+                let logits = if inputs.is_empty() { &[] } else { decoder.step(&inputs)? };
+                let vocab = model.config().vocab_size;
+                for (&i, logits) in single.iter().zip(logits.chunks_exact(vocab)) {
+                    outputs[i].logits = logits.to_vec();
+                }
+                for i in others {
+                    let (state, slot) = (decoder.state(work[i].slot)?, work[i].slot);
+                    let (mut output, next) = forward(ctx, model, &state, &[Work { slot: 0, ..work[i] }])?;
+                    decoder.set_state(slot, &next)?;
+                    outputs[i] = output.pop().unwrap_or_default();
+                }
+                ctx.check()?;
+                Ok(outputs)
+            }
+        }
+    }
+}
+
+/// One pass of the model over the tokens of several slots of a state: what each wants, and the state after it.
+fn forward(ctx: &Context, model: &Model, state: &State, work: &[Work<'_>]) -> Result<(Vec<Output>, State), Error> {
+    let tokens: Vec<u32> = work.iter().flat_map(|w| w.tokens).copied().collect();
+    let mut start = 0;
+    let segment = |w: &Work<'_>| {
+        let s = Segment { start, len: w.tokens.len(), state_in: Some(w.slot), state_out: Some(w.slot) };
+        start += s.len;
+        s
+    };
+    let segments: Vec<Segment> = work.iter().map(segment).collect();
+    let mut tape = Tape::inference(ctx, model.params());
+    let (hidden, next) = model.forward(&mut tape, &tokens, &segments.clone().into(), state, false)?;
+    let rows = |(w, s): (&Work<'_>, &Segment)| -> Range<usize> {
+        let end = s.start + s.len;
+        match w.wants.logits {
+            Rows::None => end..end,
+            Rows::Last => end - 1..end,
+            Rows::All => s.start..end,
+        }
+    };
+    let wanted: Vec<Range<usize>> = work.iter().zip(&segments).map(rows).collect();
+    let (count, c) = (wanted.iter().map(ExactSizeIterator::len).sum(), hidden.cols());
+    let logits = if count == 0 {
+        Vec::new()
+    } else {
+        let mut buf = ctx.alloc(count * c);
+        let mut at = 0;
+        for r in &wanted {
+            buf.write_part(at * c, hidden.buf(), r.start * c, r.len() * c);
+            at += r.len();
+        }
+        model.logits(&mut tape, &Var::constant(count, c, buf)).to_vec()
+    };
+    ctx.check()?;
+    let mut rest = &logits[..];
+    let output = |((w, s), r): ((&Work<'_>, &Segment), Range<usize>)| {
+        let mine;
+        (mine, rest) = rest.split_at(r.len() * model.config().vocab_size);
+        let hidden = w.wants.hidden.then(|| hidden.buf().part((s.start + s.len - 1) * c, c).to_vec());
+        Output { logits: mine.to_vec(), hidden }
+    };
+    let outputs = work.iter().zip(&segments).zip(wanted).map(output).collect();
+    Ok((outputs, next))
+}

@@ -1,0 +1,406 @@
+//! The engine of a server: many requests, one batch.
+//!
+//! One thread owns the model's batch. Between two steps sequences join and leave it; a step reads one token of every sequence that
+//! writes, and of those that still read their prompt pieces in turn, of a bounded number of tokens in all, so that nobody waits long
+//! for anybody's prompt. A row's result depends on its own sequence only, so that on the CPU a request's tokens are the same to the
+//! bit whatever else runs.
+//!
+//! ```
+//! use anser_infer::engine::{Engine, EngineOptions, Event, Request};
+//! use anser_model::{Config, Init, Model};
+//! use anser_tensor::Context;
+//!
+//! let ctx = Context::cpu(1);
+//! let model = Model::init(&ctx, &Config::new(1, 64, 100), Init::Current, 1)?;
+//! let engine = Engine::start(ctx, model.into(), EngineOptions::default())?;
+//! let mut stream = engine.submit(Request { prompt: vec![1, 2, 3], max_tokens: 5, ..Request::default() })?;
+//! let mut tokens = Vec::new();
+//! while let Some(event) = stream.recv() {
+//!     if let Event::Token(token) = event {
+//!         tokens.push(token.token);
+//!     }
+//! }
+//! assert_eq!(tokens.len(), 5);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod batch;
+mod bytes;
+mod disk;
+mod run;
+mod sequence;
+mod shared;
+mod snapshot;
+mod store;
+
+pub use store::{StateInfo, StateStore};
+
+use crate::{Decoder, Error, Sampler, Sampling};
+use anser_model::{Architecture, Cache, Model};
+use anser_tensor::Context;
+use serde_json::json;
+use shared::{Job, Shared};
+use snapshot::Form;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// Runs a model for many clients. A clone is another handle on the same; when the last one is dropped the requests that are left are
+/// cancelled and the thread ends.
+#[derive(Clone)]
+pub struct Engine {
+    handle: Arc<Handle>,
+}
+
+struct Handle {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// How an [`Engine`] runs.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// Sequences that run at the same time at most, up to [`Decoder::MOST_SLOTS`].
+    pub slots: usize,
+    /// Requests that wait for a slot at most.
+    pub waiting: usize,
+    /// Bytes of states kept in memory to go on from: cached prefixes and, unless there is a folder, named states.
+    pub cache_bytes: usize,
+    /// Bytes that the states of running sequences may take; 0: no bound. What a hybrid's attention keeps is counted before a request starts, for all tokens that
+    /// it may have.
+    pub memory: usize,
+    /// Tokens of prompts that a step reads at most; 0: what suits the device.
+    pub prefill_piece: usize,
+    /// Tokens of a prompt after which its state is kept for others that begin alike, and after multiples of these, which become rarer; 0: only at its end.
+    pub stride: usize,
+    /// Where named states and what memory has no room for are kept; without one everything is lost at the end.
+    pub folder: Option<PathBuf>,
+    /// Bytes of states in the folder at most.
+    pub disk_bytes: usize,
+    /// A bound on what attention keeps of each sequence of a hybrid. States saved with another one are not seen.
+    pub bound: Option<Cache>,
+}
+
+impl Default for EngineOptions {
+    fn default() -> EngineOptions {
+        EngineOptions {
+            slots: 32,
+            waiting: 256,
+            cache_bytes: 1 << 30,
+            memory: 0,
+            prefill_piece: 0,
+            stride: 512,
+            folder: None,
+            disk_bytes: 16 << 30,
+            bound: None,
+        }
+    }
+}
+
+/// What a request goes on from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Start {
+    /// Nothing.
+    #[default]
+    Empty,
+    /// The owner's state of this name.
+    Named(String),
+}
+
+/// A prompt and what is wanted after it.
+pub struct Request {
+    /// Tokens to read; there may be none after a named state.
+    pub prompt: Vec<u32>,
+    /// What the prompt goes on from.
+    pub start: Start,
+    /// Whose request this is: states and cached prefixes of one owner are invisible to another, and owners take turns when requests wait.
+    pub owner: String,
+    /// How tokens are chosen; its seed is not used.
+    pub sampling: Sampling,
+    /// Seed of the random numbers.
+    pub seed: u64,
+    /// Tokens to write at most. 0 only where the prompt alone gives something: its log probabilities, its hidden vector or a state to keep.
+    pub max_tokens: usize,
+    /// Tokens that end the answer; they are no part of it.
+    pub stop_tokens: Vec<u32>,
+    /// Log probabilities of every token written, with so many of the best beside it.
+    pub logprobs: Option<usize>,
+    /// The same for the tokens of the prompt, all but the first of an empty sequence, which nothing predicts. The whole prompt is read for it.
+    pub prompt_logprobs: Option<usize>,
+    /// What may be written.
+    pub constraint: Option<Box<dyn Constraint>>,
+    /// Name under which the state is kept at the end, after all tokens of the answer.
+    pub save_as: Option<String>,
+    /// Whether the last hidden vector of the prompt is wanted, `[C]` after the last norm.
+    pub hidden: bool,
+}
+
+impl Default for Request {
+    fn default() -> Request {
+        Request {
+            prompt: Vec::new(),
+            start: Start::Empty,
+            owner: String::new(),
+            sampling: Sampling::default(),
+            seed: 0,
+            max_tokens: 256,
+            stop_tokens: Vec::new(),
+            logprobs: None,
+            prompt_logprobs: None,
+            constraint: None,
+            save_as: None,
+            hidden: false,
+        }
+    }
+}
+
+/// What may come next in an answer, such as a grammar.
+pub trait Constraint: Send {
+    /// Sets the logits of tokens that may not come next to minus infinity.
+    ///
+    /// # Errors
+    /// What is wrong with the constraint; the answer ends with it.
+    fn mask(&mut self, logits: &mut [f32]) -> Result<(), String>;
+
+    /// Takes note of the token that was chosen: whether the answer is complete.
+    ///
+    /// # Errors
+    /// As [`Constraint::mask`].
+    fn accept(&mut self, token: u32) -> Result<bool, String>;
+}
+
+/// A token and its log probability under the model: before bias, penalties, temperature and constraints.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprob {
+    /// The token.
+    pub token: u32,
+    /// Its log probability; NaN if none was asked for.
+    pub logprob: f32,
+    /// The most probable tokens, the best first.
+    pub best: Vec<(u32, f32)>,
+}
+
+/// What comes of a request, in this order: one `Prompt`, tokens, one `End`. A failure or cancellation may end it before.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// The prompt was read.
+    Prompt {
+        /// Its tokens, without those behind a named state.
+        tokens: usize,
+        /// How many of them were not read, as a state after them was cached.
+        cached: usize,
+        /// See [`Request::prompt_logprobs`].
+        logprobs: Vec<TokenLogprob>,
+        /// See [`Request::hidden`].
+        hidden: Option<Vec<f32>>,
+    },
+    /// A token was written.
+    Token(TokenLogprob),
+    /// Nothing more will come.
+    End(End),
+}
+
+/// Why an answer ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It has as many tokens as were asked for.
+    Length,
+    /// A stop token came, or [`Stream::stop`] was called.
+    Stop,
+    /// The constraint is satisfied.
+    Constraint,
+    /// The engine ended.
+    Cancelled,
+    /// Something went wrong.
+    Failed(String),
+}
+
+/// The events of a request. Dropping it cancels the request, and keeps no state. Nobody waits for whoever doesn't read them.
+pub struct Stream {
+    events: mpsc::UnboundedReceiver<Event>,
+    ended: bool,
+    stop: Arc<AtomicUsize>,
+}
+
+impl Stream {
+    /// The next event, `None` after the end.
+    pub async fn next(&mut self) -> Option<Event> {
+        let event = self.events.recv().await;
+        self.note(event)
+    }
+
+    /// The same, waiting for it; not to be called from async code.
+    pub fn recv(&mut self) -> Option<Event> {
+        let event = self.events.blocking_recv();
+        self.note(event)
+    }
+
+    /// There is an end even if the engine didn't come to it.
+    fn note(&mut self, event: Option<Event>) -> Option<Event> {
+        if event.is_none() && !self.ended {
+            self.ended = true;
+            return Some(Event::End(End::Failed("the engine has stopped working".into())));
+        }
+        self.ended |= matches!(event, Some(Event::End(_)));
+        event
+    }
+
+    /// Ends the answer after its first `keep` tokens, such as before a stop text: a state that is kept is that after these. Tokens
+    /// already on their way still come, then [`End::Stop`].
+    pub fn stop(&self, keep: usize) {
+        self.stop.store(keep, Ordering::Release);
+    }
+}
+
+/// Why a request was not taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// As many wait as may.
+    #[error("too many requests are waiting: try again in {} s", retry_after.as_secs().max(1))]
+    Busy {
+        /// When there may be room.
+        retry_after: Duration,
+    },
+    /// The engine is ending.
+    #[error("the server is shutting down")]
+    Draining,
+    /// What is asked for makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+/// What an engine has done and is doing. Counts are since its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Sequences in the batch.
+    pub running: usize,
+    /// Requests that wait for a slot.
+    pub waiting: usize,
+    /// Requests that came to their end.
+    pub finished: u64,
+    /// Requests whose stream was dropped before.
+    pub cancelled: u64,
+    /// Requests that failed.
+    pub failed: u64,
+    /// Requests refused because too many waited.
+    pub refused: u64,
+    /// Tokens that the model has read, written ones included.
+    pub tokens_read: u64,
+    /// Tokens that were written.
+    pub tokens_written: u64,
+    /// Requests that went on from a cached prefix.
+    pub prefix_hits: u64,
+    /// Tokens of prompts that were not read, as a state after them was cached.
+    pub tokens_cached: u64,
+    /// Steps of the model.
+    pub steps: u64,
+    /// Bytes of the states of running sequences.
+    pub running_bytes: usize,
+    /// Bytes of states kept in memory to go on from.
+    pub cached_bytes: usize,
+    /// The same on disk.
+    pub disk_bytes: usize,
+    /// States kept in memory or on disk.
+    pub cached_states: usize,
+}
+
+impl Engine {
+    /// Starts a thread that runs `model` on `ctx`.
+    ///
+    /// # Errors
+    /// When the model has no state, an option is out of its range, memory runs out, or the folder cannot be used.
+    pub fn start(ctx: Context, model: Arc<Model>, options: EngineOptions) -> Result<Engine, Error> {
+        if model.config().architecture == Architecture::Transformer {
+            return Err(anser_model::Error::Stateless.into());
+        }
+        if !(1..=Decoder::MOST_SLOTS).contains(&options.slots) {
+            return Err(Error::State(format!("{} slots: there must be 1 to {}", options.slots, Decoder::MOST_SLOTS)));
+        }
+        let form = Form::new(&ctx, model.config(), options.bound)?;
+        // States under a bound are not those without.
+        let fingerprint = model.fingerprint() + &options.bound.map_or_else(String::new, |b| json!(b).to_string());
+        let store = StateStore::open(form, fingerprint, &options)?;
+        let shared = Arc::new(Shared::new(&model, &options, store));
+        let (ready, started) = std::sync::mpsc::channel();
+        let of_thread = shared.clone();
+        let thread = std::thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || run::run(&ctx, &model, &options, &of_thread, &ready))
+            .map_err(|e| Error::State(format!("starting the engine's thread: {e}")))?;
+        let handle = Arc::new(Handle { shared, thread: Mutex::new(Some(thread)) });
+        started.recv().unwrap_or_else(|_| Err(Error::State("the engine's thread ended".into())))?;
+        Ok(Engine { handle })
+    }
+
+    /// Queues a request. Dropping the stream cancels it.
+    ///
+    /// # Errors
+    /// When it makes no sense, too many wait, or the engine is ending.
+    pub fn submit(&self, request: Request) -> Result<Stream, Refused> {
+        let shared = &self.handle.shared;
+        let sampler = shared.check(&request)?;
+        let history = match &request.start {
+            Start::Empty => Vec::new(),
+            Start::Named(name) => shared.store.tokens(&request.owner, name).map_err(Refused::Invalid)?,
+        };
+        let (to, events) = mpsc::unbounded_channel();
+        let stop = Arc::new(AtomicUsize::new(usize::MAX));
+        shared.queue(Job::new(request, history, sampler, to, stop.clone()))?;
+        Ok(Stream { events, ended: false, stop })
+    }
+
+    /// What it has done and is doing.
+    pub fn stats(&self) -> Stats {
+        self.handle.shared.stats()
+    }
+
+    /// The states that it keeps.
+    pub fn states(&self) -> &StateStore {
+        &self.handle.shared.store
+    }
+
+    /// Refuses new requests and returns when those that it has taken, running and waiting, have ended.
+    pub fn drain(&self) {
+        self.handle.shared.drain();
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.shared.close();
+        let thread = self.thread.lock().unwrap_or_else(|e| e.into_inner()).take();
+        if let Some(thread) = thread {
+            // What it panicked with was printed there.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    /// The sampler of a request that makes sense.
+    fn check(&self, request: &Request) -> Result<Sampler, Refused> {
+        let invalid = |m: String| Err(Refused::Invalid(m));
+        if request.prompt.is_empty() && request.start == Start::Empty {
+            return invalid("the prompt is empty: give at least one token".into());
+        }
+        let tokens = request.prompt.iter().chain(&request.stop_tokens);
+        if let Some(token) = tokens.copied().find(|&t| t as usize >= self.vocab) {
+            return invalid(format!("token {token} is outside the model's vocabulary of {}", self.vocab));
+        }
+        if request.prompt.is_empty() && request.hidden {
+            return invalid("the prompt is empty: there is no hidden vector of its last token".into());
+        }
+        let gives_something = request.hidden || request.prompt_logprobs.is_some() || request.save_as.is_some();
+        if request.max_tokens == 0 && !gives_something {
+            return invalid("max_tokens is 0: nothing would come of the request".into());
+        }
+        if let Some(name) = &request.save_as {
+            store::check_name(name).map_err(Refused::Invalid)?;
+        }
+        let options = Sampling { seed: request.seed, ..request.sampling.clone() };
+        Sampler::new(options).map_err(|e| Refused::Invalid(e.to_string()))
+    }
+}

@@ -1,0 +1,377 @@
+//! The engine's thread: who runs, and what a step does.
+
+use super::batch::{Batch, Work};
+use super::sequence::{Phase, Sequence};
+use super::shared::{Inner, Job, Shared};
+use super::snapshot::Snapshot;
+use super::{End, EngineOptions, Event, Stats};
+use crate::Error;
+use crate::session::piece;
+use anser_model::Model;
+use anser_tensor::Context;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+/// The thread: until the last handle is gone. Says whether it could start.
+pub(super) fn run(
+    ctx: &Context, model: &Model, options: &EngineOptions, shared: &Shared, ready: &Sender<Result<(), Error>>,
+) {
+    /// Whatever happens here, nobody waits for this thread afterwards.
+    struct Close<'a>(&'a Shared);
+    impl Drop for Close<'_> {
+        fn drop(&mut self) {
+            self.0.close();
+        }
+    }
+    let _close = Close(shared);
+    let batch = match Batch::new(ctx, model, options.slots, shared.store.form().empty.clone()) {
+        Ok(batch) => batch,
+        Err(e) => {
+            let _ = ready.send(Err(e));
+            return;
+        }
+    };
+    let _ = ready.send(Ok(()));
+    let prefill_piece = if options.prefill_piece == 0 { piece(ctx) } else { options.prefill_piece };
+    let strides = Strides { length: options.stride, bits: if model.config().hybrid.is_some() { 1 } else { 4 } };
+    let (running, done) = (Vec::new(), Stats::default());
+    let mut runner = Runner { ctx, shared, batch, prefill_piece, strides, running, turn: 0, done };
+    while runner.admit() {
+        runner.step();
+    }
+    runner.running.drain(..).for_each(|s| s.end(End::Cancelled));
+}
+
+struct Runner<'m> {
+    ctx: &'m Context,
+    shared: &'m Shared,
+    batch: Batch<'m>,
+    prefill_piece: usize,
+    strides: Strides,
+    /// In the order of their slots.
+    running: Vec<Sequence>,
+    /// Counts pieces of prompts.
+    turn: u64,
+    /// What was done since the last report to `shared`.
+    done: Stats,
+}
+
+/// Where in a prompt its state is kept: after so many strides, a number of which few leading bits are not zero, so that a long prompt doesn't
+/// drive out everything else: with 4, after 1, 2, .. 15, 16, 18, .. 30, 32, 36, .. of them. With 1 all that attention keeps of a prompt, which grows, is
+/// twice as much as at its end.
+struct Strides {
+    /// 0: nowhere.
+    length: usize,
+    bits: u32,
+}
+
+impl Strides {
+    fn is_end(&self, tokens: usize) -> bool {
+        let count = tokens.checked_div(self.length).unwrap_or(0);
+        count > 0 && count * self.length == tokens && count.ilog2() < count.trailing_zeros() + self.bits
+    }
+
+    /// The next place after so many tokens.
+    fn next(&self, tokens: usize) -> usize {
+        let Some(count) = tokens.checked_div(self.length) else { return usize::MAX };
+        let step = 1 << (count + 1).ilog2().saturating_sub(self.bits - 1);
+        (count / step + 1).saturating_mul(step * self.length)
+    }
+}
+
+impl Runner<'_> {
+    /// Lets requests join the batch, and waits for one if there are none: whether to go on.
+    fn admit(&mut self) -> bool {
+        loop {
+            let mut inner = self.shared.inner();
+            self.report(&mut inner);
+            let job = loop {
+                if inner.closed {
+                    return false;
+                }
+                inner.stats.cancelled += inner.queue.purge();
+                let used = self.running.iter().map(|s| s.needed).fold(0, usize::saturating_add);
+                let room = self.shared.memory.map_or(usize::MAX, |most| most.saturating_sub(used));
+                let fits = |job: &Job| self.shared.size.of(job.most_tokens()) <= room;
+                if self.running.len() < self.shared.slots && inner.queue.first().is_some_and(fits) {
+                    break inner.queue.pop();
+                }
+                if !self.running.is_empty() {
+                    return true;
+                }
+                self.shared.changed.notify_all();
+                inner = self.shared.wait(inner);
+            };
+            inner.stats.running += 1;
+            drop(inner);
+            if let Some(job) = job {
+                self.start(job);
+            }
+        }
+    }
+
+    fn report(&mut self, inner: &mut Inner) {
+        let (stats, done) = (&mut inner.stats, std::mem::take(&mut self.done));
+        stats.finished += done.finished;
+        stats.cancelled += done.cancelled;
+        stats.failed += done.failed;
+        stats.tokens_read += done.tokens_read;
+        stats.tokens_written += done.tokens_written;
+        stats.prefix_hits += done.prefix_hits;
+        stats.tokens_cached += done.tokens_cached;
+        stats.steps += done.steps;
+        stats.running = self.running.len();
+        stats.running_bytes = self.running.iter().map(|s| self.shared.size.of(s.read)).sum();
+    }
+
+    /// Puts a request into the batch, as far on as a cached prefix is.
+    fn start(&mut self, job: Job) {
+        let needed = self.shared.size.of(job.most_tokens());
+        let Job { request, tokens, start, sampler, to, stop } = job;
+        // Predictions of the prompt's tokens come of reading them; the hidden vector of reading the last.
+        let most = match (&request.prompt_logprobs, request.hidden) {
+            (Some(_), _) => start,
+            (None, true) => tokens.len() - 1,
+            (None, false) => tokens.len(),
+        };
+        let mut sequence = Sequence {
+            prompt: start..tokens.len(),
+            read: 0,
+            prefix: self.shared.store.root(&request.owner),
+            logits: Vec::new(),
+            cached: 0,
+            prompt_logprobs: Vec::new(),
+            hidden: None,
+            phase: Phase::Prompt,
+            after_prompt: None,
+            turn: self.turn,
+            began: Instant::now(),
+            needed,
+            request,
+            sampler,
+            to,
+            stop,
+            tokens,
+        };
+        let state = match self.shared.store.longest(&sequence.request.owner, &sequence.tokens[..most]) {
+            Some((read, snapshot, prefix)) => {
+                (sequence.read, sequence.prefix) = (read, prefix);
+                sequence.logits = snapshot.logits.clone();
+                sequence.cached = read.saturating_sub(start);
+                self.done.prefix_hits += u64::from(sequence.cached > 0);
+                self.done.tokens_cached += sequence.cached as u64;
+                snapshot.state(self.shared.store.form())
+            }
+            None => self.shared.store.form().empty.clone(),
+        };
+        match self.batch.push(state) {
+            Ok(()) => self.running.push(sequence),
+            Err(e) => sequence.end(End::Failed(e.to_string())),
+        }
+    }
+
+    /// One step of everybody.
+    fn step(&mut self) {
+        self.take_leave();
+        let lengths = self.plan();
+        if lengths.iter().any(|&n| n > 0) {
+            let all = lengths.iter().zip(&self.running).enumerate();
+            let work: Vec<Work<'_>> =
+                all.filter(|(_, (n, _))| **n > 0).map(|(slot, (n, s))| s.work(slot, *n)).collect();
+            let outputs = match self.batch.step(&work) {
+                Ok(outputs) => outputs,
+                Err(e) => return self.fail(&e),
+            };
+            let done: Vec<(usize, usize)> = work.iter().map(|w| (w.slot, w.tokens.len())).collect();
+            self.done.steps += 1;
+            self.done.tokens_read += done.iter().map(|d| d.1 as u64).sum::<u64>();
+            for ((slot, count), output) in done.into_iter().zip(outputs) {
+                self.running[slot].take(count, output);
+                if let Err(e) = self.keep(slot) {
+                    return self.fail(&e);
+                }
+            }
+        }
+        for slot in 0..self.running.len() {
+            if let Err(e) = self.prompt_end(slot) {
+                return self.fail(&e);
+            }
+        }
+        self.choose();
+        for slot in (0..self.running.len()).rev() {
+            if let Some(end) = self.running[slot].ended()
+                && let Err(e) = self.finish(slot, end)
+            {
+                return self.fail(&e);
+            }
+        }
+    }
+
+    /// Those whose clients have gone leave; those told to stop go back to where they are to stop.
+    fn take_leave(&mut self) {
+        for slot in (0..self.running.len()).rev() {
+            if self.running[slot].to.is_closed() {
+                self.done.cancelled += 1;
+                self.remove(slot);
+                continue;
+            }
+            let s = &mut self.running[slot];
+            let keep = s.stop.load(Ordering::Acquire);
+            if keep == usize::MAX || matches!(s.phase, Phase::Prompt) {
+                continue;
+            }
+            s.stop.store(usize::MAX, Ordering::Release);
+            s.phase = Phase::Closing(End::Stop);
+            if s.request.save_as.is_none() {
+                continue;
+            }
+            s.tokens.truncate(s.prompt.end.saturating_add(keep));
+            if s.read > s.tokens.len() {
+                let Some((snapshot, prefix)) = &s.after_prompt else { continue };
+                (s.read, s.prefix, s.logits) = (s.prompt.end, prefix.clone(), snapshot.logits.clone());
+                let state = snapshot.state(self.shared.store.form());
+                if let Err(e) = self.batch.set_state(slot, state) {
+                    s.phase = Phase::Closing(End::Failed(e.to_string()));
+                }
+            }
+        }
+    }
+
+    /// How many tokens each sequence reads in the next step: the one of each that writes, and of prompts a piece in all, in turn.
+    fn plan(&mut self) -> Vec<usize> {
+        let mut lengths: Vec<usize> = self.running.iter().map(|s| usize::from(s.left() == 1)).collect();
+        let mut reading: Vec<usize> = (0..lengths.len()).filter(|&i| self.running[i].left() > 1).collect();
+        reading.sort_by_key(|&i| self.running[i].turn);
+        let mut piece = self.prefill_piece;
+        for slot in reading {
+            let s = &mut self.running[slot];
+            let stride = self.strides.next(s.read) - s.read;
+            let bounds = [s.prompt.start, s.prompt.end];
+            let bound = bounds.into_iter().find(|&b| b > s.read).map_or(usize::MAX, |b| b - s.read);
+            lengths[slot] = [s.left(), piece, stride, bound, self.batch.room(slot)].into_iter().min().unwrap_or(0);
+            piece -= lengths[slot];
+            if lengths[slot] > 0 {
+                self.turn += 1;
+                s.turn = self.turn;
+            }
+        }
+        lengths
+    }
+
+    /// Keeps the state at the end of a stride of the prompt.
+    fn keep(&mut self, slot: usize) -> Result<(), Error> {
+        let s = &self.running[slot];
+        if self.strides.is_end(s.read) && s.read < s.prompt.end {
+            let snapshot = Snapshot::new(&self.batch.state(slot)?, Vec::new());
+            self.shared.store.insert(s.prefix.key(), s.read, Arc::new(snapshot));
+        }
+        Ok(())
+    }
+
+    /// Tells the client that its prompt was read, if it was.
+    fn prompt_end(&mut self, slot: usize) -> Result<(), Error> {
+        let s = &mut self.running[slot];
+        if !matches!(s.phase, Phase::Prompt) || s.left() > 0 {
+            return Ok(());
+        }
+        let snapshot = Arc::new(Snapshot::new(&self.batch.state(slot)?, s.logits.clone()));
+        self.shared.store.insert(s.prefix.key(), s.read, snapshot.clone());
+        if s.request.save_as.is_some() {
+            s.after_prompt = Some((snapshot, s.prefix.clone()));
+        }
+        let (logprobs, hidden) = (std::mem::take(&mut s.prompt_logprobs), s.hidden.take());
+        let tokens = s.prompt.len();
+        let _ = s.to.send(Event::Prompt { tokens, cached: s.cached, logprobs, hidden });
+        s.phase = if s.request.max_tokens == 0 { Phase::Closing(End::Length) } else { Phase::Answer };
+        Ok(())
+    }
+
+    /// The next token of all that have a prediction, on all threads.
+    fn choose(&mut self) {
+        let writes = |s: &&mut Sequence| matches!(s.phase, Phase::Answer) && s.left() == 0;
+        let each: Vec<Mutex<&mut Sequence>> = self.running.iter_mut().filter(writes).map(Mutex::new).collect();
+        let written = AtomicU64::new(0);
+        self.ctx.threads().run(each.len(), |i| {
+            let mut s = each[i].lock().unwrap_or_else(|e| e.into_inner());
+            let before = s.tokens.len();
+            // A constraint is not ours: its panic ends one answer.
+            let result = catch_unwind(AssertUnwindSafe(|| s.choose()));
+            if let Err(reason) = result.unwrap_or_else(|_| Err("choosing a token panicked".into())) {
+                s.phase = Phase::Closing(End::Failed(reason));
+            }
+            written.fetch_add((s.tokens.len() - before) as u64, Ordering::Relaxed);
+        });
+        self.done.tokens_written += written.into_inner();
+    }
+
+    /// Ends a sequence: its state is kept.
+    fn finish(&mut self, slot: usize, end: End) -> Result<(), Error> {
+        let failed = matches!(end, End::Failed(_));
+        let state = if failed { None } else { Some(self.batch.state(slot)?) };
+        let mut s = self.remove(slot);
+        *if failed { &mut self.done.failed } else { &mut self.done.finished } += 1;
+        // What a client reads after the end counts its request.
+        let shared = self.shared;
+        let mut inner = shared.inner();
+        inner.seconds += 0.1 * (s.began.elapsed().as_secs_f64() - inner.seconds);
+        self.report(&mut inner);
+        drop(inner);
+        let Some(state) = state else {
+            s.end(end);
+            return Ok(());
+        };
+        let (key, snapshot) = (s.prefix.key(), Arc::new(Snapshot::new(&state, std::mem::take(&mut s.logits))));
+        match s.request.save_as.take() {
+            Some(name) => {
+                let (owner, tokens) = (std::mem::take(&mut s.request.owner), std::mem::take(&mut s.tokens));
+                let done = |result: Result<(), String>| s.end(result.map_or_else(End::Failed, |()| end));
+                shared.store.save(&owner, &name, key, &tokens, snapshot, done);
+            }
+            None => {
+                shared.store.insert(key, s.read, snapshot);
+                s.end(end);
+            }
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, slot: usize) -> Sequence {
+        if let Err(e) = self.batch.swap_remove(slot) {
+            // The device has failed, which the next step tells everybody.
+            eprintln!("a sequence leaves: {e}");
+        }
+        self.running.swap_remove(slot)
+    }
+
+    /// Ends all sequences: the step that failed was everybody's.
+    fn fail(&mut self, e: &Error) {
+        for slot in (0..self.running.len()).rev() {
+            self.done.failed += 1;
+            self.remove(slot).end(End::Failed(e.to_string()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strides_become_rarer() {
+        for bits in [1, 4] {
+            let strides = Strides { length: 10, bits };
+            let ends: Vec<usize> = (0..6000).filter(|&t| strides.is_end(t)).collect();
+            for t in 0..4000 {
+                assert_eq!(Some(&strides.next(t)), ends.iter().find(|e| **e > t), "{t}");
+            }
+        }
+        let ends = |bits, most| (0..=most).filter(|&t| Strides { length: 10, bits }.is_end(t)).collect::<Vec<_>>();
+        assert_eq!(ends(1, 700), [10, 20, 40, 80, 160, 320, 640]);
+        assert_eq!(ends(4, 400)[13..], [140, 150, 160, 180, 200, 220, 240, 260, 280, 300, 320, 360, 400]);
+        let never = Strides { length: 0, bits: 4 };
+        assert!(!never.is_end(0) && !never.is_end(512) && never.next(512) == usize::MAX);
+    }
+}

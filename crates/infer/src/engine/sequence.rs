@@ -1,0 +1,157 @@
+use super::batch::{Output, Rows, Wants, Work};
+use super::snapshot::Snapshot;
+use super::store::Prefix;
+use super::{End, Event, Request, TokenLogprob};
+use crate::{Error, Sampler};
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::Instant;
+use tokio::sync::mpsc::UnboundedSender;
+
+/// A request that runs.
+pub(super) struct Sequence {
+    pub request: Request,
+    pub sampler: Sampler,
+    pub to: UnboundedSender<Event>,
+    pub stop: Arc<AtomicUsize>,
+    /// All tokens since the beginning, those not read yet last.
+    pub tokens: Vec<u32>,
+    /// Where the prompt begins and ends in them.
+    pub prompt: std::ops::Range<usize>,
+    /// How many of them the state is after, and their key.
+    pub read: usize,
+    pub prefix: Prefix,
+    /// After the tokens read, if they were all that there were.
+    pub logits: Vec<f32>,
+    /// Tokens of the prompt that were not read.
+    pub cached: usize,
+    pub prompt_logprobs: Vec<TokenLogprob>,
+    pub hidden: Option<Vec<f32>>,
+    pub phase: Phase,
+    /// After the prompt, to go back to.
+    pub after_prompt: Option<(Arc<Snapshot>, Prefix)>,
+    /// When it last had a piece of its prompt read.
+    pub turn: u64,
+    pub began: Instant,
+    /// Bytes set apart for it.
+    pub needed: usize,
+}
+
+#[derive(Clone)]
+pub(super) enum Phase {
+    Prompt,
+    Answer,
+    /// It ends when everything that the state to keep is after has been read.
+    Closing(End),
+}
+
+impl Sequence {
+    /// Tokens that were not read yet.
+    pub fn left(&self) -> usize {
+        self.tokens.len() - self.read
+    }
+
+    /// Reading the next `count` tokens.
+    pub fn work(&self, slot: usize, count: usize) -> Work<'_> {
+        let end = self.read + count;
+        let in_prompt = self.read < self.prompt.end;
+        let logits = match self.request.prompt_logprobs {
+            Some(_) if in_prompt && self.read >= self.prompt.start => Rows::All,
+            Some(_) if end == self.prompt.start => Rows::Last,
+            _ if end == self.tokens.len() => Rows::Last,
+            _ => Rows::None,
+        };
+        let hidden = self.request.hidden && in_prompt && end == self.prompt.end;
+        Work { slot, tokens: &self.tokens[self.read..end], wants: Wants { logits, hidden } }
+    }
+
+    /// Takes what came of reading `count` tokens.
+    pub fn take(&mut self, count: usize, output: Output) {
+        let now = self.read..self.read + count;
+        self.prefix.push(&self.tokens[now.clone()]);
+        self.read = now.end;
+        self.hidden = output.hidden.or(self.hidden.take());
+        let Some(rows) = output.logits.len().checked_div(now.len()) else { return };
+        match self.request.prompt_logprobs {
+            Some(best) if now.start < self.prompt.end && now.start >= self.prompt.start => {
+                // What comes before a token predicts it.
+                let before = [&self.logits[..]].into_iter().chain(output.logits.chunks_exact(rows));
+                for (token, logits) in self.tokens[now].iter().zip(before).filter(|(_, l)| !l.is_empty()) {
+                    self.prompt_logprobs.push(logprob(*token, logits, best));
+                }
+                self.logits = output.logits[output.logits.len() - rows..].to_vec();
+            }
+            _ => self.logits = output.logits,
+        }
+    }
+
+    /// Chooses the next token.
+    pub fn choose(&mut self) -> Result<(), String> {
+        if self.logits.iter().any(|l| !l.is_finite()) {
+            return Err(Error::NotFinite.to_string());
+        }
+        let mut allowed;
+        let logits = match &mut self.request.constraint {
+            None => &self.logits,
+            Some(constraint) => {
+                allowed = self.logits.clone();
+                constraint.mask(&mut allowed)?;
+                if allowed.iter().all(|&l| l == f32::NEG_INFINITY) {
+                    return Err("the constraint allows no token here".into());
+                }
+                // Far below whatever bias and penalties can make of a logit, and a number, as the sampler wants.
+                allowed.iter_mut().filter(|l| **l == f32::NEG_INFINITY).for_each(|l| *l = -1e30);
+                &allowed
+            }
+        };
+        let token = self.sampler.sample(logits).map_err(|e| e.to_string())?;
+        if self.request.stop_tokens.contains(&token) {
+            self.phase = Phase::Closing(End::Stop);
+            return Ok(());
+        }
+        let written = match self.request.logprobs {
+            Some(best) => logprob(token, &self.logits, best),
+            None => TokenLogprob { token, logprob: f32::NAN, best: Vec::new() },
+        };
+        self.tokens.push(token);
+        let _ = self.to.send(Event::Token(written));
+        if let Some(constraint) = &mut self.request.constraint
+            && constraint.accept(token)?
+        {
+            self.phase = Phase::Closing(End::Constraint);
+        } else if self.tokens.len() - self.prompt.end == self.request.max_tokens {
+            self.phase = Phase::Closing(End::Length);
+        }
+        Ok(())
+    }
+
+    /// How it ended, if it did: a state that is kept is after all tokens.
+    pub fn ended(&self) -> Option<End> {
+        match &self.phase {
+            Phase::Closing(end) if self.left() == 0 || self.request.save_as.is_none() => Some(end.clone()),
+            Phase::Closing(end @ End::Failed(_)) => Some(end.clone()),
+            _ => None,
+        }
+    }
+
+    pub fn end(self, end: End) {
+        let _ = self.to.send(Event::End(end));
+    }
+}
+
+/// The log probability of a token and the `count` best.
+fn logprob(token: u32, logits: &[f32], count: usize) -> TokenLogprob {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let total: f64 = logits.iter().map(|l| ((l - max) as f64).exp()).sum();
+    let of = |i: usize| ((logits[i] - max) as f64 - total.ln()) as f32;
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    let count = count.min(order.len());
+    let by_logit = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
+    if count > 0 && count < order.len() {
+        order.select_nth_unstable_by(count - 1, by_logit);
+    }
+    order.truncate(count);
+    order.sort_unstable_by(by_logit);
+    let best = order.into_iter().map(|i| (i as u32, of(i))).collect();
+    TokenLogprob { token, logprob: of(token as usize), best }
+}

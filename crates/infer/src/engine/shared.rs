@@ -1,0 +1,206 @@
+//! What clients and the engine's thread share: who waits, and what was done.
+
+use super::store::StateStore;
+use super::{End, EngineOptions, Event, Refused, Request, Stats};
+use crate::Sampler;
+use anser_model::{Config, Model};
+use std::collections::VecDeque;
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+use tokio::sync::mpsc::UnboundedSender;
+
+/// What clients and the thread share.
+pub(super) struct Shared {
+    pub vocab: usize,
+    pub store: StateStore,
+    pub size: Size,
+    /// Bytes that running sequences may take.
+    pub memory: Option<usize>,
+    pub slots: usize,
+    most_waiting: usize,
+    inner: Mutex<Inner>,
+    /// Told when somebody waits or nobody runs, and at the end.
+    pub changed: Condvar,
+}
+
+pub(super) struct Inner {
+    pub queue: Queue,
+    pub stats: Stats,
+    draining: bool,
+    pub closed: bool,
+    /// Seconds that a request ran, a moving mean.
+    pub seconds: f64,
+}
+
+/// Bytes that a sequence takes.
+#[derive(Clone, Copy)]
+pub(super) struct Size {
+    /// Of its recurrent state.
+    fixed: usize,
+    /// What attention keeps of a token.
+    token: usize,
+    /// Tokens of which attention keeps something at most.
+    most: usize,
+}
+
+impl Size {
+    fn new(config: &Config, options: &EngineOptions) -> Size {
+        let c = config.n_embd;
+        let attention = config.hybrid.map_or(0, |h| h.layers);
+        let kept = 2 + options.bound.map_or(0, |b| b.notes());
+        Size {
+            fixed: 4 * c * (config.recurrent_layers() * (2 + config.head_size) + attention),
+            token: 4 * c * attention * kept,
+            most: options.bound.map_or(usize::MAX, |b| b.most),
+        }
+    }
+
+    /// After so many tokens: memory for what attention keeps doubles as it grows.
+    pub fn of(&self, tokens: usize) -> usize {
+        let rows = tokens.min(self.most).checked_next_power_of_two().unwrap_or(tokens);
+        self.fixed.saturating_add(rows.saturating_mul(self.token))
+    }
+}
+
+/// A request that waits.
+pub(super) struct Job {
+    pub request: Request,
+    /// All tokens since the beginning: those behind a named state, then the prompt.
+    pub tokens: Vec<u32>,
+    /// Where the prompt begins.
+    pub start: usize,
+    pub sampler: Sampler,
+    pub to: UnboundedSender<Event>,
+    pub stop: Arc<AtomicUsize>,
+}
+
+impl Job {
+    pub fn new(
+        mut request: Request, history: Vec<u32>, sampler: Sampler, to: UnboundedSender<Event>, stop: Arc<AtomicUsize>,
+    ) -> Job {
+        let (start, mut tokens) = (history.len(), history);
+        tokens.append(&mut request.prompt);
+        Job { request, tokens, start, sampler, to, stop }
+    }
+
+    /// Tokens that the sequence has at most.
+    pub fn most_tokens(&self) -> usize {
+        self.tokens.len().saturating_add(self.request.max_tokens)
+    }
+}
+
+/// Requests that wait: owners take turns, and those of one owner come in their order.
+#[derive(Default)]
+pub(super) struct Queue {
+    owners: VecDeque<(String, VecDeque<Job>)>,
+}
+
+impl Queue {
+    fn len(&self) -> usize {
+        self.owners.iter().map(|(_, jobs)| jobs.len()).sum()
+    }
+
+    fn push(&mut self, job: Job) {
+        match self.owners.iter_mut().find(|(owner, _)| *owner == job.request.owner) {
+            Some((_, jobs)) => jobs.push_back(job),
+            None => self.owners.push_back((job.request.owner.clone(), VecDeque::from([job]))),
+        }
+    }
+
+    pub fn first(&self) -> Option<&Job> {
+        self.owners.front()?.1.front()
+    }
+
+    pub fn pop(&mut self) -> Option<Job> {
+        let (owner, mut jobs) = self.owners.pop_front()?;
+        let job = jobs.pop_front();
+        if !jobs.is_empty() {
+            self.owners.push_back((owner, jobs));
+        }
+        job
+    }
+
+    /// Takes out those whose clients have gone: how many.
+    pub fn purge(&mut self) -> u64 {
+        let before = self.len();
+        self.owners.iter_mut().for_each(|(_, jobs)| jobs.retain(|j| !j.to.is_closed()));
+        self.owners.retain(|(_, jobs)| !jobs.is_empty());
+        (before - self.len()) as u64
+    }
+}
+
+impl Shared {
+    pub fn new(model: &Model, options: &EngineOptions, store: StateStore) -> Shared {
+        let inner =
+            Inner { queue: Queue::default(), stats: Stats::default(), draining: false, closed: false, seconds: 1.0 };
+        Shared {
+            vocab: model.config().vocab_size,
+            store,
+            size: Size::new(model.config(), options),
+            memory: (options.memory > 0).then_some(options.memory),
+            slots: options.slots,
+            most_waiting: options.waiting,
+            inner: Mutex::new(inner),
+            changed: Condvar::new(),
+        }
+    }
+
+    pub fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub fn wait<'a>(&self, inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
+        self.changed.wait(inner).unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Queues a request that makes sense.
+    pub fn queue(&self, job: Job) -> Result<(), Refused> {
+        let needed = self.size.of(job.most_tokens());
+        if let Some(most) = self.memory.filter(|m| needed > *m) {
+            return Err(Refused::Invalid(format!(
+                "the request may need {needed} bytes of memory and {most} are set apart: ask for fewer tokens"
+            )));
+        }
+        let mut inner = self.inner();
+        if inner.draining || inner.closed {
+            return Err(Refused::Draining);
+        }
+        inner.stats.cancelled += inner.queue.purge();
+        let waiting = inner.queue.len();
+        if waiting + inner.stats.running >= self.slots.saturating_add(self.most_waiting) {
+            inner.stats.refused += 1;
+            let seconds = (inner.seconds * (waiting + 1) as f64 / self.slots as f64).clamp(1.0, 60.0);
+            return Err(Refused::Busy { retry_after: Duration::from_secs_f64(seconds) });
+        }
+        inner.queue.push(job);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    pub fn stats(&self) -> Stats {
+        let (cached_states, cached_bytes, disk_bytes) = self.store.size();
+        let inner = self.inner();
+        Stats { waiting: inner.queue.len(), cached_states, cached_bytes, disk_bytes, ..inner.stats }
+    }
+
+    pub fn drain(&self) {
+        let mut inner = self.inner();
+        inner.draining = true;
+        while !inner.closed && inner.stats.running + inner.queue.len() > 0 {
+            inner = self.wait(inner);
+        }
+        drop(inner);
+        self.store.flush();
+    }
+
+    /// Takes no more requests, and cancels those that are there.
+    pub fn close(&self) {
+        let mut inner = self.inner();
+        inner.closed = true;
+        while let Some(job) = inner.queue.pop() {
+            let _ = job.to.send(Event::End(End::Cancelled));
+        }
+        self.changed.notify_all();
+    }
+}

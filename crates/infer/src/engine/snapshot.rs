@@ -1,0 +1,160 @@
+use super::bytes::{Reader, put_floats, put_number, seal};
+use crate::Error;
+use crate::session::filled;
+use anser_model::{Cache, Config, State};
+use anser_ops::Var;
+use anser_ops::attention::{Chunks, Past};
+use anser_tensor::Context;
+
+/// A sequence's state and prediction, in host memory but for what attention keeps, which is shared with whoever goes on from it.
+pub(super) struct Snapshot {
+    /// The state's matrices one after the other ([`State::vars`]).
+    values: Vec<f32>,
+    /// Of each attention block.
+    pasts: Vec<Past>,
+    /// For the next token; none in the middle of a prompt.
+    pub logits: Vec<f32>,
+}
+
+/// What states of a model are like.
+pub(super) struct Form {
+    pub ctx: Context,
+    /// One of one slot.
+    pub empty: State,
+    pub chunks: Option<Chunks>,
+    pub vocab: usize,
+}
+
+impl Form {
+    /// Of a model's states, with a bound on what attention keeps.
+    ///
+    /// # Errors
+    /// When the bound doesn't fit the model.
+    pub fn new(ctx: &Context, config: &Config, bound: Option<Cache>) -> Result<Form, Error> {
+        let mut empty = State::zeros(ctx, config, 1);
+        if let Some(bound) = bound {
+            bound.validate(config)?;
+            empty.cache = Some(bound);
+        }
+        ctx.check()?;
+        let chunks = config.hybrid.map(|h| h.chunks());
+        Ok(Form { ctx: ctx.clone(), empty, chunks, vocab: config.vocab_size })
+    }
+}
+
+impl Snapshot {
+    /// Of a state of one slot; waits for the device.
+    pub fn new(state: &State, logits: Vec<f32>) -> Snapshot {
+        let mut values = Vec::with_capacity(state.vars().map(|v| v.buf().len()).sum());
+        state.vars().for_each(|v| values.extend_from_slice(&v.to_vec()));
+        Snapshot { values, pasts: state.attention.iter().map(|a| a.pasts[0].clone()).collect(), logits }
+    }
+
+    /// The state.
+    pub fn state(&self, form: &Form) -> State {
+        let mut state = form.empty.clone();
+        let mut rest = &self.values[..];
+        for (_, v) in state.named_mut() {
+            let mut buf = form.ctx.alloc_as(v.buf().dtype(), v.buf().len());
+            let now;
+            (now, rest) = rest.split_at(buf.len());
+            buf.copy_from(now);
+            *v = Var::constant(v.rows(), v.cols(), buf);
+        }
+        state.attention.iter_mut().zip(&self.pasts).for_each(|(a, past)| a.pasts = vec![past.clone()]);
+        state
+    }
+
+    /// Bytes of memory.
+    pub fn bytes(&self) -> usize {
+        (self.values.len() + self.logits.len()) * 4 + self.pasts.iter().map(Past::bytes).sum::<usize>()
+    }
+
+    /// For a file: the numbers of values, logits, pasts; the values, the logits; of every past its tokens, its matrices and these; a checksum.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(self.bytes() + 64);
+        [self.values.len(), self.logits.len(), self.pasts.len()].iter().for_each(|&n| put_number(&mut out, n));
+        put_floats(&mut out, &self.values);
+        put_floats(&mut out, &self.logits);
+        for past in &self.pasts {
+            let matrices = past.to_vecs();
+            put_number(&mut out, past.len());
+            put_number(&mut out, matrices.len());
+            matrices.iter().for_each(|m| put_floats(&mut out, m));
+        }
+        seal(&mut out);
+        out
+    }
+
+    /// From a file; nothing if it is damaged or not of such a state.
+    pub fn decode(form: &Form, bytes: &[u8]) -> Option<Snapshot> {
+        let mut from = Reader::sealed(bytes)?;
+        let [values, logits, pasts] = [from.number()?, from.number()?, from.number()?];
+        let expected: usize = form.empty.vars().map(|v| v.buf().len()).sum();
+        if values != expected || ![0, form.vocab].contains(&logits) || pasts != form.empty.attention.len() {
+            return None;
+        }
+        let (values, logits) = (from.floats(values)?, from.floats(logits)?);
+        let past = |empty: &State| {
+            let (tokens, matrices) = (from.number()?, from.number()?);
+            if matrices != 2 + empty.cache.map_or(0, |c| c.notes()) {
+                return None;
+            }
+            let len = tokens.checked_mul(empty.attention[0].ffn_x.cols())?;
+            let rows = (0..matrices).map(|_| Some(form.ctx.copy_of(&from.floats(len)?)));
+            Some(filled(
+                &form.ctx,
+                &empty.attention[0].pasts[0],
+                &rows.collect::<Option<Vec<_>>>()?,
+                tokens,
+                form.chunks?,
+            ))
+        };
+        let pasts = std::iter::repeat_n(&form.empty, pasts).map(past).collect::<Option<Vec<_>>>()?;
+        from.is_empty().then_some(Snapshot { values, pasts, logits })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Session;
+    use anser_model::{Eviction, Hybrid, Init, Model};
+
+    #[test]
+    fn files_give_back_the_state_or_nothing() {
+        let hybrid = Config { hybrid: Some(Hybrid { layers: 2, chunk: 8, topk: 2 }), ..Config::new(2, 64, 20) };
+        let bound = Some(Cache::new(64, Eviction::Error, true));
+        for (config, bound) in [(Config::new(2, 64, 20), None), (hybrid.clone(), None), (hybrid, bound)] {
+            let ctx = Context::cpu(1);
+            let model = Model::init(&ctx, &config, Init::Current, 1).unwrap();
+            let form = Form::new(&ctx, &config, bound).unwrap();
+            let mut session = Session::new(&ctx, &model);
+            if let Some(bound) = bound {
+                session = session.bounded(bound).unwrap();
+            }
+            session.feed(&(0..30).map(|i| i * 7 % 20).collect::<Vec<_>>()).unwrap();
+            let snapshot = Snapshot::new(&session.state(), session.logits().unwrap().to_vec());
+            let bytes = snapshot.encode();
+            let back = Snapshot::decode(&form, &bytes).unwrap();
+            assert!(back.values == snapshot.values && back.logits == snapshot.logits);
+            for (a, b) in back.pasts.iter().zip(&snapshot.pasts) {
+                assert!(a.len() == 30 && a.to_vecs() == b.to_vecs());
+            }
+            assert!(bytes.len() <= snapshot.bytes() + 100);
+            // Damaged, cut off, with the right checksum of too much, and of another model.
+            for i in (0..bytes.len()).step_by(97) {
+                let mut damaged = bytes.clone();
+                damaged[i] ^= 1;
+                assert!(Snapshot::decode(&form, &damaged).is_none());
+                assert!(Snapshot::decode(&form, &bytes[..i]).is_none());
+            }
+            let mut longer = bytes[..bytes.len() - 4].to_vec();
+            longer.push(0);
+            seal(&mut longer);
+            assert!(Snapshot::decode(&form, &longer).is_none());
+            let other = Form::new(&ctx, &Config::new(1, 64, 20), None).unwrap();
+            assert!(Snapshot::decode(&other, &bytes).is_none());
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! One answer of the engine as text: characters whole, ended before stop texts, each token's log probability with its text.
+
+use crate::App;
+use crate::errors::ApiError;
+use anser_infer::TextStream;
+use anser_infer::engine::{End, Event, Request, Start, Stream, TokenLogprob};
+use anser_tokenizer::Tokenizer;
+use axum::http::StatusCode;
+use std::time::Instant;
+
+/// What comes of an answer: one `Prompt`, texts, one `End`.
+pub enum Part {
+    /// The prompt was read.
+    Prompt {
+        /// Tokens that were not read, as a state after them was cached.
+        cached: usize,
+        /// Of all tokens but the first, where asked for.
+        logprobs: Vec<TokenLogprob>,
+        /// The last hidden vector, where asked for.
+        hidden: Option<Vec<f32>>,
+    },
+    /// Text was written.
+    Text(Text),
+    /// Nothing more will come.
+    End(Text, Finish),
+}
+
+/// A piece of text and the tokens that it ends.
+#[derive(Default)]
+pub struct Text {
+    /// The text.
+    pub text: String,
+    /// The tokens. A token whose characters are not whole comes with the text that completes them.
+    pub tokens: Vec<TokenLogprob>,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// It has as many tokens as were asked for.
+    Length,
+    /// The model ended it, or the constraint is satisfied.
+    Stop,
+    /// Before this stop text.
+    StopText(String),
+}
+
+impl Finish {
+    /// OpenAI's word for it.
+    pub fn word(&self) -> &'static str {
+        if *self == Finish::Length { "length" } else { "stop" }
+    }
+}
+
+/// An answer on its way.
+pub struct Answer {
+    app: App,
+    stream: Stream,
+    text: TextStream,
+    stops: Vec<String>,
+    /// Tokens since all text was out, and the bytes of text that came out since.
+    held: Vec<TokenLogprob>,
+    out: usize,
+    /// Tokens written so far.
+    pub written: usize,
+    started: Instant,
+    deadline: tokio::time::Instant,
+    last: Option<Instant>,
+    ended: bool,
+    keep: Option<Keep>,
+}
+
+/// A state that is kept at the end.
+struct Keep {
+    owner: String,
+    name: String,
+    /// Text that follows the answer in the state.
+    close: &'static str,
+}
+
+impl Answer {
+    /// Submits a request. Where its state is kept, `close` follows the answer in it.
+    ///
+    /// # Errors
+    /// When the engine refuses it.
+    pub fn start(app: &App, request: Request, stops: &[String], close: &'static str) -> Result<Answer, ApiError> {
+        let keep = request.save_as.clone().map(|name| Keep { owner: request.owner.clone(), name, close });
+        let stream = app.engine.submit(request)?;
+        Ok(Answer {
+            app: app.clone(),
+            stream,
+            text: TextStream::new(stops),
+            stops: stops.to_vec(),
+            held: Vec::new(),
+            out: 0,
+            written: 0,
+            started: Instant::now(),
+            deadline: tokio::time::Instant::now() + app.options.timeout,
+            last: None,
+            ended: false,
+            keep,
+        })
+    }
+
+    /// The next part, `None` after the end.
+    ///
+    /// # Errors
+    /// When the engine fails or ends, or the time is over.
+    pub async fn next(&mut self) -> Result<Option<Part>, ApiError> {
+        if self.ended {
+            return Ok(None);
+        }
+        loop {
+            let event = tokio::time::timeout_at(self.deadline, self.stream.next()).await.map_err(|_| {
+                ApiError::new(StatusCode::GATEWAY_TIMEOUT, "the answer took longer than this server allows (--timeout)")
+            })?;
+            match event {
+                Some(Event::Prompt { cached, logprobs, hidden, .. }) => {
+                    return Ok(Some(Part::Prompt { cached, logprobs, hidden }));
+                }
+                Some(Event::Token(token)) => {
+                    if let Some(part) = self.token(token).await? {
+                        return Ok(Some(part));
+                    }
+                }
+                Some(Event::End(end)) => return self.end(end).await.map(Some),
+                None => return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the engine ended")),
+            }
+        }
+    }
+
+    async fn token(&mut self, token: TokenLogprob) -> Result<Option<Part>, ApiError> {
+        let now = Instant::now();
+        match self.last.replace(now) {
+            Some(last) => self.app.metrics.between.observe((now - last).as_secs_f64()),
+            None => self.app.metrics.first.observe((now - self.started).as_secs_f64()),
+        }
+        self.written += 1;
+        let bytes = bytes(&self.app.tokenizer, token.token);
+        self.held.push(token);
+        let (text, stopped) = self.text.push(bytes);
+        self.out += text.len();
+        if stopped {
+            return self.stopped(text).await.map(Some);
+        }
+        let mut tokens = Vec::new();
+        if self.text.is_clear() {
+            tokens = std::mem::take(&mut self.held);
+            self.out = 0;
+        }
+        Ok((!text.is_empty() || !tokens.is_empty()).then_some(Part::Text(Text { text, tokens })))
+    }
+
+    /// Ends before a stop text: tokens that begin in it are no part of the answer.
+    async fn stopped(&mut self, text: String) -> Result<Part, ApiError> {
+        self.ended = true;
+        let held = std::mem::take(&mut self.held);
+        let all: Vec<u8> = held.iter().flat_map(|t| bytes(&self.app.tokenizer, t.token)).copied().collect();
+        let cut = self.out.min(all.len());
+        let stop = self.stops.iter().find(|s| !s.is_empty() && all[cut..].starts_with(s.as_bytes()));
+        let stop = stop.cloned().unwrap_or_default();
+        let before = self.written - held.len();
+        let (mut at, mut whole, mut whole_bytes, mut tokens) = (0, 0, 0, Vec::new());
+        for token in held {
+            let begin = at;
+            at += bytes(&self.app.tokenizer, token.token).len();
+            if at <= cut {
+                (whole, whole_bytes) = (whole + 1, at);
+            }
+            if begin < cut {
+                tokens.push(token);
+            }
+        }
+        if self.keep.is_some() {
+            self.stream.stop(before + whole);
+            while let Some(event) = self.stream.next().await {
+                if let Event::End(End::Failed(why)) = event {
+                    return Err(ApiError::internal(why));
+                }
+            }
+            self.close(&all[whole_bytes..cut]).await?;
+        }
+        Ok(Part::End(Text { text, tokens }, Finish::StopText(stop)))
+    }
+
+    /// The kept state goes on over what the answer has beyond its last whole token, and over the end of a turn.
+    async fn close(&mut self, rest: &[u8]) -> Result<(), ApiError> {
+        let Some(keep) = self.keep.take() else { return Ok(()) };
+        let prompt = self.app.tokenizer.encode(&[rest, keep.close.as_bytes()].concat());
+        if prompt.is_empty() {
+            return Ok(());
+        }
+        let start = Start::Named(keep.name.clone());
+        let request =
+            Request { prompt, start, owner: keep.owner, save_as: Some(keep.name), max_tokens: 0, ..Request::default() };
+        let mut stream = self.app.engine.submit(request)?;
+        while let Some(event) = stream.next().await {
+            if let Event::End(End::Failed(why)) = event {
+                return Err(ApiError::internal(why));
+            }
+        }
+        Ok(())
+    }
+
+    async fn end(&mut self, end: End) -> Result<Part, ApiError> {
+        self.ended = true;
+        let finish = match end {
+            End::Length => Finish::Length,
+            End::Stop | End::Constraint => Finish::Stop,
+            End::Cancelled => {
+                return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the server is shutting down"));
+            }
+            End::Failed(why) => return Err(ApiError::internal(why)),
+        };
+        self.close(b"").await?;
+        let text = std::mem::take(&mut self.text).finish();
+        Ok(Part::End(Text { text, tokens: std::mem::take(&mut self.held) }, finish))
+    }
+}
+
+/// The bytes of a token; none for ids that only the model has.
+pub fn bytes(tokenizer: &Tokenizer, token: u32) -> &'static [u8] {
+    tokenizer.token(token).unwrap_or_default()
+}

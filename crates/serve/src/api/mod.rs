@@ -1,0 +1,48 @@
+//! The routes, one file for each family.
+
+pub mod chat;
+pub mod completions;
+pub mod embeddings;
+pub mod messages;
+pub mod models;
+pub mod options;
+pub mod states;
+pub mod tokens;
+
+use serde_json::{Value, json};
+
+/// Tokens of a request.
+#[derive(Clone, Copy, Default)]
+pub struct Usage {
+    /// Of the prompts.
+    pub prompt: usize,
+    /// Of these, not read again.
+    pub cached: usize,
+    /// Written.
+    pub written: usize,
+    /// Of these, thoughts.
+    pub reasoning: usize,
+}
+
+impl Usage {
+    /// In OpenAI's shape.
+    pub fn json(&self) -> Value {
+        json!({
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.written,
+            "total_tokens": self.prompt + self.written,
+            "prompt_tokens_details": { "cached_tokens": self.cached },
+            "completion_tokens_details": { "reasoning_tokens": self.reasoning },
+        })
+    }
+}
+
+/// A new id that begins with `prefix`.
+pub fn id(prefix: &str) -> String {
+    format!("{prefix}-{}", uuid::Uuid::new_v4().simple())
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}

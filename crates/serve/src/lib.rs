@@ -1,0 +1,186 @@
+//! An HTTP server over the engine: OpenAI's API, named states, metrics and a page to chat.
+//!
+//! `api` has a file for each family of routes; each reads its fields (`fields.rs`), gives the engine requests (`answer.rs` makes
+//! text of what comes back) and sends JSON or server-sent events (`sse.rs`). What all routes share is here: keys, limits, errors.
+
+mod answer;
+mod api;
+mod auth;
+mod constraint;
+mod errors;
+mod fields;
+mod listen;
+mod metrics;
+mod origin;
+mod page;
+mod sse;
+mod template;
+mod think;
+
+pub use auth::Keys;
+pub use listen::serve;
+pub use template::Template;
+
+use anser_infer::Engine;
+use anser_infer::chat::Think;
+use anser_tokenizer::Tokenizer;
+use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
+use axum::http::{HeaderValue, Method, StatusCode, Uri};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Router, http};
+use errors::ApiError;
+use metrics::Metrics;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::CorsLayer;
+use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
+use tower_http::timeout::RequestBodyTimeoutLayer;
+
+/// Every route and field; a test compares it with the routes.
+const OPENAPI: &str = include_str!("openapi.json");
+
+/// How a server behaves.
+pub struct Options {
+    /// The name under which the model is served.
+    pub model: String,
+    /// Without any, everybody may use it, and all share their states.
+    pub keys: Keys,
+    /// How prompts are made of messages.
+    pub template: Template,
+    /// How the model thinks where a request doesn't say.
+    pub think: Think,
+    /// Tokens of an answer at most.
+    pub max_tokens: usize,
+    /// Tokens of a prompt at most.
+    pub max_prompt: usize,
+    /// Bytes of a request's body at most.
+    pub max_body: usize,
+    /// How long an answer may take.
+    pub timeout: Duration,
+    /// How long a client may take for its headers, and between two pieces of its body.
+    pub read_timeout: Duration,
+    /// Connections at most.
+    pub connections: usize,
+    /// Requests of one key that run at the same time at most.
+    pub per_key: usize,
+    /// Web pages of other origins that may use it.
+    pub cors: Vec<HeaderValue>,
+}
+
+/// What all requests see.
+pub struct Shared {
+    engine: Engine,
+    tokenizer: Tokenizer,
+    options: Options,
+    metrics: Metrics,
+    per_owner: auth::PerOwner,
+    grammars: constraint::Grammars,
+    created: u64,
+    draining: AtomicBool,
+}
+
+/// A handle on it.
+pub type App = Arc<Shared>;
+
+impl Shared {
+    /// A server's state.
+    pub fn new(engine: Engine, tokenizer: Tokenizer, options: Options) -> App {
+        let of_metrics = engine.clone();
+        Arc::new(Shared {
+            metrics: Metrics::new(move || of_metrics.stats()),
+            per_owner: auth::PerOwner::new(options.per_key),
+            grammars: constraint::Grammars::new(tokenizer),
+            created: api::now(),
+            draining: AtomicBool::new(false),
+            engine,
+            tokenizer,
+            options,
+        })
+    }
+
+    /// Whether no more requests are taken.
+    pub fn draining(&self) -> bool {
+        self.draining.load(Ordering::SeqCst)
+    }
+}
+
+/// All routes.
+pub fn router(app: App) -> Router {
+    let keyed = Router::new()
+        .route("/v1/models", get(api::models::list))
+        .route("/v1/models/{name}", get(api::models::one))
+        .route("/v1/completions", post(api::completions::completions))
+        .route("/v1/chat/completions", post(api::chat::completions))
+        .route("/v1/messages", post(api::messages::messages))
+        .route("/v1/embeddings", post(api::embeddings::embeddings))
+        .route("/v1/states", get(api::states::list))
+        .route("/v1/states/{name}", get(api::states::one).delete(api::states::delete))
+        .route("/v1/states/{name}/branch", post(api::states::branch))
+        .route("/tokenize", post(api::tokens::tokenize))
+        .route("/detokenize", post(api::tokens::detokenize))
+        .route("/metrics", get(api::models::metrics))
+        .route_layer(middleware::from_fn_with_state(app.clone(), auth::check));
+    let open = Router::new()
+        .route("/", get(page::index))
+        .route("/page.css", get(page::style))
+        .route("/page.js", get(page::script))
+        .route("/markdown.js", get(page::markdown))
+        .route("/health", get(api::models::health))
+        .route("/ready", get(api::models::ready))
+        .route("/openapi.json", get(openapi));
+    let cors = CorsLayer::new()
+        .allow_origin(app.options.cors.clone())
+        .allow_methods([Method::GET, Method::POST, Method::DELETE])
+        .allow_headers([http::header::AUTHORIZATION, http::header::CONTENT_TYPE]);
+    keyed
+        .merge(open)
+        .route_layer(middleware::from_fn_with_state(app.clone(), count))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .layer(DefaultBodyLimit::max(app.options.max_body))
+        .layer(RequestBodyTimeoutLayer::new(app.options.read_timeout))
+        .layer(CatchPanicLayer::custom(|_| ApiError::internal("this server has a fault; it goes on").into_response()))
+        .layer(middleware::from_fn_with_state(app.clone(), origin::check))
+        .layer(cors)
+        .layer(PropagateRequestIdLayer::x_request_id())
+        .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid))
+        .with_state(app)
+}
+
+async fn count(State(app): State<App>, path: MatchedPath, request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    app.metrics.answered(path.as_str(), response.status().as_u16());
+    response
+}
+
+async fn openapi() -> impl IntoResponse {
+    ([(http::header::CONTENT_TYPE, "application/json")], OPENAPI)
+}
+
+async fn no_route(method: Method, uri: Uri) -> ApiError {
+    ApiError::not_found(format!("there is no {method} {}", uri.path()))
+}
+
+async fn no_method(method: Method, uri: Uri) -> ApiError {
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, format!("{} doesn't take {method}", uri.path()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn the_document_has_the_routes() {
+        let document: serde_json::Value = serde_json::from_str(OPENAPI).unwrap();
+        let written: BTreeSet<&str> = document["paths"].as_object().unwrap().keys().map(String::as_str).collect();
+        let of_page = |path: &&str| !["/", "/page.css", "/page.js", "/markdown.js"].contains(path);
+        let routes = include_str!("lib.rs").split(".route(\"").skip(1).filter_map(|s| s.split('"').next());
+        let routes: BTreeSet<&str> = routes.filter(|r| r.starts_with('/')).filter(of_page).collect();
+        assert_eq!(written, routes);
+    }
+}

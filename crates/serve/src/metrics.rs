@@ -1,0 +1,93 @@
+//! What the server counts, in the text format of Prometheus.
+
+use anser_infer::engine::Stats;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text};
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+
+/// Counters of the HTTP side; those of the engine are read when asked for.
+pub struct Metrics {
+    registry: Registry,
+    requests: Family<Answered, Counter>,
+    /// Seconds until the first token of an answer.
+    pub first: Histogram,
+    /// Seconds from a token to the next.
+    pub between: Histogram,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Answered {
+    path: String,
+    status: u16,
+}
+
+impl Metrics {
+    /// With the engine's statistics as `stats` gives them.
+    pub fn new(stats: impl Fn() -> Stats + Send + Sync + 'static) -> Metrics {
+        let mut registry = Registry::with_prefix("anser");
+        let requests = Family::default();
+        let first = Histogram::new(exponential_buckets(0.005, 2.0, 14));
+        let between = Histogram::new(exponential_buckets(0.001, 2.0, 12));
+        registry.register("http_requests", "Responses by route and status", requests.clone());
+        registry.register("time_to_first_token_seconds", "From a request to its first token", first.clone());
+        registry.register("time_between_tokens_seconds", "From a token to the next", between.clone());
+        registry.register_collector(Box::new(OfEngine(stats)));
+        Metrics { registry, requests, first, between }
+    }
+
+    /// Counts a response.
+    pub fn answered(&self, path: &str, status: u16) {
+        self.requests.get_or_create(&Answered { path: path.into(), status }).inc();
+    }
+
+    /// All of it.
+    pub fn text(&self) -> String {
+        let mut out = String::new();
+        // Writing to a string doesn't fail.
+        let _ = text::encode(&mut out, &self.registry);
+        out
+    }
+}
+
+struct OfEngine<F>(F);
+
+impl<F> std::fmt::Debug for OfEngine<F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OfEngine")
+    }
+}
+
+impl<F: Fn() -> Stats + Send + Sync + 'static> Collector for OfEngine<F> {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let s = (self.0)();
+        for (name, help, value) in [
+            ("requests_running", "Sequences in the batch", s.running),
+            ("requests_waiting", "Requests that wait for a slot", s.waiting),
+            ("state_bytes_running", "Bytes of the states of running sequences", s.running_bytes),
+            ("state_bytes_cached", "Bytes of states kept in memory", s.cached_bytes),
+            ("states_cached", "States kept in memory", s.cached_states),
+        ] {
+            let gauge = ConstGauge::new(value as i64);
+            gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)?;
+        }
+        for (name, help, value) in [
+            ("requests_finished", "Requests that came to their end", s.finished),
+            ("requests_cancelled", "Requests whose client went away", s.cancelled),
+            ("requests_failed", "Requests that failed", s.failed),
+            ("requests_refused", "Requests refused because too many waited", s.refused),
+            ("tokens_read", "Tokens that the model has read", s.tokens_read),
+            ("tokens_written", "Tokens written", s.tokens_written),
+            ("prefix_hits", "Requests that went on from a cached prefix", s.prefix_hits),
+            ("tokens_cached", "Tokens of prompts that a cached state saved", s.tokens_cached),
+            ("steps", "Steps of the model", s.steps),
+        ] {
+            let counter = ConstCounter::new(value);
+            counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
+        }
+        Ok(())
+    }
+}

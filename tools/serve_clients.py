@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""Runs the official `openai` and `anthropic` clients against `anser serve`.
+
+    pip install openai anthropic
+    tools/serve_clients.py target/release/anser [--model M]
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import anthropic
+import openai
+
+KEY = "a-key-for-this-test"
+
+
+def check(what, condition, shown=""):
+    if not condition:
+        sys.exit(f"FAILED: {what} {shown}")
+    print(f"ok: {what}")
+
+
+def refused(kind, call):
+    try:
+        call()
+    except kind as e:
+        return e
+    return None
+
+
+def models_and_completions(client):
+    model = client.models.list().data[0].id
+    check("the model's name", client.models.retrieve(model).id == model)
+    whole = client.completions.create(model=model, prompt="He took her by the", max_tokens=12, temperature=0, logprobs=2)
+    choice = whole.choices[0]
+    check("completion", whole.usage.completion_tokens == 12 and "".join(choice.logprobs.tokens) == choice.text, choice)
+    stream = client.completions.create(model=model, prompt="He took her by the", max_tokens=12, temperature=0, stream=True)
+    check("completion in pieces", "".join(c.choices[0].text for c in stream) == choice.text)
+    return model
+
+
+def chat(client, model):
+    ask = dict(model=model, messages=[{"role": "user", "content": "Who are you?"}], max_tokens=16, temperature=0)
+    whole = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2, n=2, seed=1)
+    text = whole.choices[0].message.content
+    check("chat", len(whole.choices) == 2 and whole.choices[1].message.content == text)
+    check("its log probabilities", len(whole.choices[0].logprobs.content[0].top_logprobs) == 2)
+    chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+    check("chat in pieces", "".join(pieces) == text and len(pieces) > 2, pieces)
+    check("usage at the end", chunks[-1].usage.total_tokens == chunks[-1].usage.prompt_tokens + chunks[-1].usage.completion_tokens)
+    check("a prompt that was read is not read again", chunks[-1].usage.prompt_tokens_details.cached_tokens > 0)
+    schema = {
+        "type": "object",
+        "properties": {"yes": {"type": "boolean"}},
+        "required": ["yes"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    made = client.chat.completions.create(**{**ask, "max_tokens": 60}, response_format=form)
+    check("an answer of a JSON schema", isinstance(json.loads(made.choices[0].message.content)["yes"], bool))
+    kept = client.chat.completions.create(**ask, extra_body={"save_as": "talk"})
+    more = {**ask, "messages": [{"role": "user", "content": "Why?"}]}
+    again = [client.chat.completions.create(**more, extra_body={"state": "talk"}).choices[0].message.content for _ in "ab"]
+    check("a conversation that goes on from a state", again[0] == again[1] and kept.choices[0].message.content == text)
+
+
+def embeddings(client, model):
+    vectors = client.embeddings.create(model=model, input=["a cat", "a dog"]).data
+    plain = client.embeddings.create(model=model, input="a dog", encoding_format="float").data[0].embedding
+    same = max(abs(a - b) for a, b in zip(vectors[1].embedding, plain))
+    check("embeddings, in base64 and as numbers", len(vectors) == 2 and same < 1e-6)
+
+
+def errors(client, base, model):
+    bad = refused(openai.BadRequestError, lambda: client.completions.create(model=model, prompt="a", temperature=9))
+    check("a bad field", bad is not None and bad.param == "temperature", bad)
+    check("no such model", refused(openai.NotFoundError, lambda: client.completions.create(model="gpt", prompt="a")) is not None)
+    stranger = openai.OpenAI(base_url=base + "/v1", api_key="someone-else", max_retries=0)
+    check("a wrong key", refused(openai.AuthenticationError, stranger.models.list) is not None)
+
+
+def messages(base, model):
+    client = anthropic.Anthropic(base_url=base, api_key=KEY, max_retries=0)
+    ask = dict(model=model, messages=[{"role": "user", "content": "Who are you?"}], max_tokens=16, extra_body={"temperature": 0})
+    whole = client.messages.create(**ask, system="Be brief.")
+    check("Anthropic's messages", whole.content[-1].type == "text" and whole.usage.output_tokens > 0, whole)
+    with client.messages.stream(**ask, system="Be brief.") as stream:
+        text = "".join(stream.text_stream)
+        last = stream.get_final_message()
+    check("the same in pieces", text == whole.content[-1].text and last.stop_reason == whole.stop_reason, last)
+    bad = refused(anthropic.BadRequestError, lambda: client.messages.create(model=model, messages=[], max_tokens=5))
+    check("its errors", bad is not None and bad.body["type"] == "error", bad)
+
+
+def main():
+    command = [sys.argv[1], "serve", "--port", "0", "--json", *sys.argv[2:]]
+    env = {**os.environ, "ANSER_API_KEYS": KEY}
+    server = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        base = "http://" + json.loads(server.stdout.readline())["address"]
+        client = openai.OpenAI(base_url=base + "/v1", api_key=KEY, max_retries=0)
+        model = models_and_completions(client)
+        chat(client, model)
+        embeddings(client, model)
+        errors(client, base, model)
+        messages(base, model)
+    finally:
+        server.terminate()
+    check("the server ends", server.wait(timeout=20) == 0)
+
+
+if __name__ == "__main__":
+    main()
