@@ -44,7 +44,7 @@ impl Server {
         let tokenizer = Tokenizer::from_name(&ckpt.metadata()["anser.tokenizer"]).unwrap();
         let ctx = Context::cpu(2);
         let config = Config::from_checkpoint(&ckpt).unwrap();
-        let model = Model::load_as(&ctx, &ckpt, config, Load::Inference(DType::BF16)).unwrap();
+        let model = Model::load_as(&ctx, &ckpt, config, Load::Inference(DType::BF16.into())).unwrap();
         let engine = Engine::start(ctx, Arc::new(model), engine).unwrap();
         let app = Shared::new(engine.clone(), tokenizer, options);
         let runtime = tokio::runtime::Runtime::new().unwrap();

@@ -6,7 +6,7 @@ use anser_eval::text::{Prediction, predict};
 use anser_eval::{digits, needle, pairs, recall, states};
 use anser_formats::{Checkpoint, write_atomic};
 use anser_model::{Load, Model};
-use anser_tensor::Context;
+use anser_tensor::{Context, DType};
 use anser_tokenizer::Tokenizer;
 use anser_train::Trainer;
 use anyhow::{Context as _, ensure};
@@ -132,13 +132,13 @@ struct Grid {
 }
 
 impl Files {
-    fn load(&self, ctx: &Context) -> anyhow::Result<(Model, Tokenizer)> {
+    /// In f32 on a CPU, unless `--dtype` says otherwise.
+    fn load(&self, ctx: &Context, global: &Global) -> anyhow::Result<(Model, Tokenizer)> {
         let file = Checkpoint::open(&self.model)?;
         let name = self.tokenizer.as_ref().or(file.metadata().get("anser.tokenizer"));
         let tokenizer = Tokenizer::from_name(name.map_or("world", |n| n))?;
-        let mut model = Model::load(ctx, &file, Load::Train)?;
-        model.params_mut().to_device(ctx);
-        Ok((model, tokenizer))
+        let kept = if global.stored.is_some() { global.weights(ctx)? } else { DType::F32.into() };
+        Ok((Model::load(ctx, &file, Load::Inference(kept))?, tokenizer))
     }
 }
 
@@ -171,7 +171,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
 
 fn pairs(of: &Files, global: &Global) -> anyhow::Result<()> {
     let ctx = global.context()?;
-    let (model, tokenizer) = of.load(&ctx)?;
+    let (model, tokenizer) = of.load(&ctx, global)?;
     let mut all = Vec::new();
     for path in &of.files {
         let name = path.display().to_string();
@@ -228,7 +228,7 @@ fn hidden(task: Hidden, file: Option<&Path>, grid: &Grid, out: &Path, global: &G
 
 fn text(of: &Files, global: &Global) -> anyhow::Result<()> {
     let ctx = global.context()?;
-    let (model, tokenizer) = of.load(&ctx)?;
+    let (model, tokenizer) = of.load(&ctx, global)?;
     let mut all = Vec::new();
     for path in &of.files {
         let name = path.display().to_string();
