@@ -387,6 +387,7 @@ fn inspect_names_formats_and_what_is_missing() {
         (&["convert", "a.gguf", "b.pth", "--dtype", "q8_0"][..], "q8_0 is written as .gguf"),
         (&["convert", "a.gguf", "b.gguf", "--dtype", "int8"], "int8 is written as .safetensors"),
         (&["generate", "--model", "a.gguf", "--dtype", "q8_0"], "--dtype q8_0 is a type for files"),
+        (&["convert", "a.gguf", "b.safetensors", "--dtype", "q4"], "--dtype q4 is a type of weights in memory"),
         (&["convert", "a.gguf", "b.bin"], "must end in .gguf, .pth or .safetensors"),
     ] {
         let (code, _, err) = anser(&f.0, args);
@@ -401,4 +402,23 @@ fn inspect_names_formats_and_what_is_missing() {
         code == 1 && err.contains("safetensors, official names, tensors: 1 F16") && err.contains("is missing"),
         "{err}"
     );
+}
+
+#[test]
+fn weights_of_8_and_4_bits_predict_nearly_as_well() {
+    let f = Folder::new("coded");
+    let text = "It was the best of times, it was the worst of times; and the old man, who had come from the village that morning, sat down by \
+                the fire and said nothing for a long while. ";
+    std::fs::write(f.0.join("text.txt"), text.repeat(3)).unwrap();
+    let model = format!("{}/../../models/anser-12m.safetensors", env!("CARGO_MANIFEST_DIR"));
+    let loss = |dtype: &str| {
+        let args = ["eval", "text", "--model", &model, "--device", "cpu", "--dtype", dtype, "--json", "text.txt"];
+        let (code, out, err) = anser(&f.0, &args);
+        assert_eq!(code, 0, "{err}");
+        let v: serde_json::Value = serde_json::from_str(&out).unwrap();
+        v[0]["prediction"]["loss"].as_f64().unwrap()
+    };
+    let (exact, int8, q4) = (loss("f32"), loss("int8"), loss("q4"));
+    assert!(int8 != exact && (int8 - exact).abs() < 0.003 * exact, "int8 {int8}, f32 {exact}");
+    assert!(q4 != int8 && (q4 - exact).abs() < 0.03 * exact, "q4 {q4}, f32 {exact}");
 }

@@ -126,6 +126,9 @@ impl Quantised {
         let (size, group) = (self.code.bytes(), self.code.group());
         let panel = &self.blocks[p * self.groups * size..][..self.groups * size];
         acc.fill([0.0; NR]);
+        if x.count() <= MR && few(self.code, panel, x, acc) {
+            return;
+        }
         let at_once = BLOCK / group;
         let (mut codes, mut scales) = ([0i16; NR * BLOCK], [0f32; NR * BLOCK / 32]);
         for (i, blocks) in panel.chunks(at_once * size).enumerate() {
@@ -153,6 +156,10 @@ struct Rows {
 }
 
 impl Rows {
+    fn count(&self) -> usize {
+        self.scales.len().checked_div(self.groups).unwrap_or(0)
+    }
+
     fn new(ctx: &Context, group: usize, k: usize, x: &[f32]) -> Rows {
         let (m, groups) = (x.len() / k, k.div_ceil(group));
         let (mut codes, mut scales) = (vec![0; m * groups * group], vec![0.0; m * groups]);
@@ -360,21 +367,25 @@ fn tile(group: usize, codes: &[i16], scales: &[f32], x: &Rows, first: usize, gro
     #[cfg(target_arch = "x86_64")]
     if crate::simd::has_avx2() {
         assert!(codes.len() == groups * group * NR && acc.len() <= MR);
-        fn with<'a, T: 'a, const M: usize>(row: impl Fn(usize) -> &'a [T]) -> [*const T; M] {
-            std::array::from_fn(|r| row(r).as_ptr())
+        let vnni = crate::simd::has_vnni();
+        macro_rules! with {
+            ($($m:literal)*) => {
+                match acc.len() {
+                    // SAFETY: the features are there; `row` and `row_scales` have checked that the rows have as many elements.
+                    $($m => unsafe {
+                        let (x, xs) = (std::array::from_fn(|r| row(r).as_ptr()), std::array::from_fn(|r| row_scales(r).as_ptr()));
+                        if vnni {
+                            tile_vnni::<$m>(group, codes, scales, x, xs, acc)
+                        } else {
+                            tile_avx2::<$m>(group, codes, scales, x, xs, acc)
+                        }
+                    },)*
+                    _ => {}
+                }
+            };
         }
-        // SAFETY: the features are there; `row` and `row_scales` have checked that the rows have as many elements.
-        return unsafe {
-            match acc.len() {
-                0 => {}
-                1 => tile_avx2::<1>(group, codes, scales, with(row), with(row_scales), acc),
-                2 => tile_avx2::<2>(group, codes, scales, with(row), with(row_scales), acc),
-                3 => tile_avx2::<3>(group, codes, scales, with(row), with(row_scales), acc),
-                4 => tile_avx2::<4>(group, codes, scales, with(row), with(row_scales), acc),
-                5 => tile_avx2::<5>(group, codes, scales, with(row), with(row_scales), acc),
-                _ => tile_avx2::<6>(group, codes, scales, with(row), with(row_scales), acc),
-            }
-        };
+        with!(1 2 3 4 5 6);
+        return;
     }
     tile_scalar(group, codes, scales, row, row_scales, acc);
 }
@@ -430,6 +441,155 @@ unsafe fn tile_avx2<const M: usize>(
                     let scale = _mm256_mul_ps(scale, _mm256_set1_ps(*x_scales[r].add(g)));
                     _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r][i]), scale, _mm256_loadu_ps(to)));
                 }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`tile_avx2`], with AVX-512's VNNI.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn tile_vnni<const M: usize>(
+    group: usize, codes: &[i16], scales: &[f32], x: [*const i16; M], x_scales: [*const f32; M], acc: &mut [[f32; NR]],
+) {
+    use std::arch::x86_64::*;
+    // SAFETY: by the caller's promise.
+    unsafe {
+        let mut w = codes.as_ptr().cast::<__m512i>();
+        for g in 0..scales.len() / NR {
+            let mut sums = [_mm512_setzero_si512(); M];
+            for j in 0..group / 2 {
+                let weights = _mm512_loadu_si512(w);
+                for r in 0..M {
+                    let pair = x[r].add(g * group + 2 * j).cast::<i32>().read_unaligned();
+                    sums[r] = _mm512_dpwssd_epi32(sums[r], weights, _mm512_set1_epi32(pair));
+                }
+                w = w.add(1);
+            }
+            let scale = _mm512_loadu_ps(scales.as_ptr().add(g * NR));
+            for r in 0..M {
+                let (to, scale) = (acc[r].as_mut_ptr(), _mm512_mul_ps(scale, _mm512_set1_ps(*x_scales[r].add(g))));
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), scale, _mm512_loadu_ps(to)));
+            }
+        }
+    }
+}
+
+/// The product of a panel with all of up to 6 rows, unpacked in registers: whether this machine can.
+fn few(code: Code, panel: &[u8], x: &Rows, acc: &mut [[f32; NR]]) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if crate::simd::has_avx2() {
+        assert!(panel.len() == x.groups * code.bytes() && acc.len() == x.count() && x.group == code.group());
+        let vnni = crate::simd::has_vnni();
+        macro_rules! with {
+            ($($m:literal)*) => {
+                match acc.len() {
+                    // SAFETY: the features are there, and lengths were checked.
+                    $($m => unsafe {
+                        if vnni { few_vnni::<$m>(code, panel, x, acc) } else { few_avx2::<$m>(code, panel, x, acc) }
+                    },)*
+                    _ => {}
+                }
+            };
+        }
+        with!(1 2 3 4 5 6);
+        return true;
+    }
+    false
+}
+
+/// # Safety
+/// AVX2, FMA and F16C are there; `panel` has as many groups as x, of `code`; x and `acc` have M rows.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn few_avx2<const M: usize>(code: Code, panel: &[u8], x: &Rows, acc: &mut [[f32; NR]]) {
+    use std::arch::x86_64::*;
+    // SAFETY: by the caller's promise; prefetching beyond is harmless.
+    unsafe {
+        let (table, low) = (_mm256_broadcastsi128_si256(_mm_loadu_si128(VALUES.as_ptr().cast())), _mm256_set1_epi8(15));
+        let width = x.groups * x.group;
+        for (g, block) in panel.chunks_exact(code.bytes()).enumerate() {
+            let mut sums = [[_mm256_setzero_si256(); 2]; M];
+            let mut add = |at: usize, w: [__m256i; 2]| {
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let pair = x.codes.as_ptr().add(r * width + g * x.group + at).cast::<i32>().read_unaligned();
+                    let pair = _mm256_set1_epi32(pair);
+                    sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(w[0], pair));
+                    sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(w[1], pair));
+                }
+            };
+            for (i, bytes) in block[2 * NR..].chunks_exact(32).enumerate() {
+                let from = bytes.as_ptr();
+                _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(2048));
+                match code {
+                    Code::Int8 => {
+                        let wide = |half: usize| _mm256_cvtepi8_epi16(_mm_loadu_si128(from.add(16 * half).cast()));
+                        add(2 * i, [wide(0), wide(1)]);
+                    }
+                    Code::Q4 => {
+                        let bytes = _mm256_loadu_si256(from.cast());
+                        let a = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low));
+                        let b = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low));
+                        let first = |v| _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(v));
+                        add(4 * i, [first(a), first(b)]);
+                        add(4 * i + 2, [_mm256_srai_epi16::<8>(a), _mm256_srai_epi16::<8>(b)]);
+                    }
+                }
+            }
+            for half in 0..2 {
+                let scale = _mm256_cvtph_ps(_mm_loadu_si128(block.as_ptr().add(16 * half).cast()));
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let to = acc.as_mut_ptr().add(8 * half);
+                    let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[r * x.groups + g]));
+                    let sum = _mm256_cvtepi32_ps(sums[r][half]);
+                    _mm256_storeu_ps(to, _mm256_fmadd_ps(sum, scale, _mm256_loadu_ps(to)));
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`few_avx2`], with AVX-512's VNNI.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vl,avx2,f16c")]
+unsafe fn few_vnni<const M: usize>(code: Code, panel: &[u8], x: &Rows, acc: &mut [[f32; NR]]) {
+    use std::arch::x86_64::*;
+    // SAFETY: by the caller's promise; prefetching beyond is harmless.
+    unsafe {
+        let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(VALUES.as_ptr().cast()));
+        let (table, low) = (_mm512_inserti64x4::<1>(_mm512_castsi256_si512(table), table), _mm512_set1_epi8(15));
+        let width = x.groups * x.group;
+        for (g, block) in panel.chunks_exact(code.bytes()).enumerate() {
+            let mut sums = [_mm512_setzero_si512(); M];
+            let mut add = |at: usize, w: __m512i| {
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    let pair = x.codes.as_ptr().add(r * width + g * x.group + at).cast::<i32>().read_unaligned();
+                    *sum = _mm512_dpwssd_epi32(*sum, w, _mm512_set1_epi32(pair));
+                }
+            };
+            for (i, bytes) in block[2 * NR..].chunks_exact(32).enumerate() {
+                let from = bytes.as_ptr();
+                _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(2048));
+                let bytes = _mm256_loadu_si256(from.cast());
+                match code {
+                    Code::Int8 => add(2 * i, _mm512_cvtepi8_epi16(bytes)),
+                    Code::Q4 => {
+                        // Outputs 0 to 7 below, 8 to 15 above.
+                        let high = _mm256_srli_epi16::<4>(bytes);
+                        let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(bytes), high);
+                        let v = _mm512_shuffle_epi8(table, _mm512_and_si512(both, low));
+                        add(4 * i, _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(v)));
+                        add(4 * i + 2, _mm512_srai_epi16::<8>(v));
+                    }
+                }
+            }
+            let scale = _mm512_cvtph_ps(_mm256_loadu_si256(block.as_ptr().cast()));
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let to = acc.as_mut_ptr();
+                let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[r * x.groups + g]));
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), scale, _mm512_loadu_ps(to)));
             }
         }
     }
@@ -542,6 +702,21 @@ mod tests {
             let (row, row_scales) = (|r: usize| &x.codes[r * k..(r + 1) * k], |r: usize| &x.scales[2 * r..2 * r + 2]);
             tile_scalar(group, &codes, &scales, row, row_scales, &mut slow);
             assert_eq!(fast, slow);
+            #[cfg(target_arch = "x86_64")]
+            if crate::simd::has_avx2() {
+                let mut few = [[0.0; NR]; 6];
+                let mut want = few;
+                tile_scalar(group, &codes, &scales, row, row_scales, &mut want);
+                // SAFETY: the features are there; there are two groups and six rows.
+                unsafe { few_avx2::<6>(code, &q.blocks, &x, &mut few) };
+                assert_eq!(few, want);
+                let mut tiled = [[0.0; NR]; 6];
+                let (x, xs) =
+                    (std::array::from_fn(|r| row(r).as_ptr()), std::array::from_fn(|r| row_scales(r).as_ptr()));
+                // SAFETY: as above.
+                unsafe { tile_avx2::<6>(group, &codes, &scales, x, xs, &mut tiled) };
+                assert_eq!(tiled, want);
+            }
         }
     }
 

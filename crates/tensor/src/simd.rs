@@ -9,6 +9,19 @@ pub fn has_avx2() -> bool {
     return false;
 }
 
+/// Whether this machine has AVX-512 with VNNI too.
+#[inline(always)]
+pub fn has_vnni() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return has_avx2()
+        && is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512vnni");
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
+}
+
 /// Runs `f` compiled for the best instruction set of this machine: the compiler vectorises its loops with AVX2 and FMA where present.
 ///
 /// Mark what `f` calls `#[inline(always)]`, or it stays compiled for the baseline.
