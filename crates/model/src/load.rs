@@ -9,7 +9,7 @@ use anser_formats::{CONFIG_JSON, Checkpoint, Dtype, TensorView};
 use anser_ops::attention::Chunks;
 use anser_ops::{Activation, LowRank, Param, ParamSet, Weight};
 use anser_tensor::{Context, DType, DeviceMatrix, DisjointMut, Packed, WeightType, memory};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -401,7 +401,10 @@ impl Model {
         let outside = |name: &str| format!("{}{name}", config.prefix());
         let [emb, head] = ["emb.weight", "head.weight"].map(|m| weight(&outside(m)));
         let (ln0, ln_out) = (norm(&outside("blocks.0.ln0")), norm(&outside("ln_out")));
-        Model { emb, ln0, blocks, ln_out, head, config, params }
+        let names: BTreeMap<_, _> = weights.iter().collect();
+        let digests = names.values().filter_map(|w| if let Weight::Packed(w) = w { Some(w.digest()) } else { None });
+        let packed = digests.fold(0, |hash: u64, d| (hash.rotate_left(5) ^ d).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        Model { emb, ln0, blocks, ln_out, head, packed, config, params }
     }
 }
 
@@ -562,6 +565,25 @@ fn pack(
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn exact_fingerprints_tell_matrices_and_their_types_apart() {
+        use crate::{Config, Init, Model};
+        use anser_tensor::{Context, DType, WeightType};
+        let (ctx, config) = (Context::cpu(1), Config::new(2, 64, 300));
+        let mut model = Model::init(&ctx, &config, Init::Noise, 1).unwrap();
+        let all = [DType::F32.into(), DType::F16.into(), DType::BF16.into(), WeightType::Int8, WeightType::Q4];
+        let print = |m: &Model, kept: WeightType| m.packed(&ctx, kept).exact_fingerprint();
+        let mut prints = all.map(|kept| print(&model, kept)).to_vec();
+        assert_eq!(prints, all.map(|kept| print(&model, kept)));
+        let at = model.params().specs().iter().find(|s| s.name.ends_with("1.ffn.value.weight")).unwrap().range.clone();
+        model.params_mut().values_mut()[at].iter_mut().for_each(|v| *v += 0.01);
+        prints.extend(all.map(|kept| print(&model, kept)));
+        assert!(model.packed(&ctx, DType::F32).fingerprint() == model.packed(&ctx, WeightType::Q4).fingerprint());
+        prints.sort();
+        prints.dedup();
+        assert_eq!(prints.len(), 10);
+    }
+
     #[test]
     fn too_little_memory_is_said_before_reading() {
         let check = |needed, available| super::check_memory(needed, available).map_err(|e| e.to_string());

@@ -150,6 +150,8 @@ pub struct Model {
     pub(crate) blocks: Vec<(String, Block)>,
     pub(crate) ln_out: Norm,
     pub(crate) head: Weight,
+    /// Of its packed matrices.
+    pub(crate) packed: u64,
 }
 
 impl Model {
@@ -282,5 +284,11 @@ impl Model {
         c.hybrid.iter().for_each(|h| [h.layers, h.chunk, h.topk].iter().for_each(|&d| add(d as u64)));
         self.params.values().iter().for_each(|v| add(v.to_bits().into()));
         format!("{hash:016x}")
+    }
+
+    /// The same with how and what the matrices are that are packed on a CPU: states of models that agree in it go on alike to the bit. On a GPU
+    /// it tells no more than [`Model::fingerprint`].
+    pub fn exact_fingerprint(&self) -> String {
+        format!("{}-{:016x}", self.fingerprint(), self.packed)
     }
 }

@@ -83,8 +83,9 @@ impl Quantised {
         self.code
     }
 
-    pub fn bytes(&self) -> usize {
-        self.blocks.len()
+    /// Its bytes.
+    pub fn data(&self) -> &[u8] {
+        &self.blocks
     }
 
     /// The weights of output `i`.

@@ -321,7 +321,7 @@ impl Engine {
         }
         let form = Form::new(&ctx, model.config(), options.bound)?;
         // States under a bound are not those without.
-        let fingerprint = model.fingerprint() + &options.bound.map_or_else(String::new, |b| json!(b).to_string());
+        let fingerprint = model.exact_fingerprint() + &options.bound.map_or_else(String::new, |b| json!(b).to_string());
         let store = StateStore::open(form, fingerprint, &options)?;
         let shared = Arc::new(Shared::new(&model, &options, store));
         let (ready, started) = std::sync::mpsc::channel();
