@@ -118,7 +118,7 @@ impl Packed {
         fn some<T: Copy>(of: &[T], bits: impl Fn(T) -> u32, seed: u64) -> u64 {
             let add = |hash: u64, v: &T| (hash ^ u64::from(bits(*v))).wrapping_mul(0x0100_0000_01b3);
             // An odd step, so that all places of a panel are met.
-            of.iter().step_by(of.len() / 4096 | 1).fold(0xcbf2_9ce4_8422_2325 ^ seed, add)
+            of.iter().step_by((of.len() / 4096) | 1).fold(0xcbf2_9ce4_8422_2325 ^ seed, add)
         }
         match &self.data {
             Data::F32(w) => some(w, f32::to_bits, 1),
