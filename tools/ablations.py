@@ -138,8 +138,9 @@ class Job:
         start = time.time()
         model = self.trained()
         seconds = round(time.time() - start, 1)
-        bits = self.anser("eval", "text", "--model", model, self.args.text)
-        return {"right": self.find(model, LENGTHS, 1 if self.args.quick else 8), "text": bits, "training_seconds": seconds}
+        [text] = self.anser("eval", "text", "--model", model, self.args.text)
+        right = self.find(model, LENGTHS, 1 if self.args.quick else 8)
+        return {"right": right, "text": text["prediction"], "training_seconds": seconds}
 
     def bounded(self, most, evict, tokens):
         if self.args.quick:
