@@ -327,8 +327,6 @@ unsafe fn unpack_avx2(code: Code, block: &[u8], codes: &mut [i16], scales: &mut 
             from = from.add(16);
         }
         let vectors = (block.len() - 2 * NR) / 32;
-        let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(VALUES.as_ptr().cast()));
-        let low = _mm256_set1_epi8(15);
         for i in 0..vectors {
             if i % 2 == 0 {
                 _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(2048));
@@ -342,21 +340,35 @@ unsafe fn unpack_avx2(code: Code, block: &[u8], codes: &mut [i16], scales: &mut 
                     }
                 }
                 Code::Q4 => {
-                    let bytes = _mm256_loadu_si256(from.cast());
-                    let a = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low));
-                    let b = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low));
-                    // The low bytes of 16 bits are inputs 0 and 1, the high ones 2 and 3.
-                    let first = |v| _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(v));
-                    _mm256_storeu_si256(to, first(a));
-                    _mm256_storeu_si256(to.add(1), first(b));
-                    _mm256_storeu_si256(to.add(2), _mm256_srai_epi16::<8>(a));
-                    _mm256_storeu_si256(to.add(3), _mm256_srai_epi16::<8>(b));
+                    let [first, second] = q4_values(_mm256_loadu_si256(from.cast()));
+                    _mm256_storeu_si256(to, first[0]);
+                    _mm256_storeu_si256(to.add(1), first[1]);
+                    _mm256_storeu_si256(to.add(2), second[0]);
+                    _mm256_storeu_si256(to.add(3), second[1]);
                     to = to.add(4);
                 }
             }
             from = from.add(32);
         }
     }
+}
+
+/// What 32 bytes of 4-bit codes stand for: of outputs 0 to 7 and 8 to 15 inputs 0 and 1, then inputs 2 and 3.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+fn q4_values(bytes: std::arch::x86_64::__m256i) -> [[std::arch::x86_64::__m256i; 2]; 2] {
+    use std::arch::x86_64::*;
+    // SAFETY: there are 16 values.
+    let table = unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(VALUES.as_ptr().cast())) };
+    let low = _mm256_set1_epi8(15);
+    let nibbles = [_mm256_and_si256(bytes, low), _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low)];
+    let [a, b] = [_mm256_shuffle_epi8(table, nibbles[0]), _mm256_shuffle_epi8(table, nibbles[1])];
+    // The low bytes of 16 bits are inputs 0 and 1, the high ones 2 and 3.
+    [
+        [_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(a)), _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(b))],
+        [_mm256_srai_epi16::<8>(a), _mm256_srai_epi16::<8>(b)],
+    ]
 }
 
 /// acc += rows `first`.. of x, as many as acc has, times a panel's groups from `group0` on.
@@ -508,7 +520,6 @@ unsafe fn few_avx2<const M: usize>(code: Code, panel: &[u8], x: &Rows, acc: &mut
     use std::arch::x86_64::*;
     // SAFETY: by the caller's promise; prefetching beyond is harmless.
     unsafe {
-        let (table, low) = (_mm256_broadcastsi128_si256(_mm_loadu_si128(VALUES.as_ptr().cast())), _mm256_set1_epi8(15));
         let width = x.groups * x.group;
         for (g, block) in panel.chunks_exact(code.bytes()).enumerate() {
             let mut sums = [[_mm256_setzero_si256(); 2]; M];
@@ -529,12 +540,9 @@ unsafe fn few_avx2<const M: usize>(code: Code, panel: &[u8], x: &Rows, acc: &mut
                         add(2 * i, [wide(0), wide(1)]);
                     }
                     Code::Q4 => {
-                        let bytes = _mm256_loadu_si256(from.cast());
-                        let a = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low));
-                        let b = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low));
-                        let first = |v| _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(v));
-                        add(4 * i, [first(a), first(b)]);
-                        add(4 * i + 2, [_mm256_srai_epi16::<8>(a), _mm256_srai_epi16::<8>(b)]);
+                        let [first, second] = q4_values(_mm256_loadu_si256(from.cast()));
+                        add(4 * i, first);
+                        add(4 * i + 2, second);
                     }
                 }
             }
