@@ -52,7 +52,11 @@ impl Rows {
             let (codes, scales, offsets) =
                 unsafe { (codes.get(all.start * group..all.end * group), scales.get(all.clone()), offsets.get(all)) };
             for r in 0..here {
-                round_row(&x[(t * most + r) * k..][..k], group, (r, here), codes, scales, offsets);
+                let row = &x[(t * most + r) * k..][..k];
+                crate::simd::vectorize(
+                    #[inline(always)]
+                    || round_row(row, group, (r, here), codes, scales, offsets),
+                );
             }
         });
         rows
@@ -80,26 +84,9 @@ impl Rows {
     }
 }
 
-/// Rounds a row, number `place.0` of `place.1` in its tile.
-fn round_row(
-    x: &[f32], group: usize, place: (usize, usize), codes: &mut [i8], scales: &mut [f32], offsets: &mut [i32],
-) {
-    #[cfg(target_arch = "x86_64")]
-    if crate::simd::has_avx2() {
-        #[target_feature(enable = "avx2,fma")]
-        fn fast(
-            x: &[f32], group: usize, place: (usize, usize), codes: &mut [i8], scales: &mut [f32], offsets: &mut [i32],
-        ) {
-            round_groups(x, group, place, codes, scales, offsets);
-        }
-        // SAFETY: the features are there.
-        return unsafe { fast(x, group, place, codes, scales, offsets) };
-    }
-    round_groups(x, group, place, codes, scales, offsets);
-}
-
+/// Rounds a row, number `r` of `here` in its tile.
 #[inline(always)]
-fn round_groups(
+fn round_row(
     x: &[f32], group: usize, (r, here): (usize, usize), codes: &mut [i8], scales: &mut [f32], offsets: &mut [i32],
 ) {
     let mut rounded = [0i8; 64];
