@@ -10,6 +10,7 @@ mod context;
 pub mod cuda;
 mod dtype;
 pub mod gemm;
+mod lines;
 pub mod math;
 mod matrix;
 pub mod memory;

@@ -2,6 +2,7 @@
 //! 1000 rows streams them once and in order; or coded in fewer bits (`quant.rs`).
 
 use crate::gemm::{MR, Scratch, pack, tile};
+use crate::lines::Lines;
 use crate::quant::{Code, Quantised};
 use crate::{Context, DType, DisjointMut, WeightType};
 use half::{bf16, f16};
@@ -21,9 +22,9 @@ pub struct Packed {
 
 /// Floats are [n / 16][k][16], padded with zeros.
 enum Data {
-    F32(Vec<f32>),
-    F16(Vec<u16>),
-    BF16(Vec<u16>),
+    F32(Lines<f32>),
+    F16(Lines<u16>),
+    BF16(Lines<u16>),
     Coded(Quantised),
 }
 
@@ -38,9 +39,9 @@ impl Packed {
         fn fill<T: Copy + Default + Send>(
             ctx: &Context, (n, k): (usize, usize), in_out: bool, read: impl Fn(usize, &mut [f32]) + Sync,
             round: impl Fn(f32) -> T + Sync,
-        ) -> Vec<T> {
+        ) -> Lines<T> {
             let panels = n.div_ceil(NR);
-            let mut out = vec![T::default(); panels * k * NR];
+            let mut out = Lines::zeros(panels * k * NR);
             let shared = DisjointMut::new(&mut out);
             ctx.threads().run(panels, |p| {
                 // SAFETY: each panel is filled by one task.
@@ -109,7 +110,7 @@ impl Packed {
         match &self.data {
             Data::F32(w) => 4 * w.len(),
             Data::F16(w) | Data::BF16(w) => 2 * w.len(),
-            Data::Coded(w) => w.data().len(),
+            Data::Coded(w) => w.bytes(),
         }
     }
 
@@ -124,7 +125,7 @@ impl Packed {
             Data::F32(w) => some(w, f32::to_bits, 1),
             Data::F16(w) => some(w, u32::from, 2),
             Data::BF16(w) => some(w, u32::from, 3),
-            Data::Coded(w) => some(w.data(), u32::from, 4 + w.code() as u64),
+            Data::Coded(w) => some(w.codes(), u32::from, 4 + w.code() as u64),
         }
     }
 
@@ -226,11 +227,15 @@ fn product<S: Stored>(ctx: &Context, w: &[S::Bits], (m, n, k): (usize, usize, us
     // Two tasks a thread even for narrow matrices.
     let group = GROUP.min(panels.div_ceil(2 * ctx.threads().len())).max(1);
     if m <= MR {
+        let pairs = if m == 1 { pairs(x) } else { None };
         ctx.threads().run(panels.div_ceil(group), |t| {
             for p in t * group..panels.min((t + 1) * group) {
                 let panel = &w[p * k * NR..(p + 1) * k * NR];
                 let mut acc = [[0.0; NR]; MR];
-                few::<S>(panel, x, m, k, &mut acc);
+                match &pairs {
+                    Some(pairs) => one::<S>(panel, x, pairs, &mut acc[0]),
+                    None => few::<S>(panel, x, m, k, &mut acc),
+                }
                 for (r, acc) in acc.iter().enumerate().take(m) {
                     let cols = NR.min(n - p * NR);
                     // SAFETY: this task alone writes these columns.
@@ -294,6 +299,52 @@ fn convert<S: Stored>(from: &[S::Bits], to: &mut [f32]) {
         return unsafe { fast::<S>(from, to) };
     }
     from.iter().zip(to).for_each(|(f, t)| *t = S::one(*f));
+}
+
+/// The even inputs that are not zero together with the next one, if they are few: weights of the others needn't be read. Those of two inputs in
+/// 16 bits are a line of the cache.
+fn pairs(x: &[f32]) -> Option<Vec<u32>> {
+    let zeros = x.iter().filter(|v| **v == 0.0).count();
+    if zeros < x.len() / 2 {
+        return None;
+    }
+    let live = |(i, pair): (usize, &[f32])| pair.iter().any(|v| *v != 0.0).then_some(2 * i as u32);
+    let pairs: Vec<u32> = x.chunks(2).enumerate().filter_map(live).collect();
+    (pairs.len() < x.len() / 2 * 3 / 4).then_some(pairs)
+}
+
+/// acc = x panel for one row, of which only the inputs of `pairs` are not zero. Those left out would add zeros.
+fn one<S: Stored>(panel: &[S::Bits], x: &[f32], pairs: &[u32], acc: &mut [f32; NR]) {
+    #[cfg(target_arch = "x86_64")]
+    if crate::simd::has_avx2() {
+        use std::arch::x86_64::*;
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn fast<S: Stored>(panel: &[S::Bits], x: &[f32], pairs: &[u32], acc: &mut [f32; NR]) {
+            let mut s = [_mm256_setzero_ps(); 2];
+            for &at in pairs {
+                let at = at as usize;
+                let two = panel[at * NR..].chunks_exact(NR).zip(&x[at..]).take(2);
+                for (w, x) in two {
+                    // SAFETY: the chunk has 16 elements, and the features are there.
+                    let w = unsafe { S::sixteen(w.as_ptr()) };
+                    let x = _mm256_set1_ps(*x);
+                    s = [_mm256_fmadd_ps(x, w[0], s[0]), _mm256_fmadd_ps(x, w[1], s[1])];
+                }
+            }
+            for (s, acc) in s.into_iter().zip(acc.chunks_exact_mut(8)) {
+                // SAFETY: the chunk has 8 elements.
+                unsafe { _mm256_storeu_ps(acc.as_mut_ptr(), s) };
+            }
+        }
+        // SAFETY: the features are there.
+        return unsafe { fast::<S>(panel, x, pairs, acc) };
+    }
+    acc.fill(0.0);
+    for at in pairs.iter().map(|at| *at as usize) {
+        for (w, x) in panel[at * NR..].chunks_exact(NR).zip(&x[at..]).take(2) {
+            acc.iter_mut().zip(w).for_each(|(acc, w)| *acc = x.mul_add(S::one(*w), *acc));
+        }
+    }
 }
 
 /// acc[r] = x[r] panel for m <= 6 rows.
@@ -382,8 +433,10 @@ mod tests {
                         assert!(a == w[i * k..(i + 1) * k] && a == b);
                     }
                     assert_eq!((packed.n(), packed.k(), packed.kept()), (n, k, dtype.into()));
-                    for m in [0, 1, 2, 5, 6, 7, 12, 40] {
-                        let x: Vec<f32> = (0..m * k).map(|i| value(i + 11) * 0.7).collect();
+                    for (m, zeros) in [(0, 0), (1, 0), (1, 7), (1, 9), (2, 9), (5, 0), (6, 0), (7, 0), (12, 9), (40, 0)]
+                    {
+                        let x = |i: usize| if i * i % 11 < zeros { 0.0 } else { value(i + 11) * 0.7 };
+                        let x: Vec<f32> = (0..m * k).map(x).collect();
                         let (mut y, mut want) = (vec![1.0; m * n], vec![2.0; m * n]);
                         packed.matmul(&ctx, &x, &mut y);
                         gemm(&ctx, Trans::N, Trans::T, m, n, k, &x, &w, false, &mut want);

@@ -1,40 +1,35 @@
 //! Products of coded weights with rounded activations, by instruction set. All give the same bits.
 
 use super::rows::Tile;
-use super::{NR, VALUES, scale};
+use super::{NR, VALUES};
+use half::f16;
 
-/// Groups of a panel of 16 outputs: of each 16 scales in f16, then for every four inputs the codes of the outputs.
+/// Groups of a panel of 16 outputs.
 #[derive(Clone, Copy)]
 pub(super) struct Panel<'a> {
-    pub blocks: &'a [u8],
-    /// Whether codes have 4 bits. Those of four inputs are 64 bytes [16][4], or 32 [8][4]: outputs 0 to 7 in the low halves, 8 to 15 in the high ones.
+    /// For every four inputs the codes of the outputs: with 8 bits 64 bytes [16][4], with 4 bits 32 [8][4], outputs 0 to 7 in the low halves, 8 to 15 in
+    /// the high ones.
+    pub codes: &'a [u8],
+    /// [groups][16] in f16.
+    pub scales: &'a [f16],
     pub nibbles: bool,
     /// Inputs of a group.
     pub group: usize,
 }
 
 impl Panel<'_> {
-    /// Bytes of a group.
-    pub const fn bytes(nibbles: bool, group: usize) -> usize {
-        2 * NR + NR * group / if nibbles { 2 } else { 1 }
+    fn groups(&self) -> usize {
+        self.scales.len() / NR
     }
 
-    pub fn groups(&self) -> usize {
-        self.blocks.len() / Panel::bytes(self.nibbles, self.group)
-    }
-
-    /// The same with codes of 8 bits.
-    pub fn widen(&self, to: &mut [u8]) {
-        let (narrow, wide) = (Panel::bytes(true, self.group), Panel::bytes(false, self.group));
-        for (from, to) in self.blocks.chunks_exact(narrow).zip(to.chunks_exact_mut(wide)) {
-            let (scales, codes) = to.split_at_mut(2 * NR);
-            scales.copy_from_slice(&from[..2 * NR]);
-            widen(&from[2 * NR..], codes);
-        }
+    /// Bytes of a group's codes.
+    fn bytes(&self) -> usize {
+        NR * self.group / if self.nibbles { 2 } else { 1 }
     }
 }
 
-fn widen(from: &[u8], to: &mut [u8]) {
+/// Codes of 4 bits as what they stand for, in codes of 8.
+pub(super) fn widen(from: &[u8], to: &mut [u8]) {
     #[cfg(target_arch = "x86_64")]
     if crate::simd::has_avx2() {
         assert!(to.len() == 2 * from.len() && from.len().is_multiple_of(32));
@@ -62,21 +57,32 @@ pub(super) fn most_rows() -> usize {
 /// acc += a panel times the same groups of a tile, for as many rows as acc has.
 pub(super) fn dot(panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]]) {
     let (groups, rows) = (panel.groups(), acc.len());
-    assert!(x.codes.len() == groups * panel.group * rows);
+    assert!(panel.codes.len() == groups * panel.bytes() && x.codes.len() == groups * panel.group * rows);
     assert!(x.scales.len() == groups * rows && x.offsets.len() == groups * rows);
     #[cfg(target_arch = "x86_64")]
     if crate::simd::has_avx2() {
         let vnni = crate::simd::has_vnni();
+        if rows == 1 && x.masks.len() == groups {
+            // SAFETY: the features are there, and lengths were checked.
+            return unsafe {
+                match (vnni, panel.nibbles) {
+                    (true, true) => x86::vnni::<1, true, true>(panel, x, acc),
+                    (true, false) => x86::vnni::<1, false, true>(panel, x, acc),
+                    (false, true) => x86::avx2::<1, true, true>(panel, x, acc),
+                    (false, false) => x86::avx2::<1, false, true>(panel, x, acc),
+                }
+            };
+        }
         macro_rules! with {
             ($($rows:literal)*) => {
                 match rows {
                     // SAFETY: the features are there, and lengths were checked.
                     $($rows => unsafe {
                         match (vnni, panel.nibbles) {
-                            (true, true) => x86::vnni::<$rows, true>(panel, x, acc),
-                            (true, false) => x86::vnni::<$rows, false>(panel, x, acc),
-                            (false, true) => x86::avx2::<$rows, true>(panel, x, acc),
-                            (false, false) => x86::avx2::<$rows, false>(panel, x, acc),
+                            (true, true) => x86::vnni::<$rows, true, false>(panel, x, acc),
+                            (true, false) => x86::vnni::<$rows, false, false>(panel, x, acc),
+                            (false, true) => x86::avx2::<$rows, true, false>(panel, x, acc),
+                            (false, false) => x86::avx2::<$rows, false, false>(panel, x, acc),
                         }
                     },)*
                     _ => scalar(panel, x, acc),
@@ -92,10 +98,10 @@ pub(super) fn dot(panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]]) {
 pub(super) fn scalar(panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]]) {
     let (group, rows) = (panel.group, acc.len());
     let mut wide = vec![0; NR * group];
-    for (g, block) in panel.blocks.chunks_exact(Panel::bytes(panel.nibbles, group)).enumerate() {
+    for (g, codes) in panel.codes.chunks_exact(panel.bytes()).enumerate() {
         match panel.nibbles {
-            true => widen_scalar(&block[2 * NR..], &mut wide),
-            false => wide.copy_from_slice(&block[2 * NR..]),
+            true => widen_scalar(codes, &mut wide),
+            false => wide.copy_from_slice(codes),
         }
         let x_codes = &x.codes[g * group * rows..][..group * rows];
         for (r, acc) in acc.iter_mut().enumerate() {
@@ -105,7 +111,7 @@ pub(super) fn scalar(panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]]) {
                     let (w, x) = (wide[j / 4 * 4 * NR + 4 * i + j % 4] as i8, x_codes[(j / 4 * rows + r) * 4 + j % 4]);
                     sum += i32::from(w) * i32::from(x);
                 }
-                *acc = (sum as f32).mul_add(scale(block, i) * x.scales[g * rows + r], *acc);
+                *acc = (sum as f32).mul_add(panel.scales[g * NR + i].to_f32() * x.scales[g * rows + r], *acc);
             }
         }
     }
@@ -118,6 +124,18 @@ pub(super) mod x86 {
 
     /// Bytes ahead of what is read that are fetched: the hardware stops at pages.
     const AHEAD: usize = 2048;
+
+    /// The places of the bits that are set.
+    #[inline(always)]
+    fn ones_of(mut mask: u16) -> impl Iterator<Item = usize> {
+        std::iter::from_fn(move || {
+            let place = mask.trailing_zeros() as usize;
+            (mask != 0).then(|| {
+                mask &= mask - 1;
+                place
+            })
+        })
+    }
 
     /// What 32 bytes of 4-bit codes stand for: those of outputs 0 to 7, and 8 to 15.
     #[inline]
@@ -145,37 +163,46 @@ pub(super) mod x86 {
     }
 
     /// # Safety
-    /// AVX2, FMA and F16C are there; acc has M rows, and x the panel's groups of as many.
+    /// AVX2, FMA and F16C are there; acc has M rows, and x the panel's groups of as many. If SPARSE, M is 1, and x has the masks of its groups.
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn avx2<const M: usize, const NIBBLES: bool>(panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]]) {
+    pub unsafe fn avx2<const M: usize, const NIBBLES: bool, const SPARSE: bool>(
+        panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]],
+    ) {
         // SAFETY: by the caller's promise; prefetching beyond is harmless.
         unsafe {
             let ones = _mm256_set1_epi16(1);
-            let (mut codes, mut scales) = (x.codes.as_ptr(), x.scales.as_ptr());
-            for block in panel.blocks.chunks_exact(Panel::bytes(NIBBLES, panel.group)) {
+            let (mut from, mut codes, mut scales) = (panel.codes.as_ptr(), x.codes.as_ptr(), x.scales.as_ptr());
+            for (g, of) in panel.scales.chunks_exact(NR).enumerate() {
                 let mut sums = [[_mm256_setzero_si256(); 2]; M];
-                let mut from = block.as_ptr().add(2 * NR);
-                for _ in 0..panel.group / 4 {
-                    _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(AHEAD));
+                let mut add = |q: usize| {
+                    let from = from.add(q * if NIBBLES { 32 } else { 64 });
+                    if !SPARSE {
+                        _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(AHEAD));
+                    }
                     let w = if NIBBLES {
                         values(_mm256_loadu_si256(from.cast()))
                     } else {
                         [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())]
                     };
-                    from = from.add(if NIBBLES { 32 } else { 64 });
                     for half in 0..2 {
                         // No pair of products is beyond 16 bits, because neither side has -128.
                         let size = _mm256_abs_epi8(w[half]);
                         for (r, sums) in sums.iter_mut().enumerate() {
-                            let four = _mm256_set1_epi32(codes.add(4 * r).cast::<i32>().read_unaligned());
+                            let four = _mm256_set1_epi32(codes.add(4 * (q * M + r)).cast::<i32>().read_unaligned());
                             let pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(four, w[half]));
                             sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs, ones));
                         }
                     }
-                    codes = codes.add(4 * M);
+                };
+                if SPARSE {
+                    ones_of(x.masks[g]).for_each(&mut add);
+                } else {
+                    (0..panel.group / 4).for_each(&mut add);
                 }
+                from = from.add(panel.bytes());
+                codes = codes.add(panel.group * M);
                 for half in 0..2 {
-                    let scale = _mm256_cvtph_ps(_mm_loadu_si128(block.as_ptr().add(16 * half).cast()));
+                    let scale = _mm256_cvtph_ps(_mm_loadu_si128(of.as_ptr().add(8 * half).cast()));
                     for (r, acc) in acc.iter_mut().enumerate() {
                         let to = acc.as_mut_ptr().add(8 * half);
                         let scale = _mm256_mul_ps(scale, _mm256_set1_ps(*scales.add(r)));
@@ -191,20 +218,25 @@ pub(super) mod x86 {
     /// # Safety
     /// As [`avx2`], with AVX-512's VNNI.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vl,avx2,f16c")]
-    pub unsafe fn vnni<const M: usize, const NIBBLES: bool>(panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]]) {
+    pub unsafe fn vnni<const M: usize, const NIBBLES: bool, const SPARSE: bool>(
+        panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]],
+    ) {
         // SAFETY: by the caller's promise; prefetching beyond is harmless.
         unsafe {
             // The instruction takes one side without sign: weights 128 larger, for which sums begin lower.
             let larger = _mm512_set1_epi8(-128);
             let table = _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128(VALUES.as_ptr().cast())), larger);
             let low = _mm512_set1_epi8(15);
-            let (mut codes, mut scales, mut offsets) = (x.codes.as_ptr(), x.scales.as_ptr(), x.offsets.as_ptr());
+            let (mut from, mut codes) = (panel.codes.as_ptr(), x.codes.as_ptr());
+            let (mut scales, mut offsets) = (x.scales.as_ptr(), x.offsets.as_ptr());
             let mut totals: [__m512; M] = std::array::from_fn(|r| _mm512_loadu_ps(acc[r].as_ptr()));
-            for block in panel.blocks.chunks_exact(Panel::bytes(NIBBLES, panel.group)) {
+            for (g, of) in panel.scales.chunks_exact(NR).enumerate() {
                 let mut sums: [__m512i; M] = std::array::from_fn(|r| _mm512_set1_epi32(*offsets.add(r)));
-                let mut from = block.as_ptr().add(2 * NR);
-                for _ in 0..panel.group / 4 {
-                    _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(AHEAD));
+                let mut add = |q: usize| {
+                    let from = from.add(q * if NIBBLES { 32 } else { 64 });
+                    if !SPARSE {
+                        _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(AHEAD));
+                    }
                     let w = if NIBBLES {
                         let bytes = _mm256_loadu_si256(from.cast());
                         let high = _mm256_srli_epi16::<4>(bytes);
@@ -213,14 +245,19 @@ pub(super) mod x86 {
                     } else {
                         _mm512_xor_si512(_mm512_loadu_si512(from.cast()), larger)
                     };
-                    from = from.add(if NIBBLES { 32 } else { 64 });
                     for (r, sum) in sums.iter_mut().enumerate() {
-                        let four = codes.add(4 * r).cast::<i32>().read_unaligned();
+                        let four = codes.add(4 * (q * M + r)).cast::<i32>().read_unaligned();
                         *sum = _mm512_dpbusd_epi32(*sum, w, _mm512_set1_epi32(four));
                     }
-                    codes = codes.add(4 * M);
+                };
+                if SPARSE {
+                    ones_of(x.masks[g]).for_each(&mut add);
+                } else {
+                    (0..panel.group / 4).for_each(&mut add);
                 }
-                let scale = _mm512_cvtph_ps(_mm256_loadu_si256(block.as_ptr().cast()));
+                from = from.add(panel.bytes());
+                codes = codes.add(panel.group * M);
+                let scale = _mm512_cvtph_ps(_mm256_loadu_si256(of.as_ptr().cast()));
                 for r in 0..M {
                     let scale = _mm512_mul_ps(scale, _mm512_set1_ps(*scales.add(r)));
                     totals[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), scale, totals[r]);

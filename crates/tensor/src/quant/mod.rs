@@ -8,6 +8,7 @@
 mod dot;
 mod rows;
 
+use crate::lines::Lines;
 use crate::{Context, DisjointMut};
 use dot::{Panel, dot};
 use half::f16;
@@ -41,62 +42,81 @@ impl Code {
         }
     }
 
-    fn panel(self, blocks: &[u8]) -> Panel<'_> {
-        Panel { blocks, nibbles: self == Code::Q4, group: self.group() }
-    }
-
-    /// Bytes of a group of a panel.
+    /// Bytes of the codes of a group of a panel.
     const fn bytes(self) -> usize {
-        Panel::bytes(matches!(self, Code::Q4), self.group())
+        match self {
+            Code::Int8 => NR * self.group(),
+            Code::Q4 => NR * self.group() / 2,
+        }
     }
 }
 
-/// A matrix [n, k] of coded weights in panels of 16 outputs, [n / 16][k / group] as [`Panel`] says, padded with zeros.
+/// A matrix [n, k] of coded weights in panels of 16 outputs as [`Panel`] says, padded with zeros.
 pub(crate) struct Quantised {
     code: Code,
     n: usize,
     k: usize,
     groups: usize,
-    blocks: Vec<u8>,
+    /// [n / 16][groups], from a line of the cache on: codes of 8 bits of four inputs are one.
+    codes: Lines<u8>,
+    /// [n / 16][groups][16].
+    scales: Vec<f16>,
 }
 
 impl Quantised {
     /// Codes a matrix; `read(output, row)` gives the weights of an output. It is called from several threads.
     pub fn new(ctx: &Context, code: Code, n: usize, k: usize, read: impl Fn(usize, &mut [f32]) + Sync) -> Quantised {
         let (groups, panels) = (k.div_ceil(code.group()), n.div_ceil(NR));
-        let mut blocks = vec![0; panels * groups * code.bytes()];
-        let shared = DisjointMut::new(&mut blocks);
-        let size = groups * code.bytes();
+        let mut codes = Lines::zeros(panels * groups * code.bytes());
+        let mut scales = vec![f16::ZERO; panels * groups * NR];
+        let (all, of) = (DisjointMut::new(&mut codes), DisjointMut::new(&mut scales));
         ctx.threads().run(panels, |p| {
+            let here = p * groups..(p + 1) * groups;
             // SAFETY: each panel is filled by one task.
-            let panel = unsafe { shared.get(p * size..(p + 1) * size) };
+            let (codes, scales) = unsafe {
+                (all.get(here.start * code.bytes()..here.end * code.bytes()), of.get(here.start * NR..here.end * NR))
+            };
             let mut row = vec![0.0; groups * code.group()];
             for i in 0..NR.min(n - p * NR) {
                 read(p * NR + i, &mut row[..k]);
-                for (block, weights) in panel.chunks_exact_mut(code.bytes()).zip(row.chunks_exact(code.group())) {
-                    put(code, block, i, weights);
+                for (g, weights) in row.chunks_exact(code.group()).enumerate() {
+                    scales[g * NR + i] = put(code, &mut codes[g * code.bytes()..][..code.bytes()], i, weights);
                 }
             }
         });
-        Quantised { code, n, k, groups, blocks }
+        Quantised { code, n, k, groups, codes, scales }
     }
 
     pub fn code(&self) -> Code {
         self.code
     }
 
-    /// Its bytes.
-    pub fn data(&self) -> &[u8] {
-        &self.blocks
+    pub fn codes(&self) -> &[u8] {
+        &self.codes
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.codes().len() + 2 * self.scales.len()
+    }
+
+    /// Of panel `p` so many groups from the first one on.
+    fn some(&self, p: usize, first: usize, groups: usize) -> Panel<'_> {
+        let at = p * self.groups + first..p * self.groups + first + groups;
+        Panel {
+            codes: &self.codes()[at.start * self.code.bytes()..at.end * self.code.bytes()],
+            scales: &self.scales[at.start * NR..at.end * NR],
+            nibbles: self.code == Code::Q4,
+            group: self.code.group(),
+        }
     }
 
     /// The weights of output `i`.
     pub fn row(&self, i: usize, out: &mut [f32]) {
-        let (size, group) = (self.code.bytes(), self.code.group());
-        let panel = &self.blocks[i / NR * self.groups * size..][..self.groups * size];
-        for (out, block) in out.chunks_mut(group).zip(panel.chunks_exact(size)) {
-            let scale = scale(block, i % NR);
-            out.iter_mut().enumerate().for_each(|(j, o)| *o = f32::from(value(self.code, block, i % NR, j)) * scale);
+        let panel = self.some(i / NR, 0, self.groups);
+        let codes = panel.codes.chunks_exact(self.code.bytes());
+        for ((out, codes), scales) in out.chunks_mut(self.code.group()).zip(codes).zip(panel.scales.chunks_exact(NR)) {
+            let scale = scales[i % NR].to_f32();
+            out.iter_mut().enumerate().for_each(|(j, o)| *o = f32::from(value(self.code, codes, i % NR, j)) * scale);
         }
     }
 
@@ -122,64 +142,55 @@ impl Quantised {
 
     /// The products of all rows with a panel.
     fn panel(&self, p: usize, x: &Rows, acc: &mut [[f32; NR]]) {
-        let (size, group) = (self.code.bytes(), self.code.group());
-        let panel = &self.blocks[p * self.groups * size..][..self.groups * size];
         acc.fill([0.0; NR]);
         if x.count() <= x.most() {
-            return dot(self.code.panel(panel), x.tile(0, 0, self.groups), acc);
+            return dot(self.some(p, 0, self.groups), x.tile(0, 0, self.groups), acc);
         }
-        let at_once = BLOCK / group;
+        let at_once = BLOCK / self.code.group();
         // Codes of 4 bits are looked up once for all rows.
-        let mut wide = [0; BLOCK / 32 * Panel::bytes(false, 32)];
-        for (i, blocks) in panel.chunks(at_once * size).enumerate() {
-            let mut here = self.code.panel(blocks);
-            let groups = here.groups();
-            if here.nibbles {
-                let wide = &mut wide[..groups * Panel::bytes(false, group)];
-                here.widen(wide);
-                here = Panel { blocks: wide, nibbles: false, group };
+        let mut wide = [0; BLOCK * NR];
+        for first in (0..self.groups).step_by(at_once) {
+            let groups = at_once.min(self.groups - first);
+            let mut panel = self.some(p, first, groups);
+            if panel.nibbles {
+                let wide = &mut wide[..2 * panel.codes.len()];
+                dot::widen(panel.codes, wide);
+                panel = Panel { codes: wide, nibbles: false, ..panel };
             }
             for (t, acc) in acc.chunks_mut(x.most()).enumerate() {
-                dot(here, x.tile(t, i * at_once, groups), acc);
+                dot(panel, x.tile(t, first, groups), acc);
             }
         }
     }
 }
 
 /// What the code of output `i` and input `j` of a group stands for.
-fn value(code: Code, block: &[u8], i: usize, j: usize) -> i8 {
-    let codes = &block[2 * NR..];
+fn value(code: Code, codes: &[u8], i: usize, j: usize) -> i8 {
     match code {
         Code::Int8 => codes[j / 4 * 4 * NR + 4 * i + j % 4] as i8,
         Code::Q4 => VALUES[usize::from(codes[j / 4 * 2 * NR + i % 8 * 4 + j % 4] >> (i / 8 * 4) & 15)],
     }
 }
 
-fn scale(block: &[u8], output: usize) -> f32 {
-    f16::from_le_bytes([block[2 * output], block[2 * output + 1]]).to_f32()
-}
-
-/// Codes a group of output `i` of a panel.
-fn put(code: Code, block: &mut [u8], i: usize, weights: &[f32]) {
-    let (scales, codes) = block.split_at_mut(2 * NR);
-    let mut set = |scale: f16| scales[2 * i..2 * i + 2].copy_from_slice(&scale.to_le_bytes());
+/// Codes a group of output `i` of a panel; its scale.
+fn put(code: Code, codes: &mut [u8], i: usize, weights: &[f32]) -> f16 {
     match code {
         Code::Int8 => {
             let largest = weights.iter().fold(0f32, |l, w| l.max(w.abs()));
             let scale = rounded(largest / 127.0);
-            set(scale);
             let inverse = scale.to_f32().recip();
             for (j, w) in weights.iter().enumerate().filter(|_| inverse.is_finite()) {
                 codes[j / 4 * 4 * NR + 4 * i + j % 4] =
                     (w * inverse).round_ties_even().clamp(-127.0, 127.0) as i8 as u8;
             }
+            scale
         }
         Code::Q4 => {
             let (scale, of) = best(weights);
-            set(scale);
             for (j, c) in of.into_iter().enumerate() {
                 codes[j / 4 * 2 * NR + i % 8 * 4 + j % 4] |= c << (i / 8 * 4);
             }
+            scale
         }
     }
 }
@@ -290,12 +301,14 @@ mod tests {
                 for (i, want) in want.iter_mut().enumerate() {
                     let (row, o) = (&x[i / n * k..][..k], i % n);
                     for (g, x) in row.chunks(group).enumerate() {
-                        let block = &q.blocks[(o / NR * q.groups + g) * code.bytes()..][..code.bytes()];
+                        let panel = q.some(o / NR, g, 1);
                         let largest = x.iter().fold(0f32, |l, v| l.max(v.abs()));
                         let rounded = |v: f32| (v * (127.0 / largest)).round_ties_even() as i32;
-                        let product = |(j, v): (usize, &f32)| i32::from(value(code, block, o % NR, j)) * rounded(*v);
+                        let product =
+                            |(j, v): (usize, &f32)| i32::from(value(code, panel.codes, o % NR, j)) * rounded(*v);
                         let sum: i32 = x.iter().enumerate().map(product).sum();
-                        *want = (sum as f32).mul_add(scale(block, o % NR) * (largest / 127.0), *want);
+                        let scale = panel.scales[o % NR].to_f32() * (largest / 127.0);
+                        *want = (sum as f32).mul_add(scale, *want);
                     }
                 }
                 for threads in [1, 3] {
@@ -325,7 +338,7 @@ mod tests {
             let (ctx, w, x) = (Context::cpu(1), noise(NR * k, 5), noise(m * k, 6));
             let q = coded(&ctx, code, NR, k, &w);
             let rows = Rows::new(&ctx, code.group(), k, 12, &x);
-            let (panel, tile) = (code.panel(&q.blocks), rows.tile(0, 0, 3));
+            let (panel, tile) = (q.some(0, 0, 3), rows.tile(0, 0, 3));
             let mut want = vec![[0.5; NR]; m];
             dot::scalar(panel, tile, &mut want);
             assert!(want.iter().flatten().all(|v| v.is_finite() && *v != 0.5));
@@ -335,14 +348,12 @@ mod tests {
                 assert!(got == want, "{code:?}, {m} rows, {name}");
             };
             same(&|acc| dot(panel, tile, acc), "chosen");
-            let mut wide = vec![0; 3 * Panel::bytes(false, code.group())];
             if code == Code::Q4 {
-                panel.widen(&mut wide);
-                let panel = Panel { blocks: &wide, nibbles: false, group: 32 };
-                same(&|acc| dot::scalar(panel, tile, acc), "widened");
-                let mut plain = vec![0; NR * 32];
-                dot::widen_scalar(&q.blocks[2 * NR..code.bytes()], &mut plain);
-                assert!(plain == wide[2 * NR..][..NR * 32]);
+                let mut wide = [vec![0; 2 * panel.codes.len()], vec![0; 2 * panel.codes.len()]];
+                dot::widen(panel.codes, &mut wide[0]);
+                dot::widen_scalar(panel.codes, &mut wide[1]);
+                assert!(wide[0] == wide[1]);
+                same(&|acc| dot::scalar(Panel { codes: &wide[0], nibbles: false, ..panel }, tile, acc), "widened");
             }
             #[cfg(target_arch = "x86_64")]
             if m == 6 && crate::simd::has_avx2() {
@@ -350,13 +361,45 @@ mod tests {
                     // SAFETY: the features are there; there are six rows.
                     unsafe {
                         match code {
-                            Code::Int8 => dot::x86::avx2::<6, false>(panel, tile, acc),
-                            Code::Q4 => dot::x86::avx2::<6, true>(panel, tile, acc),
+                            Code::Int8 => dot::x86::avx2::<6, false, false>(panel, tile, acc),
+                            Code::Q4 => dot::x86::avx2::<6, true, false>(panel, tile, acc),
                         }
                     }
                 };
                 same(&avx2, "AVX2");
             }
+        }
+    }
+
+    #[test]
+    fn weights_of_zeros_are_not_read() {
+        for code in [Code::Int8, Code::Q4] {
+            let k = 5 * code.group() + 7;
+            let (ctx, w, mut x) = (Context::cpu(1), noise(20 * k, 5), noise(k, 6));
+            x.iter_mut().enumerate().filter(|(j, _)| j % 11 < 9 || j / code.group() == 2).for_each(|(_, v)| *v = 0.0);
+            let q = coded(&ctx, code, 20, k, &w);
+            let rows = Rows::new(&ctx, code.group(), k, 12, &x);
+            let (panel, tile) = (q.some(0, 0, 6), rows.tile(0, 0, 6));
+            assert!(tile.masks.len() == 6 && tile.masks[2] == 0 && tile.masks[0] != 0);
+            let mut want = [[0.5; NR]];
+            dot::scalar(panel, tile, &mut want);
+            let mut got = [[0.5; NR]];
+            dot(panel, tile, &mut got);
+            assert_eq!(got, want);
+            #[cfg(target_arch = "x86_64")]
+            if crate::simd::has_avx2() {
+                let mut got = [[0.5; NR]];
+                // SAFETY: the features are there; there is one row with masks.
+                unsafe {
+                    match code {
+                        Code::Int8 => dot::x86::avx2::<1, false, true>(panel, tile, &mut got),
+                        Code::Q4 => dot::x86::avx2::<1, true, true>(panel, tile, &mut got),
+                    }
+                }
+                assert_eq!(got, want);
+            }
+            x.fill(1.0);
+            assert!(Rows::new(&ctx, code.group(), k, 12, &x).tile(0, 0, 6).masks.is_empty());
         }
     }
 

@@ -10,6 +10,8 @@ pub(super) struct Rows {
     scales: Vec<f32>,
     /// Likewise -128 times the sum of a group's codes: what products with weights that are 128 too large have too much.
     offsets: Vec<i32>,
+    /// Of a single row with many zeros, for each group: which four inputs are not all zero, so that weights of the others needn't be read.
+    masks: Vec<u16>,
     count: usize,
     /// Rows of a tile; the last ones may have one less.
     most: usize,
@@ -26,6 +28,8 @@ pub(super) struct Tile<'a> {
     pub scales: &'a [f32],
     /// [groups][rows].
     pub offsets: &'a [i32],
+    /// [groups], or none.
+    pub masks: &'a [u16],
 }
 
 impl Rows {
@@ -38,6 +42,7 @@ impl Rows {
             codes: vec![0; count * groups * group],
             scales: vec![0.0; count * groups],
             offsets: vec![0; count * groups],
+            masks: Vec::new(),
             count,
             most,
             groups,
@@ -59,6 +64,9 @@ impl Rows {
                 );
             }
         });
+        if count == 1 {
+            rows.masks = masks(&rows.codes, group);
+        }
         rows
     }
 
@@ -80,8 +88,18 @@ impl Rows {
             codes: &self.codes[at.start * self.group..at.end * self.group],
             scales: &self.scales[at.clone()],
             offsets: &self.offsets[at],
+            masks: self.masks.get(first..first + groups).unwrap_or_default(),
         }
     }
+}
+
+/// Which fours of codes of each group are not all zero; nothing if most are not.
+fn masks(codes: &[i8], group: usize) -> Vec<u16> {
+    let four = |(i, four): (usize, &[i8; 4])| u16::from(*four != [0; 4]) << i;
+    let of = |group: &[i8]| group.as_chunks::<4>().0.iter().enumerate().map(four).fold(0, |a, b| a | b);
+    let masks: Vec<u16> = codes.chunks_exact(group).map(of).collect();
+    let read: u32 = masks.iter().map(|m| m.count_ones()).sum();
+    if (read as usize) < codes.len() / 4 * 3 / 4 { masks } else { Vec::new() }
 }
 
 /// Rounds a row, number `r` of `here` in its tile.
