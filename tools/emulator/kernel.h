@@ -85,6 +85,7 @@ inline int __any_sync(unsigned m, int v) { return __ballot_sync(m, v) != 0; }
 inline int __all_sync(unsigned m, int v) { return __ballot_sync(m, v) == ~0u; }
 inline int atomicAdd(int* p, int v) { return std::exchange(*p, *p + v); }
 inline unsigned atomicAdd(unsigned* p, unsigned v) { return std::exchange(*p, *p + v); }
+inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long v) { return std::exchange(*p, *p + v); }
 inline int atomicMin(int* p, int v) { return std::exchange(*p, *p < v ? *p : v); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
@@ -100,6 +101,7 @@ template <class T> T __ldcs(const T* p) { return *p; }
 template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> void __stcs(T* p, T v) { *p = v; }
 template <class T> void __stcg(T* p, T v) { *p = v; }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned __int128)a * b >> 64; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }

@@ -18,6 +18,7 @@ mod testing;
 
 pub mod add;
 pub mod attention;
+pub mod choose;
 pub mod cross_entropy;
 pub mod decode;
 pub mod embedding;

@@ -62,7 +62,8 @@ pub(super) fn dot(panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]]) {
     #[cfg(target_arch = "x86_64")]
     if crate::simd::has_avx2() {
         let vnni = crate::simd::has_vnni();
-        if rows == 1 && x.masks.len() == groups {
+        if let (1, Some(live)) = (rows, x.live) {
+            assert!(live.starts.len() == groups + 1);
             // SAFETY: the features are there, and lengths were checked.
             return unsafe {
                 match (vnni, panel.nibbles) {
@@ -119,22 +120,24 @@ pub(super) fn scalar(panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]]) {
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod x86 {
+    use super::super::rows::Live;
     use super::{NR, Panel, Tile, VALUES};
     use std::arch::x86_64::*;
 
     /// Bytes ahead of what is read that are fetched: the hardware stops at pages.
     const AHEAD: usize = 2048;
 
-    /// The places of the bits that are set.
+    /// Calls `add` for every four inputs of group `g` that are not all zero, by their place in the group, and fetches weights of later ones.
     #[inline(always)]
-    fn ones_of(mut mask: u16) -> impl Iterator<Item = usize> {
-        std::iter::from_fn(move || {
-            let place = mask.trailing_zeros() as usize;
-            (mask != 0).then(|| {
-                mask &= mask - 1;
-                place
-            })
-        })
+    fn each(live: &Live, panel: &Panel<'_>, g: usize, mut add: impl FnMut(usize)) {
+        let (of, bytes) = (panel.group / 4, 4 * NR / if panel.nibbles { 2 } else { 1 });
+        let here = live.starts[g] as usize..live.starts[g + 1] as usize;
+        for (four, ahead) in live.fours[here.clone()].iter().zip(&live.fours[here.start + Live::AHEAD..]) {
+            let ahead = panel.codes.as_ptr().wrapping_add(*ahead as usize * bytes);
+            // SAFETY: prefetching is harmless anywhere.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.cast()) };
+            add(*four as usize - g * of);
+        }
     }
 
     /// What 32 bytes of 4-bit codes stand for: those of outputs 0 to 7, and 8 to 15.
@@ -163,7 +166,7 @@ pub(super) mod x86 {
     }
 
     /// # Safety
-    /// AVX2, FMA and F16C are there; acc has M rows, and x the panel's groups of as many. If SPARSE, M is 1, and x has the masks of its groups.
+    /// AVX2, FMA and F16C are there; acc has M rows, and x the panel's groups of as many. If SPARSE, M is 1, and only what is live in x is read.
     #[target_feature(enable = "avx2,fma,f16c")]
     pub unsafe fn avx2<const M: usize, const NIBBLES: bool, const SPARSE: bool>(
         panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]],
@@ -174,7 +177,7 @@ pub(super) mod x86 {
             let (mut from, mut codes, mut scales) = (panel.codes.as_ptr(), x.codes.as_ptr(), x.scales.as_ptr());
             for (g, of) in panel.scales.chunks_exact(NR).enumerate() {
                 let mut sums = [[_mm256_setzero_si256(); 2]; M];
-                let mut add = |q: usize| {
+                let add = |q: usize| {
                     let from = from.add(q * if NIBBLES { 32 } else { 64 });
                     if !SPARSE {
                         _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(AHEAD));
@@ -194,10 +197,9 @@ pub(super) mod x86 {
                         }
                     }
                 };
-                if SPARSE {
-                    ones_of(x.masks[g]).for_each(&mut add);
-                } else {
-                    (0..panel.group / 4).for_each(&mut add);
+                match x.live {
+                    Some(live) if SPARSE => each(live, &panel, g, add),
+                    _ => (0..panel.group / 4).for_each(add),
                 }
                 from = from.add(panel.bytes());
                 codes = codes.add(panel.group * M);
@@ -232,7 +234,7 @@ pub(super) mod x86 {
             let mut totals: [__m512; M] = std::array::from_fn(|r| _mm512_loadu_ps(acc[r].as_ptr()));
             for (g, of) in panel.scales.chunks_exact(NR).enumerate() {
                 let mut sums: [__m512i; M] = std::array::from_fn(|r| _mm512_set1_epi32(*offsets.add(r)));
-                let mut add = |q: usize| {
+                let add = |q: usize| {
                     let from = from.add(q * if NIBBLES { 32 } else { 64 });
                     if !SPARSE {
                         _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(AHEAD));
@@ -250,10 +252,9 @@ pub(super) mod x86 {
                         *sum = _mm512_dpbusd_epi32(*sum, w, _mm512_set1_epi32(four));
                     }
                 };
-                if SPARSE {
-                    ones_of(x.masks[g]).for_each(&mut add);
-                } else {
-                    (0..panel.group / 4).for_each(&mut add);
+                match x.live {
+                    Some(live) if SPARSE => each(live, &panel, g, add),
+                    _ => (0..panel.group / 4).for_each(add),
                 }
                 from = from.add(panel.bytes());
                 codes = codes.add(panel.group * M);

@@ -380,7 +380,10 @@ mod tests {
             let q = coded(&ctx, code, 20, k, &w);
             let rows = Rows::new(&ctx, code.group(), k, 12, &x);
             let (panel, tile) = (q.some(0, 0, 6), rows.tile(0, 0, 6));
-            assert!(tile.masks.len() == 6 && tile.masks[2] == 0 && tile.masks[0] != 0);
+            let starts = &tile.live.unwrap().starts;
+            assert!(
+                starts.len() == 7 && starts[2] == starts[3] && 0 < starts[1] && starts[6] < 3 * code.group() as u32 / 4
+            );
             let mut want = [[0.5; NR]];
             dot::scalar(panel, tile, &mut want);
             let mut got = [[0.5; NR]];
@@ -389,7 +392,7 @@ mod tests {
             #[cfg(target_arch = "x86_64")]
             if crate::simd::has_avx2() {
                 let mut got = [[0.5; NR]];
-                // SAFETY: the features are there; there is one row with masks.
+                // SAFETY: the features are there; there is one row with what is live.
                 unsafe {
                     match code {
                         Code::Int8 => dot::x86::avx2::<1, false, true>(panel, tile, &mut got),
@@ -399,7 +402,7 @@ mod tests {
                 assert_eq!(got, want);
             }
             x.fill(1.0);
-            assert!(Rows::new(&ctx, code.group(), k, 12, &x).tile(0, 0, 6).masks.is_empty());
+            assert!(Rows::new(&ctx, code.group(), k, 12, &x).tile(0, 0, 6).live.is_none());
         }
     }
 

@@ -10,8 +10,8 @@ pub(super) struct Rows {
     scales: Vec<f32>,
     /// Likewise -128 times the sum of a group's codes: what products with weights that are 128 too large have too much.
     offsets: Vec<i32>,
-    /// Of a single row with many zeros, for each group: which four inputs are not all zero, so that weights of the others needn't be read.
-    masks: Vec<u16>,
+    /// Of a single row with many zeros: what is not zero.
+    live: Option<Live>,
     count: usize,
     /// Rows of a tile; the last ones may have one less.
     most: usize,
@@ -28,8 +28,39 @@ pub(super) struct Tile<'a> {
     pub scales: &'a [f32],
     /// [groups][rows].
     pub offsets: &'a [i32],
-    /// [groups], or none.
-    pub masks: &'a [u16],
+    /// Of a single row with many zeros.
+    pub live: Option<&'a Live>,
+}
+
+/// The fours of inputs that are not all zero: weights of the others needn't be read.
+pub(super) struct Live {
+    /// Their numbers in order, and [`AHEAD`](Live::AHEAD) more to fetch behind them.
+    pub fours: Vec<u32>,
+    /// How many there are before each group, and in all.
+    pub starts: Vec<u32>,
+}
+
+impl Live {
+    /// How many are fetched ahead.
+    pub const AHEAD: usize = 16;
+
+    /// None if they are more than half.
+    fn of(codes: &[i8], group: usize) -> Option<Live> {
+        let (mut fours, mut starts) = (Vec::with_capacity(codes.len() / 4 + Live::AHEAD), vec![0]);
+        for (i, four) in codes.as_chunks::<4>().0.iter().enumerate() {
+            if *four != [0; 4] {
+                fours.push(i as u32);
+            }
+            if (i + 1).is_multiple_of(group / 4) {
+                starts.push(fours.len() as u32);
+            }
+        }
+        if fours.len() > codes.len() / 8 {
+            return None;
+        }
+        fours.resize(fours.len() + Live::AHEAD, 0);
+        Some(Live { fours, starts })
+    }
 }
 
 impl Rows {
@@ -42,7 +73,7 @@ impl Rows {
             codes: vec![0; count * groups * group],
             scales: vec![0.0; count * groups],
             offsets: vec![0; count * groups],
-            masks: Vec::new(),
+            live: None,
             count,
             most,
             groups,
@@ -65,7 +96,7 @@ impl Rows {
             }
         });
         if count == 1 {
-            rows.masks = masks(&rows.codes, group);
+            rows.live = Live::of(&rows.codes, group);
         }
         rows
     }
@@ -88,18 +119,9 @@ impl Rows {
             codes: &self.codes[at.start * self.group..at.end * self.group],
             scales: &self.scales[at.clone()],
             offsets: &self.offsets[at],
-            masks: self.masks.get(first..first + groups).unwrap_or_default(),
+            live: self.live.as_ref().filter(|_| groups == self.groups),
         }
     }
-}
-
-/// Which fours of codes of each group are not all zero; nothing if most are not.
-fn masks(codes: &[i8], group: usize) -> Vec<u16> {
-    let four = |(i, four): (usize, &[i8; 4])| u16::from(*four != [0; 4]) << i;
-    let of = |group: &[i8]| group.as_chunks::<4>().0.iter().enumerate().map(four).fold(0, |a, b| a | b);
-    let masks: Vec<u16> = codes.chunks_exact(group).map(of).collect();
-    let read: u32 = masks.iter().map(|m| m.count_ones()).sum();
-    if (read as usize) < codes.len() / 4 * 3 / 4 { masks } else { Vec::new() }
 }
 
 /// Rounds a row, number `r` of `here` in its tile.
