@@ -2,8 +2,9 @@ use crate::Error;
 use crate::session::{piece, read};
 use anser_model::{DecodeStep, LayerState, Model, Part, State};
 use anser_ops::Var;
+use anser_ops::choose::{Draw, choose};
 use anser_tensor::cuda::{Cuda, Graph, Pinned};
-use anser_tensor::{Context, DType};
+use anser_tensor::{Buf, Context, DType};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,6 +21,9 @@ pub struct Decoder<'m> {
     state: State,
     input: Pinned,
     output: Pinned,
+    /// Draws as the kernel has them, and what they choose.
+    draws: Buf,
+    chosen: Buf,
     /// Sequences of the last step.
     last: usize,
     /// Steps of so few sequences that rows under zeros are skipped.
@@ -59,8 +63,9 @@ impl<'m> Decoder<'m> {
             return Ok(None);
         };
         let state = State::zeros_as(ctx, model.config(), slots, kept);
-        let input = Pinned::new(&cuda, 2 * step.most())?;
+        let input = Pinned::new(&cuda, Draw::WORDS * step.most())?;
         let output = Pinned::new(&cuda, step.most() * model.config().vocab_size)?;
+        let (draws, chosen) = (ctx.alloc_f32(Draw::WORDS * step.most()), ctx.alloc_f32(step.most()));
         ctx.check()?;
         let (graphs, warm) = (HashMap::new(), HashSet::new());
         Ok(Some(Decoder {
@@ -70,6 +75,8 @@ impl<'m> Decoder<'m> {
             state,
             input,
             output,
+            draws,
+            chosen,
             last: 0,
             few_steps: 0,
             cuda,
@@ -119,6 +126,28 @@ impl<'m> Decoder<'m> {
         self.cuda.synchronize();
         self.ctx.check()?;
         Ok(&self.output.floats()[..n * vocab])
+    }
+
+    /// Tokens chosen on the device, of sequences of the last step: rows are their places in it. The logits stay there. `None` where one of them is no
+    /// finite number.
+    ///
+    /// # Errors
+    /// When there were not as many, or the device has failed.
+    pub fn choose(&mut self, draws: &[Draw]) -> Result<Vec<Option<u32>>, Error> {
+        if draws.len() > self.step.most() || draws.iter().any(|d| d.row >= self.last) {
+            return Err(Error::State(format!("tokens of a step of {} sequences", self.last)));
+        }
+        // Until the step has taken its input.
+        self.cuda.synchronize();
+        let words = self.input.integers_mut().as_chunks_mut::<{ Draw::WORDS }>().0;
+        words.iter_mut().zip(draws).for_each(|(to, draw)| *to = draw.words());
+        self.input.send(self.draws.ptr(), 0, Draw::WORDS * draws.len());
+        let vocab = self.model.config().vocab_size;
+        choose(&self.ctx, self.step.logits(), self.draws.ptr(), self.chosen.ptr(), draws.len(), vocab);
+        self.output.receive(self.chosen.ptr(), draws.len());
+        self.cuda.synchronize();
+        self.ctx.check()?;
+        Ok(self.output.integers()[..draws.len()].iter().map(|t| u32::try_from(*t).ok()).collect())
     }
 
     /// Goes on with the most probable token `steps` times without waiting for the host, from the (slot, token) given: the last tokens.

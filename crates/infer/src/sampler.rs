@@ -1,4 +1,5 @@
 use crate::Error;
+use anser_ops::choose::Cuts;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::collections::BTreeMap;
@@ -112,13 +113,35 @@ impl Sampler {
         Ok(token)
     }
 
-    fn draw(&mut self, logits: &[f32], max: f32) -> usize {
+    /// What makes the choice on a GPU: `Some(None)` takes the most probable token. `None` if the choice depends on more than logits, or counts tokens, which
+    /// only [`Sampler::sample`] does. It takes the place of a call of that, in effect as well as in random numbers.
+    pub(crate) fn cuts(&mut self) -> Option<Option<Cuts>> {
         let o = &self.options;
-        let power = 1.0 / o.temperature as f64;
-        let (before, after) = match o.order {
+        let greedy = o.temperature == 0.0 || o.top_k == 1;
+        let plain = o.presence_penalty == 0.0 && o.frequency_penalty == 0.0 && o.logit_bias.is_empty();
+        if !plain || (o.top_k > 0 && !greedy) {
+            return None;
+        }
+        if greedy {
+            return Some(None);
+        }
+        let (before, after) = self.powers();
+        let (top_p, min_p) = (self.options.top_p, self.options.min_p);
+        Some(Some(Cuts { before: before as f32, after: after as f32, top_p, min_p, random: self.rng.next_u64() }))
+    }
+
+    /// The powers of probabilities before and after the cuts.
+    fn powers(&self) -> (f64, f64) {
+        let power = 1.0 / self.options.temperature as f64;
+        match self.options.order {
             SamplerOrder::Rwkv => (1.0, power),
             SamplerOrder::OpenAi => (power, 1.0),
-        };
+        }
+    }
+
+    fn draw(&mut self, logits: &[f32], max: f32) -> usize {
+        let (before, after) = self.powers();
+        let o = &self.options;
         let weights: Vec<f64> = logits.iter().map(|l| ((l - max) as f64 * before).exp()).collect();
         let total: f64 = weights.iter().sum();
         // Below 1e-7 of the maximum a token is out of reach of top-p < 1.

@@ -607,6 +607,21 @@ fn on_a_gpu_a_sequence_is_the_same_in_any_company() {
     for (i, a) in (0..).zip(&answers) {
         assert_eq!((&a.tokens, &a.end), (&alone(i, 2 + i as usize), &Some(End::Length)), "{i}");
     }
+    // What was chosen on the device leaves a state with its logits, which are there when the same text comes as a prompt.
+    let (text, last) = answers[3].tokens.split_at(4);
+    let r = Request { sampling: greedy.clone(), ..request([&short(3), text].concat(), 1) };
+    let a = answer(engine.submit(r).unwrap());
+    assert_eq!((a.tokens, a.cached), (last.to_vec(), short(3).len() + 4));
+    // Drawn by the device, or the same request where the host draws because logprobs are wanted: each repeats itself in any company.
+    let drawn = |logprobs: Option<usize>| {
+        let sampling = Sampling { top_p: 0.9, seed: 3, ..Sampling::default() };
+        engine.submit(Request { sampling, logprobs, ..request(short(1), 12) }).unwrap()
+    };
+    for logprobs in [None, Some(2)] {
+        let alone = answer(drawn(logprobs));
+        let company = [drawn(logprobs), go(2, Start::Empty, 20), drawn(logprobs)].map(answer);
+        assert!(alone.tokens.len() == 12 && company[0].tokens == alone.tokens && company[2].tokens == alone.tokens);
+    }
     // From a cached prefix and from a named state.
     let again = answer(go(4, Start::Empty, 6));
     assert_eq!((again.tokens, again.cached), (answers[4].tokens.clone(), short(4).len()));

@@ -1,5 +1,6 @@
 use crate::{Decoder, Error};
 use anser_model::{Model, State};
+use anser_ops::choose::{Cuts, Draw};
 use anser_ops::{Segment, Tape, Var};
 use anser_tensor::Context;
 use std::ops::Range;
@@ -13,12 +14,14 @@ pub(super) struct Work<'a> {
 }
 
 /// What is wanted after the tokens of a [`Work`].
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq)]
 pub(super) struct Wants {
     /// Logits: of no token, of the last, or of all.
     pub logits: Rows,
     /// The hidden vector of the last token.
     pub hidden: bool,
+    /// Instead of the logits of the last token one that they choose, where that is done on a GPU.
+    pub token: Option<Option<Cuts>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -34,6 +37,8 @@ pub(super) struct Output {
     /// [rows wanted, V].
     pub logits: Vec<f32>,
     pub hidden: Option<Vec<f32>>,
+    /// If a GPU has chosen, where the logits then are ([`Batch::logits`]): `None` if one of them is no finite number.
+    pub token: Option<Option<u32>>,
 }
 
 /// The states of the sequences that run, in slots 0, 1, .. without gaps, and the steps that advance them.
@@ -49,8 +54,8 @@ enum States<'m> {
     /// For [`Model::forward`]: an arena, and where the state of each slot is. What joins and leaves is noted there and the arena made
     /// anew before the next step, so that a step of many changes copies once and other steps copy nothing.
     Rows { arena: Option<State>, slots: Vec<Place> },
-    /// On a GPU: slots of a decoder, of which the first `used` are in use.
-    Slots { decoder: Box<Decoder<'m>>, used: usize },
+    /// On a GPU: slots of a decoder, of which the first ones are in use, each with its place in the last step if it had one.
+    Slots { decoder: Box<Decoder<'m>>, used: Vec<Option<usize>> },
 }
 
 enum Place {
@@ -62,7 +67,7 @@ impl<'m> Batch<'m> {
     /// A batch of up to `most` sequences, whose states begin as `empty`.
     pub fn new(ctx: &Context, model: &'m Model, most: usize, empty: State) -> Result<Batch<'m>, Error> {
         let states = match Decoder::new(ctx, model, most.min(Decoder::MOST_SLOTS))? {
-            Some(decoder) => States::Slots { decoder: Box::new(decoder), used: 0 },
+            Some(decoder) => States::Slots { decoder: Box::new(decoder), used: Vec::new() },
             None => States::Rows { arena: None, slots: Vec::new() },
         };
         ctx.check()?;
@@ -74,8 +79,8 @@ impl<'m> Batch<'m> {
         match &mut self.states {
             States::Rows { slots, .. } => slots.push(Place::Apart(state)),
             States::Slots { decoder, used } => {
-                decoder.set_state(*used, &state)?;
-                *used += 1;
+                decoder.set_state(used.len(), &state)?;
+                used.push(None);
             }
         }
         Ok(())
@@ -88,9 +93,9 @@ impl<'m> Batch<'m> {
                 slots.swap_remove(slot);
             }
             States::Slots { decoder, used } => {
-                *used -= 1;
-                if slot < *used {
-                    let last = decoder.state(*used)?;
+                used.swap_remove(slot);
+                if slot < used.len() {
+                    let last = decoder.state(used.len())?;
                     decoder.set_state(slot, &last)?;
                 }
             }
@@ -117,6 +122,22 @@ impl<'m> Batch<'m> {
             States::Slots { decoder, .. } => decoder.set_state(slot, &state)?,
         }
         Ok(())
+    }
+
+    /// Whether it can choose tokens itself.
+    pub fn chooses(&self) -> bool {
+        matches!(self.states, States::Slots { .. })
+    }
+
+    /// The logits after what the sequence in `slot` read in the last step, if they stayed on the GPU; none otherwise.
+    pub fn logits(&mut self, slot: usize) -> Result<Vec<f32>, Error> {
+        match &mut self.states {
+            States::Slots { decoder, used } => match used[slot] {
+                Some(at) => Ok(decoder.logits(at..at + 1)?.to_vec()),
+                None => Ok(Vec::new()),
+            },
+            States::Rows { .. } => Ok(Vec::new()),
+        }
     }
 
     /// Tokens that the sequence in `slot` may read in one step ([`State::room`]).
@@ -159,16 +180,27 @@ impl<'m> Batch<'m> {
                 *arena = Some(state);
                 outputs
             }
-            States::Slots { decoder, .. } => {
+            States::Slots { decoder, used } => {
                 let mut outputs: Vec<Output> = work.iter().map(|_| Output::default()).collect();
-                let wants = Wants { logits: Rows::Last, hidden: false };
-                let (single, others): (Vec<usize>, Vec<usize>) =
-                    (0..work.len()).partition(|&i| work[i].tokens.len() == 1 && work[i].wants == wants);
+                let one = |w: &Work<'_>| w.tokens.len() == 1 && w.wants.logits == Rows::Last && !w.wants.hidden;
+                let (mut single, others): (Vec<usize>, Vec<usize>) = (0..work.len()).partition(|&i| one(&work[i]));
+                // Those whose logits the host needs first.
+                single.sort_by_key(|&i| work[i].wants.token.is_some());
                 let inputs: Vec<(usize, u32)> = single.iter().map(|&i| (work[i].slot, work[i].tokens[0])).collect();
-                let logits = if inputs.is_empty() { &[] } else { decoder.step(&inputs)? };
-                let vocab = model.config().vocab_size;
-                for (&i, logits) in single.iter().zip(logits.chunks_exact(vocab)) {
-                    outputs[i].logits = logits.to_vec();
+                decoder.feed(&inputs)?;
+                used.fill(None);
+                single.iter().enumerate().for_each(|(at, &i)| used[work[i].slot] = Some(at));
+                let draw = |(row, &i): (usize, &usize)| work[i].wants.token.map(|from| Draw { row, from });
+                let draws: Vec<Draw> = single.iter().enumerate().filter_map(draw).collect();
+                let (here, chosen) = single.split_at(single.len() - draws.len());
+                if !draws.is_empty() {
+                    let tokens = decoder.choose(&draws)?;
+                    chosen.iter().zip(tokens).for_each(|(&i, token)| outputs[i].token = Some(token));
+                }
+                if !here.is_empty() {
+                    let logits = decoder.logits(0..here.len())?;
+                    let each = logits.chunks_exact(model.config().vocab_size);
+                    here.iter().zip(each).for_each(|(&i, logits)| outputs[i].logits = logits.to_vec());
                 }
                 for i in others {
                     let (state, slot) = (decoder.state(work[i].slot)?, work[i].slot);
@@ -222,7 +254,7 @@ fn forward(ctx: &Context, model: &Model, state: &State, work: &[Work<'_>]) -> Re
         let mine;
         (mine, rest) = rest.split_at(r.len() * model.config().vocab_size);
         let hidden = w.wants.hidden.then(|| hidden.buf().part((s.start + s.len - 1) * c, c).to_vec());
-        Output { logits: mine.to_vec(), hidden }
+        Output { logits: mine.to_vec(), hidden, token: None }
     };
     let outputs = work.iter().zip(&segments).zip(wanted).map(output).collect();
     Ok((outputs, next))

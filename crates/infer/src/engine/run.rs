@@ -142,6 +142,7 @@ impl Runner<'_> {
             read: 0,
             prefix: self.shared.store.root(&request.owner),
             logits: Vec::new(),
+            chosen: None,
             cached: 0,
             prompt_logprobs: Vec::new(),
             hidden: None,
@@ -178,9 +179,9 @@ impl Runner<'_> {
         self.take_leave();
         let lengths = self.plan();
         if lengths.iter().any(|&n| n > 0) {
-            let all = lengths.iter().zip(&self.running).enumerate();
+            let (all, choosing) = (lengths.iter().zip(&mut self.running).enumerate(), self.batch.chooses());
             let work: Vec<Work<'_>> =
-                all.filter(|(_, (n, _))| **n > 0).map(|(slot, (n, s))| s.work(slot, *n)).collect();
+                all.filter(|(_, (n, _))| **n > 0).map(|(slot, (n, s))| s.work(slot, *n, choosing)).collect();
             let outputs = match self.batch.step(&work) {
                 Ok(outputs) => outputs,
                 Err(e) => return self.fail(&e),
@@ -311,6 +312,9 @@ impl Runner<'_> {
     fn finish(&mut self, slot: usize, end: End) -> Result<(), Error> {
         let failed = matches!(end, End::Failed(_));
         let state = if failed { None } else { Some(self.batch.state(slot)?) };
+        if self.running[slot].logits.is_empty() && !failed {
+            self.running[slot].logits = self.batch.logits(slot)?;
+        }
         let mut s = self.remove(slot);
         *if failed { &mut self.done.failed } else { &mut self.done.finished } += 1;
         // What a client reads after the end counts its request.

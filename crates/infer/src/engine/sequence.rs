@@ -23,6 +23,8 @@ pub(super) struct Sequence {
     pub prefix: Prefix,
     /// After the tokens read, if they were all that there were.
     pub logits: Vec<f32>,
+    /// The next token if a GPU has chosen it, as in [`Output`].
+    pub chosen: Option<Option<u32>>,
     /// Tokens of the prompt that were not read.
     pub cached: usize,
     pub prompt_logprobs: Vec<TokenLogprob>,
@@ -51,8 +53,8 @@ impl Sequence {
         self.tokens.len() - self.read
     }
 
-    /// Reading the next `count` tokens.
-    pub fn work(&self, slot: usize, count: usize) -> Work<'_> {
+    /// Reading the next `count` tokens, and with `choosing` choosing the one after them.
+    pub fn work(&mut self, slot: usize, count: usize, choosing: bool) -> Work<'_> {
         let end = self.read + count;
         let in_prompt = self.read < self.prompt.end;
         let logits = match self.request.prompt_logprobs {
@@ -62,7 +64,10 @@ impl Sequence {
             _ => Rows::None,
         };
         let hidden = self.request.hidden && in_prompt && end == self.prompt.end;
-        Work { slot, tokens: &self.tokens[self.read..end], wants: Wants { logits, hidden } }
+        let plain = self.request.logprobs.is_none() && self.request.constraint.is_none();
+        let writes = matches!(self.phase, Phase::Answer) && self.left() == 1;
+        let token = if choosing && plain && writes { self.sampler.cuts() } else { None };
+        Work { slot, tokens: &self.tokens[self.read..end], wants: Wants { logits, hidden, token } }
     }
 
     /// Takes what came of reading `count` tokens.
@@ -71,6 +76,7 @@ impl Sequence {
         self.prefix.push(&self.tokens[now.clone()]);
         self.read = now.end;
         self.hidden = output.hidden.or(self.hidden.take());
+        self.chosen = output.token;
         let Some(rows) = output.logits.len().checked_div(now.len()) else { return };
         match self.request.prompt_logprobs {
             Some(best) if now.start < self.prompt.end && now.start >= self.prompt.start => {
@@ -87,24 +93,10 @@ impl Sequence {
 
     /// Chooses the next token.
     pub fn choose(&mut self) -> Result<(), String> {
-        if self.logits.iter().any(|l| !l.is_finite()) {
-            return Err(Error::NotFinite.to_string());
-        }
-        let mut allowed;
-        let logits = match &mut self.request.constraint {
-            None => &self.logits,
-            Some(constraint) => {
-                allowed = self.logits.clone();
-                constraint.mask(&mut allowed)?;
-                if allowed.iter().all(|&l| l == f32::NEG_INFINITY) {
-                    return Err("the constraint allows no token here".into());
-                }
-                // Far below whatever bias and penalties can make of a logit, and a number, as the sampler wants.
-                allowed.iter_mut().filter(|l| **l == f32::NEG_INFINITY).for_each(|l| *l = -1e30);
-                &allowed
-            }
+        let token = match self.chosen.take() {
+            Some(chosen) => chosen.ok_or_else(|| Error::NotFinite.to_string())?,
+            None => self.sample()?,
         };
-        let token = self.sampler.sample(logits).map_err(|e| e.to_string())?;
         if self.request.stop_tokens.contains(&token) {
             self.phase = Phase::Closing(End::Stop);
             return Ok(());
@@ -123,6 +115,28 @@ impl Sequence {
             self.phase = Phase::Closing(End::Length);
         }
         Ok(())
+    }
+
+    /// The next token, from logits that are here.
+    fn sample(&mut self) -> Result<u32, String> {
+        if self.logits.iter().any(|l| !l.is_finite()) {
+            return Err(Error::NotFinite.to_string());
+        }
+        let mut allowed;
+        let logits = match &mut self.request.constraint {
+            None => &self.logits,
+            Some(constraint) => {
+                allowed = self.logits.clone();
+                constraint.mask(&mut allowed)?;
+                if allowed.iter().all(|&l| l == f32::NEG_INFINITY) {
+                    return Err("the constraint allows no token here".into());
+                }
+                // Far below whatever bias and penalties can make of a logit, and a number, as the sampler wants.
+                allowed.iter_mut().filter(|l| **l == f32::NEG_INFINITY).for_each(|l| *l = -1e30);
+                &allowed
+            }
+        };
+        self.sampler.sample(logits).map_err(|e| e.to_string())
     }
 
     /// How it ended, if it did: a state that is kept is after all tokens.
