@@ -89,9 +89,8 @@ pub type App = Arc<Shared>;
 impl Shared {
     /// A server's state.
     pub fn new(engine: Engine, tokenizer: Tokenizer, options: Options) -> App {
-        let of_metrics = engine.clone();
         Arc::new(Shared {
-            metrics: Metrics::new(move || of_metrics.stats()),
+            metrics: Metrics::new(engine.clone()),
             per_owner: auth::PerOwner::new(options.per_key),
             grammars: constraint::Grammars::new(tokenizer),
             created: api::now(),

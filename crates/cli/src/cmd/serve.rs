@@ -44,6 +44,15 @@ pub struct Args {
     /// Folder of named states [default: they are lost at the end]
     #[arg(long, value_name = "FOLDER")]
     states: Option<PathBuf>,
+    /// Redis in which servers share states and prefixes, such as redis://:PASSWORD@HOST:6379/0, or rediss:// for TLS
+    #[arg(long, value_name = "URL", env = "ANSER_REDIS", hide_env_values = true)]
+    redis: Option<String>,
+    /// Hours after which Redis forgets what nobody used
+    #[arg(long, default_value_t = 168, value_name = "HOURS", value_parser = clap::value_parser!(u32).range(1..))]
+    redis_expiry: u32,
+    /// Object store in which servers share named states: s3://BUCKET/FOLDER, with keys and settings in AWS_* variables, or file:///FOLDER
+    #[arg(long, value_name = "URL", env = "ANSER_OBJECT_STORE")]
+    object_store: Option<String>,
     /// Tokens of an answer at most
     #[arg(long, default_value_t = 4096)]
     max_tokens: usize,
@@ -94,6 +103,9 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         waiting: args.waiting,
         cache_bytes: args.cache_memory << 20,
         folder: args.states.clone(),
+        redis: args.redis.clone(),
+        redis_expiry: Duration::from_secs(u64::from(args.redis_expiry) * 3600),
+        object_store: args.object_store.clone(),
         bound: args.source.bound(),
         ..EngineOptions::default()
     };

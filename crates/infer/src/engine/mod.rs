@@ -27,13 +27,21 @@
 mod batch;
 mod bytes;
 mod disk;
+mod kept;
+#[cfg(feature = "object-store")]
+mod object;
+#[cfg(feature = "redis")]
+mod redis;
 mod run;
 mod sequence;
 mod shared;
 mod snapshot;
 mod store;
+mod tier;
+mod workers;
 
-pub use store::{StateInfo, StateStore};
+pub use store::{StateError, StateInfo, StateStore};
+pub use tier::TierStats;
 
 use crate::{Decoder, Error, Sampler, Sampling};
 use anser_model::{Architecture, Cache, Model};
@@ -80,6 +88,12 @@ pub struct EngineOptions {
     pub folder: Option<PathBuf>,
     /// Bytes of states in the folder at most.
     pub disk_bytes: usize,
+    /// URL of a Redis in which servers share states and prefixes; it may be down at any time. See [`StateStore`].
+    pub redis: Option<String>,
+    /// How long Redis keeps what nobody uses.
+    pub redis_expiry: Duration,
+    /// URL of an object store for named states, shared by servers.
+    pub object_store: Option<String>,
     /// A bound on what attention keeps of each sequence of a hybrid. States saved with another one are not seen.
     pub bound: Option<Cache>,
 }
@@ -95,6 +109,9 @@ impl Default for EngineOptions {
             stride: 512,
             folder: None,
             disk_bytes: 16 << 30,
+            redis: None,
+            redis_expiry: Duration::from_secs(7 * 24 * 3600),
+            object_store: None,
             bound: None,
         }
     }
@@ -214,6 +231,8 @@ pub enum End {
     Constraint,
     /// The engine ended.
     Cancelled,
+    /// The state could not be kept, as where it is to be cannot be reached.
+    Unreachable(String),
     /// Something went wrong.
     Failed(String),
 }
@@ -270,6 +289,9 @@ pub enum Refused {
     /// What is asked for makes no sense.
     #[error("{0}")]
     Invalid(String),
+    /// Where the named state is cannot be reached.
+    #[error("{0}")]
+    Unreachable(String),
 }
 
 /// What an engine has done and is doing. Counts are since its start.
@@ -335,16 +357,20 @@ impl Engine {
         Ok(Engine { handle })
     }
 
-    /// Queues a request. Dropping the stream cancels it.
+    /// Queues a request. Dropping the stream cancels it. To go on from a named state waits for where names are; otherwise it returns at once.
     ///
     /// # Errors
-    /// When it makes no sense, too many wait, or the engine is ending.
+    /// When it makes no sense, too many wait, the engine is ending, or names cannot be reached.
     pub fn submit(&self, request: Request) -> Result<Stream, Refused> {
         let shared = &self.handle.shared;
         let sampler = shared.check(&request)?;
         let history = match &request.start {
             Start::Empty => Vec::new(),
-            Start::Named(name) => shared.store.tokens(&request.owner, name).map_err(Refused::Invalid)?,
+            Start::Named(name) => match shared.store.named(&request.owner, name) {
+                Ok(named) => named.tokens.to_vec(),
+                Err(StateError::Unreachable(why)) => return Err(Refused::Unreachable(why)),
+                Err(e) => return Err(Refused::Invalid(e.to_string())),
+            },
         };
         let (to, events) = mpsc::unbounded_channel();
         let stop = Arc::new(AtomicUsize::new(usize::MAX));
@@ -377,6 +403,13 @@ impl Drop for Handle {
             let _ = thread.join();
         }
     }
+}
+
+/// Encryption of connections to shared states, of the same library for all.
+#[cfg(any(feature = "redis", feature = "object-store"))]
+fn install_crypto() {
+    // It is there already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
 impl Shared {
