@@ -2,8 +2,9 @@
 
 mod common;
 
+use anser_formats::{Dtype, Source, write_pth};
 use anser_infer::engine::{Constraint, End, Engine, EngineOptions, Event, Refused, Request, Start, Stream};
-use anser_infer::{Decoder, Sampler, Sampling, Session};
+use anser_infer::{Decoder, InitialState, Sampler, Sampling, Session};
 use anser_model::{Config, Init, Model};
 use anser_tensor::{Context, DType, Device};
 use common::{Answer, Folder, alone, answer, engine, hybrid, model, plain, prompt, request};
@@ -155,6 +156,70 @@ fn named_states_go_on_and_branch() {
         assert!(engine.states().delete("a", "x").is_err());
         assert!(matches!(go(vec![1], named("x"), None, "a"), Err(Refused::Invalid(_))));
     }
+}
+
+#[test]
+fn tuned_initial_states() {
+    let of = plain();
+    let path = std::env::temp_dir().join(format!("anser-initial-{}.pth", std::process::id()));
+    let values: Vec<f32> = (0..64 * 64).map(|i| (i as f32 * 0.37).sin() * 0.5).collect();
+    let write = |layers: usize, shape: &[usize]| {
+        let name = |i| format!("blocks.{i}.att.time_state");
+        let tensor = |i| Source::new(name(i), shape, Dtype::BF16, &values[..shape.iter().product()]);
+        write_pth(&path, &(0..layers).map(tensor).collect::<Vec<_>>()).unwrap();
+        InitialState::open(of.1.config(), &path)
+    };
+    let tuned = write(2, &[1, 64, 64]).unwrap();
+    for (layers, shape, what) in [(1, [1, 64, 64], "of 1 layers"), (2, [64, 64, 1], "[64, 64, 1]")] {
+        let e = write(layers, &shape).unwrap_err().to_string();
+        assert!(e.contains(what) && e.contains("this"), "{e}");
+    }
+    std::fs::remove_file(&path).unwrap();
+    let p = prompt(4, 40);
+    let greedy = samplings()[0].clone();
+    let begun = |tokens: &[u32]| {
+        let mut session = Session::new(&of.0, &of.1).begun(&tuned).unwrap();
+        let mut sampler = Sampler::new(greedy.clone()).unwrap();
+        let mut out = Vec::new();
+        session.feed(tokens).unwrap();
+        for _ in 0..6 {
+            out.push(sampler.sample(session.logits().unwrap()).unwrap());
+            session.feed(&out[out.len() - 1..]).unwrap();
+        }
+        out
+    };
+    let folder = Folder::new("initial");
+    let options = EngineOptions { initial: vec![("poet".into(), tuned.clone())], ..folder.options() };
+    let first = engine(&of, options.clone());
+    let go = |engine: &Engine, p: &[u32], from: &str, save: Option<&str>| {
+        let start = Start::Named(from.into());
+        let r = Request { start, sampling: greedy.clone(), save_as: save.map(String::from), ..request(p.to_vec(), 6) };
+        engine.submit(r).map(answer)
+    };
+    // What was cached without it is not taken, nor the other way round.
+    let plainly = |engine: &Engine| {
+        let r = Request { sampling: greedy.clone(), ..request(p.clone(), 6) };
+        answer(engine.submit(r).unwrap()).tokens
+    };
+    let want = alone(&of, &p, &greedy, 0, 6);
+    assert_eq!(plainly(&first), want);
+    let a = go(&first, &p, "poet", Some("talk")).unwrap();
+    assert_eq!((&a.tokens, a.cached), (&begun(&p), 0));
+    assert_ne!(a.tokens, want);
+    assert_eq!(plainly(&first), want);
+    assert_eq!(go(&first, &p, "poet", None).unwrap().cached, 40);
+    let listed: Vec<_> = first.states().list("a").unwrap().into_iter().map(|i| (i.name, i.tokens, i.initial)).collect();
+    assert_eq!(listed, [("poet".to_string(), 0, true), ("talk".into(), 46, false)]);
+    assert!(first.states().get("b", "poet").unwrap().initial);
+    assert!(first.states().delete("a", "poet").is_err() && first.states().branch("a", "talk", "poet").is_err());
+    assert!(matches!(go(&first, &p, "poet", Some("poet")), Err(Refused::Invalid(m)) if m.contains("initial")));
+    assert!(matches!(go(&first, &[], "poet", None), Err(Refused::Invalid(m)) if m.contains("empty")));
+    drop(first);
+    // A state that began from it needs it.
+    let so_far = [&p[..], &a.tokens, &[3]].concat();
+    assert_eq!(go(&engine(&of, options), &[3], "talk", None).unwrap().tokens, begun(&so_far));
+    let without = engine(&of, folder.options());
+    assert!(matches!(go(&without, &[3], "talk", None), Err(Refused::Invalid(m)) if m.contains("initial state")));
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! States that engines share through Redis and through an object store, and what happens when these fail.
+//! States that engines share through Redis and through an object store, and what happens when these fail. ANSER_TEST_OBJECT_STORE, such as s3://BUCKET/FOLDER,
+//! names another store to be tried, with AWS_* variables.
 #![cfg(all(feature = "redis", feature = "object-store"))]
 
 mod common;
@@ -124,6 +125,9 @@ fn engines_share_named_states() {
     let folder = Folder::new("objects");
     let object_store = Some(format!("file://{}", folder.0.display()));
     go_on_from_each_other(&EngineOptions { object_store: object_store.clone(), ..EngineOptions::default() });
+    if let Ok(url) = std::env::var("ANSER_TEST_OBJECT_STORE") {
+        go_on_from_each_other(&EngineOptions { object_store: Some(url), ..EngineOptions::default() });
+    }
     let Some(redis) = RedisServer::start() else { return };
     go_on_from_each_other(&redis.options());
     let Some(redis) = RedisServer::start() else { return };

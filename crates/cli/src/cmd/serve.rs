@@ -1,7 +1,7 @@
 use crate::cmd::generate::Source;
 use crate::global::{Global, Interrupted};
 use anser_infer::chat::Think;
-use anser_infer::{Engine, EngineOptions};
+use anser_infer::{Engine, EngineOptions, InitialState};
 use anser_serve::{Keys, Options, Shared, Template};
 use anyhow::{Context as _, anyhow, ensure};
 use serde_json::json;
@@ -53,6 +53,9 @@ pub struct Args {
     /// Object store in which servers share named states: s3://BUCKET/FOLDER, with keys and settings in AWS_* variables, or file:///FOLDER
     #[arg(long, value_name = "URL", env = "ANSER_OBJECT_STORE")]
     object_store: Option<String>,
+    /// Tuned initial state that requests may go on from by name: a .pth file of blocks.N.att.time_state (may be given several times)
+    #[arg(long, value_name = "NAME=FILE", value_parser = named_file)]
+    initial_state: Vec<(String, PathBuf)>,
     /// Tokens of an answer at most
     #[arg(long, default_value_t = 4096)]
     max_tokens: usize,
@@ -98,7 +101,11 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
 
     let ctx = global.context()?;
     let (model, tokenizer) = args.source.load(&ctx, global)?;
+    let initial = |(name, path): &(String, PathBuf)| {
+        Ok::<_, anser_infer::Error>((name.clone(), InitialState::open(model.config(), path)?))
+    };
     let engine = EngineOptions {
+        initial: args.initial_state.iter().map(initial).collect::<Result<_, _>>()?,
         slots: args.slots.into(),
         waiting: args.waiting,
         cache_bytes: args.cache_memory << 20,
@@ -156,6 +163,11 @@ impl Args {
             cors: cors.collect::<anyhow::Result<_>>()?,
         })
     }
+}
+
+fn named_file(s: &str) -> Result<(String, PathBuf), String> {
+    let (name, file) = s.split_once('=').ok_or("write NAME=FILE")?;
+    Ok((name.into(), file.into()))
 }
 
 fn read(path: &PathBuf) -> anyhow::Result<String> {

@@ -43,7 +43,7 @@ mod workers;
 pub use store::{StateError, StateInfo, StateStore};
 pub use tier::TierStats;
 
-use crate::{Decoder, Error, Sampler, Sampling};
+use crate::{Decoder, Error, InitialState, Sampler, Sampling};
 use anser_model::{Architecture, Cache, Model};
 use anser_tensor::Context;
 use serde_json::json;
@@ -54,6 +54,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
+use store::Begin;
 use tokio::sync::mpsc;
 
 /// Runs a model for many clients. A clone is another handle on the same; when the last one is dropped the requests that are left are
@@ -94,6 +95,8 @@ pub struct EngineOptions {
     pub redis_expiry: Duration,
     /// URL of an object store for named states, shared by servers.
     pub object_store: Option<String>,
+    /// Tuned initial states by name, for all owners.
+    pub initial: Vec<(String, InitialState)>,
     /// A bound on what attention keeps of each sequence of a hybrid. States saved with another one are not seen.
     pub bound: Option<Cache>,
 }
@@ -112,6 +115,7 @@ impl Default for EngineOptions {
             redis: None,
             redis_expiry: Duration::from_secs(7 * 24 * 3600),
             object_store: None,
+            initial: Vec::new(),
             bound: None,
         }
     }
@@ -123,7 +127,7 @@ pub enum Start {
     /// Nothing.
     #[default]
     Empty,
-    /// The owner's state of this name.
+    /// The initial state or the owner's state of this name.
     Named(String),
 }
 
@@ -364,17 +368,19 @@ impl Engine {
     pub fn submit(&self, request: Request) -> Result<Stream, Refused> {
         let shared = &self.handle.shared;
         let sampler = shared.check(&request)?;
-        let history = match &request.start {
-            Start::Empty => Vec::new(),
-            Start::Named(name) => match shared.store.named(&request.owner, name) {
-                Ok(named) => named.tokens.to_vec(),
-                Err(StateError::Unreachable(why)) => return Err(Refused::Unreachable(why)),
-                Err(e) => return Err(Refused::Invalid(e.to_string())),
-            },
+        let begin = match &request.start {
+            Start::Empty => Begin::default(),
+            Start::Named(name) => shared.store.begin(&request.owner, name).map_err(|e| match e {
+                StateError::Unreachable(why) => Refused::Unreachable(why),
+                e => Refused::Invalid(e.to_string()),
+            })?,
         };
+        if begin.history.is_empty() && request.prompt.is_empty() {
+            return Err(Refused::Invalid("the prompt is empty: give at least one token".into()));
+        }
         let (to, events) = mpsc::unbounded_channel();
         let stop = Arc::new(AtomicUsize::new(usize::MAX));
-        shared.queue(Job::new(request, history, sampler, to, stop.clone()))?;
+        shared.queue(Job::new(request, begin, sampler, to, stop.clone()))?;
         Ok(Stream { events, ended: false, stop })
     }
 
@@ -416,9 +422,6 @@ impl Shared {
     /// The sampler of a request that makes sense.
     fn check(&self, request: &Request) -> Result<Sampler, Refused> {
         let invalid = |m: String| Err(Refused::Invalid(m));
-        if request.prompt.is_empty() && request.start == Start::Empty {
-            return invalid("the prompt is empty: give at least one token".into());
-        }
         let tokens = request.prompt.iter().chain(&request.stop_tokens);
         if let Some(token) = tokens.copied().find(|&t| t as usize >= self.vocab) {
             return invalid(format!("token {token} is outside the model's vocabulary of {}", self.vocab));
@@ -431,7 +434,7 @@ impl Shared {
             return invalid("max_tokens is 0: nothing would come of the request".into());
         }
         if let Some(name) = &request.save_as {
-            store::check_name(name).map_err(Refused::Invalid)?;
+            self.store.check_name(name).map_err(|e| Refused::Invalid(e.to_string()))?;
         }
         let options = Sampling { seed: request.seed, ..request.sampling.clone() };
         Sampler::new(options).map_err(|e| Refused::Invalid(e.to_string()))

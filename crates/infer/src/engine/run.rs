@@ -154,7 +154,9 @@ impl Runner<'_> {
     /// Lets a request start, or wait for what it goes on from while others run.
     fn begin(&mut self, job: Job) {
         let named = (job.start > 0).then_some(job.start);
-        match self.shared.store.look(&job.request.owner, &job.tokens[..job.most_cached()], named) {
+        let store = &self.shared.store;
+        let root = store.root(&job.request.owner, job.initial.as_deref());
+        match store.look(&job.request.owner, root, &job.tokens[..job.most_cached()], named) {
             Look::Here(hit) => self.start(job, hit),
             Look::Elsewhere(search) => {
                 self.loading.push(self.shared.size.of(job.most_tokens()));
@@ -166,11 +168,12 @@ impl Runner<'_> {
     /// Puts a request into the batch, as far on as what was found.
     fn start(&mut self, job: Job, hit: Option<Hit>) {
         let needed = self.shared.size.of(job.most_tokens());
-        let Job { request, tokens, start, sampler, to, stop } = job;
+        let Job { request, tokens, start, initial, sampler, to, stop } = job;
         let mut sequence = Sequence {
             prompt: start..tokens.len(),
             read: 0,
-            prefix: self.shared.store.root(&request.owner),
+            prefix: self.shared.store.root(&request.owner, initial.as_deref()),
+            initial,
             logits: Vec::new(),
             cached: 0,
             prompt_logprobs: Vec::new(),
@@ -195,7 +198,11 @@ impl Runner<'_> {
                 self.done.tokens_cached += sequence.cached as u64;
                 snapshot.state(self.shared.store.form())
             }
-            None => self.shared.store.form().empty.clone(),
+            None => {
+                let mut state = self.shared.store.form().empty.clone();
+                sequence.initial.iter().for_each(|initial| initial.begin(self.ctx, &mut state));
+                state
+            }
         };
         match self.batch.push(state) {
             Ok(()) => self.running.push(sequence),
@@ -357,6 +364,7 @@ impl Runner<'_> {
         match s.request.save_as.take() {
             Some(name) => {
                 let (owner, tokens) = (std::mem::take(&mut s.request.owner), std::mem::take(&mut s.tokens));
+                let initial = s.initial.take();
                 let done = |result: Result<(), StateError>| {
                     s.end(match result {
                         Ok(()) => end,
@@ -364,7 +372,7 @@ impl Runner<'_> {
                         Err(e) => End::Failed(e.to_string()),
                     });
                 };
-                shared.store.save(&owner, &name, key, &tokens, snapshot, done);
+                shared.store.save(&owner, &name, key, (initial, &tokens), snapshot, done);
             }
             None => {
                 shared.store.insert(&s.request.owner, key, s.read, snapshot);

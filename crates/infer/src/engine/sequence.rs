@@ -2,7 +2,7 @@ use super::batch::{Output, Rows, Wants, Work};
 use super::snapshot::Snapshot;
 use super::store::Prefix;
 use super::{End, Event, Request, TokenLogprob};
-use crate::{Error, Sampler};
+use crate::{Error, InitialState, Sampler};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
@@ -16,6 +16,8 @@ pub(super) struct Sequence {
     pub stop: Arc<AtomicUsize>,
     /// All tokens since the beginning, those not read yet last.
     pub tokens: Vec<u32>,
+    /// What they begin from.
+    pub initial: Option<Arc<InitialState>>,
     /// Where the prompt begins and ends in them.
     pub prompt: std::ops::Range<usize>,
     /// How many of them the state is after, and their key.

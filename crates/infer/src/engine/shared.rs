@@ -1,8 +1,8 @@
 //! What clients and the engine's thread share: who waits, and what was done.
 
-use super::store::{Found, Search, StateStore};
+use super::store::{Begin, Found, Search, StateStore};
 use super::{End, EngineOptions, Event, Refused, Request, Stats};
-use crate::Sampler;
+use crate::{InitialState, Sampler};
 use anser_model::{Config, Model};
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicUsize;
@@ -77,6 +77,8 @@ pub(super) struct Job {
     pub tokens: Vec<u32>,
     /// Where the prompt begins.
     pub start: usize,
+    /// What the tokens begin from.
+    pub initial: Option<Arc<InitialState>>,
     pub sampler: Sampler,
     pub to: UnboundedSender<Event>,
     pub stop: Arc<AtomicUsize>,
@@ -84,11 +86,12 @@ pub(super) struct Job {
 
 impl Job {
     pub fn new(
-        mut request: Request, history: Vec<u32>, sampler: Sampler, to: UnboundedSender<Event>, stop: Arc<AtomicUsize>,
+        mut request: Request, begin: Begin, sampler: Sampler, to: UnboundedSender<Event>, stop: Arc<AtomicUsize>,
     ) -> Job {
-        let (start, mut tokens) = (history.len(), history);
+        let Begin { initial, history: mut tokens } = begin;
+        let start = tokens.len();
         tokens.append(&mut request.prompt);
-        Job { request, tokens, start, sampler, to, stop }
+        Job { request, tokens, start, initial, sampler, to, stop }
     }
 
     /// Tokens that need not be read where a state after them is kept. Predictions of the prompt's tokens come of reading them; the hidden vector of

@@ -4,9 +4,9 @@ use super::kept::Kept;
 use super::snapshot::{Form, Snapshot};
 use super::tier::{Guarded, Head, Item, Named, Names, TierStats};
 use super::workers::Workers;
-use crate::Error;
+use crate::{Error, InitialState};
 use sha2::{Digest, Sha256};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -60,6 +60,9 @@ struct Store {
     model: String,
     most: usize,
     most_on_disk: usize,
+    /// Tuned initial states, and since when they are here.
+    initial: BTreeMap<String, Arc<InitialState>>,
+    started: SystemTime,
     /// Where names are if nowhere else.
     names: Guarded,
     disk: Option<Guarded>,
@@ -81,6 +84,8 @@ pub struct StateInfo {
     pub bytes: usize,
     /// When it was given this name.
     pub created: SystemTime,
+    /// Whether it is an initial state, which everybody sees and nobody changes.
+    pub initial: bool,
 }
 
 /// Why something was not done with a named state.
@@ -98,12 +103,20 @@ pub enum StateError {
 }
 
 /// Checks a name: 1 to 64 of A-Z, a-z, 0-9, '.', '_' and '-'.
-pub(super) fn check_name(name: &str) -> Result<(), String> {
+fn check_name(name: &str) -> Result<(), String> {
     let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     if (1..=64).contains(&name.len()) && name.chars().all(good) {
         return Ok(());
     }
     Err(format!("state name {name:?}: use 1 to 64 letters, digits, '.', '_' and '-'"))
+}
+
+/// What a request goes on from.
+#[derive(Default)]
+pub(super) struct Begin {
+    pub initial: Option<Arc<InitialState>>,
+    /// Tokens since then.
+    pub history: Vec<u32>,
 }
 
 /// Where a sequence can go on from.
@@ -147,10 +160,19 @@ impl StateStore {
             None => Kept::default(),
             Some(disk) => Kept::read(disk).map_err(|e| Error::State(format!("reading the folder of states: {e}")))?,
         };
+        let mut initial = BTreeMap::new();
+        for (name, state) in &options.initial {
+            check_name(name).map_err(Error::State)?;
+            if initial.insert(name.clone(), Arc::new(state.clone())).is_some() {
+                return Err(Error::State(format!("there are two initial states {name}")));
+            }
+        }
         let space = hex(&Sha256::digest(&model)[..16]);
         let store = Arc::new(Store {
             form,
             model,
+            initial,
+            started: SystemTime::now(),
             most: options.cache_bytes,
             most_on_disk: options.disk_bytes,
             names: Guarded::new("memory", Names::default()),
@@ -169,13 +191,14 @@ impl StateStore {
         Ok(StateStore { store, writer, readers })
     }
 
-    /// An owner's named states, by name. Waits for where names are.
+    /// The initial states and an owner's named states, each by name. Waits for where names are.
     ///
     /// # Errors
     /// When that cannot be reached.
     pub fn list(&self, owner: &str) -> Result<Vec<StateInfo>, StateError> {
         let names = self.store.home().call(|t| t.names(owner))?;
-        Ok(names.into_iter().map(|(name, head)| info(&name, head)).collect())
+        let initial = self.store.initial.iter().map(|(name, initial)| self.store.info(name, initial));
+        Ok(initial.chain(names.into_iter().map(|(name, head)| info(&name, head))).collect())
     }
 
     /// One of them. Waits for where names are.
@@ -183,7 +206,10 @@ impl StateStore {
     /// # Errors
     /// When there is none of this name, or names cannot be reached.
     pub fn get(&self, owner: &str, name: &str) -> Result<StateInfo, StateError> {
-        Ok(info(name, self.named(owner, name)?.head()))
+        match self.store.initial.get(name) {
+            Some(initial) => Ok(self.store.info(name, initial)),
+            None => Ok(info(name, self.store.named(owner, name)?.head())),
+        }
     }
 
     /// Gives a state a second name, to go on from it in two ways. Waits for where names are.
@@ -191,7 +217,8 @@ impl StateStore {
     /// # Errors
     /// When there is none, the second name is taken or not allowed, or names cannot be reached.
     pub fn branch(&self, owner: &str, from: &str, to: &str) -> Result<StateInfo, StateError> {
-        check_name(to).map_err(StateError::Refused)?;
+        self.check_name(to)?;
+        self.not_initial(from)?;
         let (owner, from, to) = (owner.to_string(), from.to_string(), to.to_string());
         self.now(move |store| store.branch(&owner, &from, &to))
     }
@@ -201,8 +228,22 @@ impl StateStore {
     /// # Errors
     /// When there is none of this name, or names cannot be reached.
     pub fn delete(&self, owner: &str, name: &str) -> Result<(), StateError> {
+        self.not_initial(name)?;
         let (owner, name) = (owner.to_string(), name.to_string());
         self.now(move |store| store.delete(&owner, &name))
+    }
+
+    /// Checks a name to be given.
+    pub(super) fn check_name(&self, name: &str) -> Result<(), StateError> {
+        check_name(name).map_err(StateError::Refused)?;
+        self.not_initial(name)
+    }
+
+    fn not_initial(&self, name: &str) -> Result<(), StateError> {
+        if !self.store.initial.contains_key(name) {
+            return Ok(());
+        }
+        Err(StateError::Refused(format!("{name} is an initial state, which stays as it is: choose another name")))
     }
 
     /// How the places beyond memory are.
@@ -239,23 +280,35 @@ impl StateStore {
     }
 
     /// What a name stands for. Waits for where names are.
-    pub(super) fn named(&self, owner: &str, name: &str) -> Result<Named, StateError> {
-        self.store.named(owner, name)
+    pub(super) fn begin(&self, owner: &str, name: &str) -> Result<Begin, StateError> {
+        if let Some(initial) = self.store.initial.get(name) {
+            return Ok(Begin { initial: Some(initial.clone()), history: Vec::new() });
+        }
+        let named = self.store.named(owner, name)?;
+        let of = |hash| self.store.initial.values().find(|i| i.hash() == hash).cloned();
+        let gone =
+            || StateError::Refused(format!("state {name} began from an initial state that is not here any more"));
+        let initial = named.initial.map(|hash| of(hash).ok_or_else(gone)).transpose()?;
+        Ok(Begin { initial, history: named.tokens.to_vec() })
     }
 
     /// The beginning of an owner's sequences.
-    pub(super) fn root(&self, owner: &str) -> Prefix {
+    pub(super) fn root(&self, owner: &str, initial: Option<&InitialState>) -> Prefix {
         let mut sha = Sha256::new();
         for part in [&self.store.model, owner] {
             sha.update((part.len() as u64).to_le_bytes());
             sha.update(part);
         }
+        // Nothing but an initial state begins with a part of this length.
+        if let Some(initial) = initial {
+            sha.update(u64::MAX.to_le_bytes());
+            sha.update(initial.hash());
+        }
         Prefix(sha)
     }
 
     /// Looks for the snapshot after most of the tokens, which after all of them must have logits. `named`: a named state is after so many of them.
-    pub(super) fn look(&self, owner: &str, tokens: &[u32], named: Option<usize>) -> Look {
-        let root = self.root(owner);
+    pub(super) fn look(&self, owner: &str, root: Prefix, tokens: &[u32], named: Option<usize>) -> Look {
         let mut kept = self.store.kept();
         let mut along = kept.along(&root, tokens);
         let best = along.iter().rposition(|(.., in_memory)| *in_memory);
@@ -335,13 +388,13 @@ impl StateStore {
         room
     }
 
-    /// Gives a snapshot a name, which is taken from what had it; calls `done` when that is safe.
+    /// Gives a snapshot a name, which is taken from what had it; calls `done` when that is safe. It is after these tokens from an initial state.
     pub(super) fn save(
-        &self, owner: &str, name: &str, key: Key, tokens: &[u32], snapshot: Arc<Snapshot>,
-        done: impl FnOnce(Result<(), StateError>) + Send + 'static,
+        &self, owner: &str, name: &str, key: Key, (initial, tokens): (Option<Arc<InitialState>>, &[u32]),
+        snapshot: Arc<Snapshot>, done: impl FnOnce(Result<(), StateError>) + Send + 'static,
     ) {
-        let (bytes, created) = (snapshot.bytes(), SystemTime::now());
-        let named = Named { key, tokens: tokens.into(), bytes, created, branched: false };
+        let (bytes, created, initial) = (snapshot.bytes(), SystemTime::now(), initial.map(|i| i.hash()));
+        let named = Named { key, tokens: tokens.into(), bytes, created, branched: false, initial };
         self.keep(key, tokens.len(), snapshot.clone());
         let (owner, name) = (owner.to_string(), name.to_string());
         self.later(move |store| done(store.save(&owner, &name, named, &snapshot)));
@@ -355,7 +408,7 @@ impl StateStore {
 }
 
 fn info(name: &str, head: Head) -> StateInfo {
-    StateInfo { name: name.into(), tokens: head.tokens, bytes: head.bytes, created: head.created }
+    StateInfo { name: name.into(), tokens: head.tokens, bytes: head.bytes, created: head.created, initial: false }
 }
 
 #[cfg(feature = "redis")]
@@ -394,6 +447,10 @@ impl Store {
     /// Those that other servers use too.
     fn shared(&self) -> impl Iterator<Item = &Guarded> {
         [&self.redis, &self.objects].into_iter().flatten()
+    }
+
+    fn info(&self, name: &str, initial: &InitialState) -> StateInfo {
+        StateInfo { name: name.into(), tokens: 0, bytes: initial.bytes(), created: self.started, initial: true }
     }
 
     fn is_shared(&self) -> bool {

@@ -75,6 +75,8 @@ pub(super) struct Named {
     pub tokens: Arc<[u32]>,
     /// Whether another name may stand for the same.
     pub branched: bool,
+    /// Hash of the initial state that they begin from.
+    pub initial: Option<Key>,
 }
 
 impl Head {
@@ -95,12 +97,13 @@ impl Head {
 }
 
 impl Named {
-    /// Key, size, milliseconds since 1970, how many tokens, these; whether it was branched; a checksum.
+    /// Key, size, milliseconds since 1970, how many tokens, these; whether it was branched; the initial state, if there is one; a checksum.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = self.key.to_vec();
         [self.bytes, milliseconds(self.created), self.tokens.len()].iter().for_each(|&n| put_number(&mut out, n));
         self.tokens.iter().for_each(|t| out.extend(t.to_le_bytes()));
         put_number(&mut out, self.branched.into());
+        out.extend(self.initial.iter().flatten());
         seal(&mut out);
         out
     }
@@ -110,7 +113,8 @@ impl Named {
         let Head { key, bytes, created, tokens } = Head::read(&mut from)?;
         let tokens = from.words(tokens)?.iter().map(|t| u32::from_le_bytes(*t)).collect();
         let branched = from.number().is_some_and(|n| n != 0);
-        Some(Named { key, bytes, created, tokens, branched })
+        let initial = from.words(8).and_then(|words| words.concat().try_into().ok());
+        Some(Named { key, bytes, created, tokens, branched, initial })
     }
 
     pub fn head(&self) -> Head {
@@ -274,11 +278,14 @@ mod tests {
     #[test]
     fn names_are_read_back_or_not_at_all() {
         let created = UNIX_EPOCH + Duration::from_millis(1_700_000_000_123);
-        let named = Named { key: [7; 32], bytes: 99, created, tokens: (0..50).collect(), branched: true };
+        let tokens = (0..50).collect();
+        let named = Named { key: [7; 32], bytes: 99, created, tokens, branched: true, initial: Some([9; 32]) };
+        let without = Named { initial: None, ..named.clone() };
+        assert_eq!(Named::decode(&without.encode()).unwrap().initial, None);
         let bytes = named.encode();
         let back = Named::decode(&bytes).unwrap();
         assert_eq!((back.key, back.bytes, back.created, back.branched), ([7; 32], 99, created, true));
-        assert_eq!(back.tokens, named.tokens);
+        assert_eq!((back.tokens, back.initial), (named.tokens.clone(), named.initial));
         let head = Head::decode(&bytes[..Head::BYTES]).unwrap();
         assert_eq!((head.key, head.bytes, head.created, head.tokens), ([7; 32], 99, created, 50));
         for i in 0..bytes.len() {

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 fn entry(info: &StateInfo) -> Value {
     let created = info.created.duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    json!({ "id": info.name, "object": "state", "tokens": info.tokens, "bytes": info.bytes, "created": created })
+    json!({ "id": info.name, "object": "state", "tokens": info.tokens, "bytes": info.bytes, "created": created, "initial": info.initial })
 }
 
 /// Does something with the states, which may be on disk or on another machine.
