@@ -370,6 +370,14 @@ fn nobody_waits_for_a_client_that_does_not_read() {
     assert_eq!(answer(engine.submit(request(prompt(2, 5), 1000)).unwrap()).tokens.len(), 1000);
     engine.drain();
     assert_eq!(answer(slow).tokens.len(), 3000);
+    // But what waits for one that reads nothing has an end.
+    let options = EngineOptions { unread: 50, ..EngineOptions::default() };
+    let engine = common::engine(&plain(), options);
+    let slow = engine.submit(request(prompt(1, 5), usize::MAX)).unwrap();
+    engine.drain();
+    let a = answer(slow);
+    let Some(End::Failed(why)) = a.end else { panic!("{:?}", a.end) };
+    assert!((49..=50).contains(&a.tokens.len()) && why.contains("isn't read"), "{} {why}", a.tokens.len());
 }
 
 #[test]

@@ -55,7 +55,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use store::Begin;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 /// Runs a model for many clients. A clone is another handle on the same; when the last one is dropped the requests that are left are
 /// cancelled and the thread ends.
@@ -81,6 +81,8 @@ pub struct EngineOptions {
     /// Bytes that the states of running sequences may take; 0: no bound. What a hybrid's attention keeps is counted before a request starts, for all tokens that
     /// it may have.
     pub memory: usize,
+    /// Tokens that may wait for a client to read them; the answer to one that lets more wait fails.
+    pub unread: usize,
     /// Tokens of prompts that a step reads at most; 0: what suits the device.
     pub prefill_piece: usize,
     /// Tokens of a prompt after which its state is kept for others that begin alike, and after multiples of these, which become rarer; 0: only at its end.
@@ -108,6 +110,7 @@ impl Default for EngineOptions {
             waiting: 256,
             cache_bytes: 1 << 30,
             memory: 0,
+            unread: 1 << 14,
             prefill_piece: 0,
             stride: 512,
             folder: None,
@@ -241,9 +244,9 @@ pub enum End {
     Failed(String),
 }
 
-/// The events of a request. Dropping it cancels the request, and keeps no state. Nobody waits for whoever doesn't read them.
+/// The events of a request. Dropping it cancels the request, and keeps no state. Nobody waits for whoever doesn't read them ([`EngineOptions::unread`]).
 pub struct Stream {
-    events: mpsc::UnboundedReceiver<Event>,
+    events: mpsc::Receiver<Event>,
     ended: bool,
     stop: Arc<AtomicUsize>,
 }
@@ -378,7 +381,8 @@ impl Engine {
         if begin.history.is_empty() && request.prompt.is_empty() {
             return Err(Refused::Invalid("the prompt is empty: give at least one token".into()));
         }
-        let (to, events) = mpsc::unbounded_channel();
+        // The prompt and the end come besides.
+        let (to, events) = mpsc::channel(shared.unread.saturating_add(2).min(Semaphore::MAX_PERMITS));
         let stop = Arc::new(AtomicUsize::new(usize::MAX));
         shared.queue(Job::new(request, begin, sampler, to, stop.clone()))?;
         Ok(Stream { events, ended: false, stop })

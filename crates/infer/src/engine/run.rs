@@ -321,7 +321,7 @@ impl Runner<'_> {
         }
         let (logprobs, hidden) = (std::mem::take(&mut s.prompt_logprobs), s.hidden.take());
         let tokens = s.prompt.len();
-        let _ = s.to.send(Event::Prompt { tokens, cached: s.cached, logprobs, hidden });
+        let _ = s.to.try_send(Event::Prompt { tokens, cached: s.cached, logprobs, hidden });
         s.phase = if s.request.max_tokens == 0 { Phase::Closing(End::Length) } else { Phase::Answer };
         Ok(())
     }

@@ -6,13 +6,13 @@ use crate::{Error, InitialState, Sampler};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::Sender;
 
 /// A request that runs.
 pub(super) struct Sequence {
     pub request: Request,
     pub sampler: Sampler,
-    pub to: UnboundedSender<Event>,
+    pub to: Sender<Event>,
     pub stop: Arc<AtomicUsize>,
     /// All tokens since the beginning, those not read yet last.
     pub tokens: Vec<u32>,
@@ -92,6 +92,10 @@ impl Sequence {
         if self.logits.iter().any(|l| !l.is_finite()) {
             return Err(Error::NotFinite.to_string());
         }
+        // The end has the last place.
+        if self.to.capacity() < 2 {
+            return Err(format!("the answer isn't read: {} tokens wait", self.to.max_capacity() - 2));
+        }
         let mut allowed;
         let logits = match &mut self.request.constraint {
             None => &self.logits,
@@ -116,7 +120,7 @@ impl Sequence {
             None => TokenLogprob { token, logprob: f32::NAN, best: Vec::new() },
         };
         self.tokens.push(token);
-        let _ = self.to.send(Event::Token(written));
+        let _ = self.to.try_send(Event::Token(written));
         if let Some(constraint) = &mut self.request.constraint
             && constraint.accept(token)?
         {
@@ -137,7 +141,7 @@ impl Sequence {
     }
 
     pub fn end(self, end: End) {
-        let _ = self.to.send(Event::End(end));
+        let _ = self.to.try_send(Event::End(end));
     }
 }
 

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::Sender;
 
 /// What clients and the thread share.
 pub(super) struct Shared {
@@ -18,6 +18,7 @@ pub(super) struct Shared {
     /// Bytes that running sequences may take.
     pub memory: Option<usize>,
     pub slots: usize,
+    pub unread: usize,
     most_waiting: usize,
     front: Arc<Front>,
 }
@@ -80,14 +81,12 @@ pub(super) struct Job {
     /// What the tokens begin from.
     pub initial: Option<Arc<InitialState>>,
     pub sampler: Sampler,
-    pub to: UnboundedSender<Event>,
+    pub to: Sender<Event>,
     pub stop: Arc<AtomicUsize>,
 }
 
 impl Job {
-    pub fn new(
-        mut request: Request, begin: Begin, sampler: Sampler, to: UnboundedSender<Event>, stop: Arc<AtomicUsize>,
-    ) -> Job {
+    pub fn new(mut request: Request, begin: Begin, sampler: Sampler, to: Sender<Event>, stop: Arc<AtomicUsize>) -> Job {
         let Begin { initial, history: mut tokens } = begin;
         let start = tokens.len();
         tokens.append(&mut request.prompt);
@@ -172,6 +171,7 @@ impl Shared {
             size: Size::new(model.config(), options),
             memory: (options.memory > 0).then_some(options.memory),
             slots: options.slots,
+            unread: options.unread,
             most_waiting: options.waiting,
             front: Arc::new(Front { inner: Mutex::new(inner), changed: Condvar::new() }),
         }
@@ -195,7 +195,7 @@ impl Shared {
         self.store.search(search, move |found| {
             let mut inner = front.inner();
             if inner.closed {
-                let _ = job.to.send(Event::End(End::Cancelled));
+                let _ = job.to.try_send(Event::End(End::Cancelled));
             } else {
                 inner.loaded.push((job, found));
                 front.changed.notify_all();
@@ -249,7 +249,7 @@ impl Shared {
         inner.closed = true;
         let loaded: Vec<Job> = inner.loaded.drain(..).map(|(job, _)| job).collect();
         for job in loaded.into_iter().chain(std::iter::from_fn(|| inner.queue.pop())) {
-            let _ = job.to.send(Event::End(End::Cancelled));
+            let _ = job.to.try_send(Event::End(End::Cancelled));
         }
         self.notify();
     }
