@@ -31,6 +31,7 @@ fn options() -> Options {
         max_body: 1 << 16,
         timeout: Duration::from_secs(60),
         read_timeout: Duration::from_secs(2),
+        write_timeout: Duration::from_secs(2),
         connections: 64,
         per_key: 64,
         cors: Vec::new(),
@@ -55,7 +56,7 @@ impl Server {
             let stopped = async {
                 let _ = stopped.await;
             };
-            runtime.block_on(serve(app, listener, stopped, Duration::from_secs(20)));
+            runtime.block_on(serve(app, listener, None, stopped, Duration::from_secs(20)));
         });
         Server { address, engine, stop: Some(stop), thread: Some(thread) }
     }

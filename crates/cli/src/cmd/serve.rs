@@ -2,7 +2,7 @@ use crate::cmd::generate::Source;
 use crate::global::{Global, Interrupted};
 use anser_infer::chat::Think;
 use anser_infer::{Engine, EngineOptions, InitialState};
-use anser_serve::{Keys, Options, Shared, Template};
+use anser_serve::{Keys, Options, Shared, Template, Tls};
 use anyhow::{Context as _, anyhow, ensure};
 use serde_json::json;
 use std::path::PathBuf;
@@ -71,6 +71,15 @@ pub struct Args {
     /// Seconds that a client may take to send its headers, or the next piece of its request
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     read_timeout: u64,
+    /// Seconds that a client may take to read anything of what is sent to it
+    #[arg(long, default_value_t = 30, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    write_timeout: u64,
+    /// Certificate in PEM, with those that vouch for it: serves HTTPS; SIGHUP has it and the key read again
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Private key of the certificate in PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
     /// Seconds that running requests have to end after Ctrl-C or SIGTERM
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     grace: u64,
@@ -89,6 +98,8 @@ pub struct Args {
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let options = args.options()?;
     let model_name = options.model.clone();
+    let tls = args.tls_cert.as_deref().zip(args.tls_key.as_deref()).map(|(cert, key)| Tls::open(cert, key));
+    let tls = tls.transpose().map_err(anyhow::Error::msg)?;
     // A port that is taken is found before the model is loaded.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let at = (args.host.as_str(), args.port);
@@ -118,13 +129,15 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     };
     let engine = Engine::start(ctx, Arc::new(model), engine)?;
     let app = Shared::new(engine, tokenizer, options);
-    global.note(format!("serving {model_name} at http://{address}"));
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    global.note(format!("serving {model_name} at {scheme}://{address}"));
     global.result(json!({ "model": model_name, "address": address.to_string() }), String::new)?;
     let grace = Duration::from_secs(args.grace);
     runtime.block_on(async {
         let mut interrupted = false;
         let stop = async { interrupted = stop().await };
-        anser_serve::serve(app, listener, stop, grace).await;
+        tokio::spawn(reload(tls.clone()));
+        anser_serve::serve(app, listener, tls, stop, grace).await;
         global.note("stopped");
         if interrupted { Err(Interrupted.into()) } else { Ok(()) }
     })
@@ -158,6 +171,7 @@ impl Args {
             max_body: self.max_body << 20,
             timeout: Duration::from_secs(self.timeout),
             read_timeout: Duration::from_secs(self.read_timeout),
+            write_timeout: Duration::from_secs(self.write_timeout),
             connections: self.connections.into(),
             per_key: self.per_key.into(),
             cors: cors.collect::<anyhow::Result<_>>()?,
@@ -172,6 +186,22 @@ fn named_file(s: &str) -> Result<(String, PathBuf), String> {
 
 fn read(path: &PathBuf) -> anyhow::Result<String> {
     std::fs::read_to_string(path).with_context(|| path.display().to_string())
+}
+
+/// Reads the certificate again at every SIGHUP, which without one does nothing.
+async fn reload(tls: Option<Tls>) {
+    #[cfg(unix)]
+    if let Ok(mut hangup) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()) {
+        while hangup.recv().await.is_some() {
+            match tls.as_ref().map(Tls::reload) {
+                Some(Ok(())) => eprintln!("the certificate was read again"),
+                Some(Err(e)) => eprintln!("the certificate stays: {e}"),
+                None => {}
+            }
+        }
+    }
+    #[cfg(not(unix))]
+    let _ = tls;
 }
 
 /// Waits for Ctrl-C (true) or SIGTERM (false).
