@@ -48,6 +48,10 @@ fn what_cannot_be_served_is_said() {
         (["--model", "nowhere.pth"], "nowhere.pth"),
         (["--host", "256.0.0.1"], "256.0.0.1"),
         (["--cors", "*"], "one by one"),
+        (["--redis", "http://localhost"], "redis://"),
+        (["--object-store", "bucket"], "s3://"),
+        (["--initial-state", "poet=nowhere.pth"], "nowhere.pth"),
+        (["--initial-state", &format!("poet={other}")], "no tuned initial state"),
     ] {
         let (code, _, err) = anser(&f.0, &["serve", "--port", "0", "--device", "cpu", args[0], args[1]]);
         assert!(code == 1 && err.contains(says) && err.trim_end().lines().count() == 1, "{args:?}: {err}");

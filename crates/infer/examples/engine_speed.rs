@@ -2,10 +2,14 @@
 //! the same time, and how long those that write wait while a long prompt is read.
 //!
 //! `cargo run --release -p anser-infer --example engine_speed [requests ..]`
+//!
+//! With `prefix` instead of numbers: how much sooner a prompt is answered that begins as another one did, and what a branch costs, with the model
+//! that comes with the program.
 
-use anser_infer::engine::{Engine, EngineOptions, Event, Request, Stream};
+use anser_formats::Checkpoint;
+use anser_infer::engine::{Engine, EngineOptions, Event, Request, Start, Stream};
 use anser_infer::{Sampler, Sampling, Session};
-use anser_model::{Config, Init, Model};
+use anser_model::{Config, Init, Load, Model};
 use anser_tensor::{Context, DType, bench};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,7 +39,72 @@ fn token(stream: &mut Stream) -> Option<Instant> {
     }
 }
 
+/// Milliseconds that something takes.
+fn milliseconds<T>(work: impl FnOnce() -> T) -> (f64, T) {
+    let start = Instant::now();
+    let done = work();
+    (start.elapsed().as_secs_f64() * 1e3, done)
+}
+
+fn prefixes() -> Result<(), Box<dyn std::error::Error>> {
+    const PROMPT: usize = 4000;
+    let ctx = Context::cpu(0);
+    let file = Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/anser-12m.safetensors").as_ref())?;
+    let config = Config::from_checkpoint(&file)?;
+    let vocab = config.vocab_size as u32;
+    let model = Arc::new(Model::load_as(&ctx, &file, config, Load::Inference(DType::BF16.into()))?);
+    let engine = Engine::start(ctx, model, EngineOptions::default())?;
+    let request = |run: usize, more: usize| {
+        let mut r = request(run, PROMPT, 1, true);
+        r.prompt.extend(request(RUNS + run, more, 1, true).prompt);
+        r.prompt.iter_mut().for_each(|t| *t = *t % (vocab - 1) + 1);
+        r
+    };
+    // Until the first token.
+    let answer = |r: Request| -> Result<f64, Box<dyn std::error::Error>> {
+        let (time, token) = milliseconds(|| engine.submit(r).map(|mut s| (token(&mut s), token(&mut s))));
+        token?.0.ok_or("no token")?;
+        Ok(time)
+    };
+    let mut times: [Vec<f64>; 4] = Default::default();
+    for run in 0..RUNS {
+        times[0].push(answer(request(run, 0))?);
+        times[1].push(answer(request(run, 0))?);
+        times[2].push(answer(request(run, 16))?);
+        // A turn of a conversation.
+        let talk = Request { save_as: Some("talk".into()), ..request(run, 0) };
+        answer(talk)?;
+        let prompt = request(run, 16).prompt[PROMPT..].to_vec();
+        times[3].push(answer(Request { start: Start::Named("talk".into()), prompt, ..request(run, 0) })?);
+    }
+    let [first, again, longer, turn] = times.map(median);
+    println!(
+        "a prompt of {PROMPT} tokens: first {first:.1} ms; again {again:.2} ms, {:.0} times sooner",
+        first / again
+    );
+    println!(
+        "with 16 other tokens behind it {longer:.2} ms, {:.0} times sooner; these from a named state {turn:.2} ms",
+        first / longer
+    );
+    let size = engine.states().get("", "talk")?.bytes;
+    let before = engine.stats();
+    let branches = (0..20).map(|i| milliseconds(|| engine.states().branch("", "talk", &format!("branch-{i}"))));
+    let branches = branches.map(|(time, done)| done.map(|_| time)).collect::<Result<_, _>>()?;
+    let bytes = engine.stats().cached_bytes - before.cached_bytes;
+    let state = vec![1u8; size];
+    let copy = median((0..20).map(|_| milliseconds(|| std::hint::black_box(state.clone())).0).collect());
+    println!(
+        "a branch {:.4} ms and {} bytes; a copy of the {size} bytes of its state {copy:.4} ms",
+        median(branches),
+        bytes / 20
+    );
+    Ok(())
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    if std::env::args().nth(1).as_deref() == Some("prefix") {
+        return prefixes();
+    }
     let mut counts: Vec<usize> = std::env::args().skip(1).map(|a| a.parse()).collect::<Result<_, _>>()?;
     if counts.is_empty() {
         counts = vec![1, 8, 32];

@@ -3,12 +3,14 @@
 pub mod chat;
 mod decoder;
 pub mod engine;
+mod initial;
 mod sampler;
 mod session;
 mod text;
 
 pub use decoder::Decoder;
 pub use engine::{Engine, EngineOptions};
+pub use initial::InitialState;
 pub use sampler::{Sampler, SamplerOrder, Sampling};
 pub use session::Session;
 pub use text::TextStream;

@@ -1,4 +1,4 @@
-use crate::{Decoder, Error};
+use crate::{Decoder, Error, InitialState};
 use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
 use anser_model::{Cache, Model, State};
 use anser_ops::attention::{Chunks, Past};
@@ -37,6 +37,18 @@ impl<'m> Session<'m> {
             return Err(Error::State("a bound on what attention keeps must be there before the first token".into()));
         }
         self.state.cache = Some(cache);
+        Ok(self)
+    }
+
+    /// The session begun with a tuned initial state, before it reads anything.
+    ///
+    /// # Errors
+    /// When something was read already.
+    pub fn begun(mut self, initial: &InitialState) -> Result<Session<'m>, Error> {
+        if !self.logits.is_empty() {
+            return Err(Error::State("an initial state must be there before the first token".into()));
+        }
+        initial.begin(&self.ctx, &mut self.state);
         Ok(self)
     }
 

@@ -1,92 +1,15 @@
 //! The engine as its clients see it, with small random models.
 
-use anser_infer::engine::{
-    Constraint, End, Engine, EngineOptions, Event, Refused, Request, Start, Stream, TokenLogprob,
-};
-use anser_infer::{Decoder, Sampler, Sampling, Session};
-use anser_model::{Config, Hybrid, Init, Model};
+mod common;
+
+use anser_formats::{Dtype, Source, write_pth};
+use anser_infer::engine::{Constraint, End, Engine, EngineOptions, Event, Refused, Request, Start, Stream};
+use anser_infer::{Decoder, InitialState, Sampler, Sampling, Session};
+use anser_model::{Config, Init, Model};
 use anser_tensor::{Context, DType, Device};
+use common::{Answer, Folder, alone, answer, engine, hybrid, model, plain, prompt, request};
 use std::sync::Arc;
 use std::time::Duration;
-
-fn model(config: &Config) -> (Context, Arc<Model>) {
-    let ctx = Context::cpu(2);
-    let mut model = Model::init(&ctx, config, Init::Current, 1).unwrap();
-    // What begins as zeros would let nothing through.
-    let specs = model.params().specs().to_vec();
-    for (i, s) in specs.iter().enumerate().filter(|(_, s)| s.name.ends_with("output.weight") || s.name == "head.weight")
-    {
-        let values = &mut model.params_mut().values_mut()[s.range.clone()];
-        values.iter_mut().enumerate().for_each(|(j, v)| *v = ((i + j) as f32 * 0.7).sin() * 0.2);
-    }
-    (ctx, Arc::new(model))
-}
-
-fn plain() -> (Context, Arc<Model>) {
-    model(&Config::new(2, 64, 300))
-}
-
-fn hybrid() -> (Context, Arc<Model>) {
-    model(&Config { hybrid: Some(Hybrid { layers: 2, chunk: 16, topk: 2 }), ..Config::new(2, 64, 300) })
-}
-
-fn engine(of: &(Context, Arc<Model>), options: EngineOptions) -> Engine {
-    Engine::start(of.0.clone(), of.1.clone(), options).unwrap()
-}
-
-fn prompt(seed: u32, len: u32) -> Vec<u32> {
-    (0..len).map(|i| (i * i + 7 * i * seed + seed * 31) % 299 + 1).collect()
-}
-
-fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
-    Request { prompt, max_tokens, owner: "a".into(), ..Request::default() }
-}
-
-/// What a request gave.
-#[derive(Debug, Default, PartialEq)]
-struct Answer {
-    tokens: Vec<u32>,
-    logprobs: Vec<TokenLogprob>,
-    prompt: Vec<TokenLogprob>,
-    hidden: Option<Vec<f32>>,
-    read: usize,
-    cached: usize,
-    end: Option<End>,
-}
-
-fn answer(mut stream: Stream) -> Answer {
-    let mut a = Answer::default();
-    while let Some(event) = stream.recv() {
-        assert!(a.end.is_none(), "nothing comes after the end");
-        match event {
-            Event::Prompt { tokens, cached, logprobs, hidden } => {
-                (a.read, a.cached, a.prompt, a.hidden) = (tokens, cached, logprobs, hidden);
-            }
-            Event::Token(t) => {
-                a.tokens.push(t.token);
-                if !t.logprob.is_nan() {
-                    a.logprobs.push(t);
-                }
-            }
-            Event::End(end) => a.end = Some(end),
-        }
-    }
-    a
-}
-
-/// What a session and a sampler alone give.
-fn alone(of: &(Context, Arc<Model>), prompt: &[u32], sampling: &Sampling, seed: u64, count: usize) -> Vec<u32> {
-    let mut session = Session::new(&of.0, &of.1);
-    let mut sampler = Sampler::new(Sampling { seed, ..sampling.clone() }).unwrap();
-    session.feed(prompt).unwrap();
-    let mut tokens = Vec::new();
-    for _ in 0..count {
-        let token = sampler.sample(session.logits().unwrap()).unwrap();
-        tokens.push(token);
-        session.feed(&[token]).unwrap();
-    }
-    tokens
-}
 
 fn samplings() -> [Sampling; 4] {
     let plain = Sampling::default();
@@ -195,7 +118,7 @@ fn memory_of_prefixes_is_bounded() {
     }
     let End::Failed(reason) = used(20, Some("w")).1 else { panic!("no room") };
     assert!(reason.contains("no room"), "{reason}");
-    assert_eq!(engine.states().list("a").len(), 3);
+    assert_eq!(engine.states().list("a").unwrap().len(), 3);
 }
 
 #[test]
@@ -214,9 +137,9 @@ fn named_states_go_on_and_branch() {
         let info = engine.states().get("a", "x").unwrap();
         assert_eq!((info.tokens, info.name.as_str()), (46, "x"));
         engine.states().branch("a", "x", "y").unwrap();
-        assert!(engine.states().branch("a", "x", "y").unwrap_err().contains("already"));
-        assert!(engine.states().branch("a", "none", "z").unwrap_err().contains("no state"));
-        assert!(engine.states().branch("a", "x", "../z").unwrap_err().contains("letters"));
+        assert!(engine.states().branch("a", "x", "y").unwrap_err().to_string().contains("already"));
+        assert!(engine.states().branch("a", "none", "z").unwrap_err().to_string().contains("no state"));
+        assert!(engine.states().branch("a", "x", "../z").unwrap_err().to_string().contains("letters"));
         // On from it: without a prompt, with one, and once more from the branch, which the first didn't change.
         let so_far = [&p[..], &first.tokens].concat();
         let on = answer(go(Vec::new(), named("x"), Some("x"), "a").unwrap());
@@ -224,15 +147,79 @@ fn named_states_go_on_and_branch() {
         let other = answer(go(vec![5, 6], named("y"), None, "a").unwrap());
         assert_eq!(other.tokens, alone(&of, &[&so_far[..], &[5, 6]].concat(), &greedy, 0, 6));
         assert_eq!(engine.states().get("a", "x").unwrap().tokens, 52);
-        let names: Vec<String> = engine.states().list("a").into_iter().map(|i| i.name).collect();
+        let names: Vec<String> = engine.states().list("a").unwrap().into_iter().map(|i| i.name).collect();
         assert_eq!(names, ["x", "y"]);
         // Nobody else's.
-        assert!(engine.states().list("b").is_empty());
+        assert!(engine.states().list("b").unwrap().is_empty());
         assert!(matches!(go(vec![1], named("x"), None, "b"), Err(Refused::Invalid(m)) if m.contains("no state")));
         engine.states().delete("a", "x").unwrap();
         assert!(engine.states().delete("a", "x").is_err());
         assert!(matches!(go(vec![1], named("x"), None, "a"), Err(Refused::Invalid(_))));
     }
+}
+
+#[test]
+fn tuned_initial_states() {
+    let of = plain();
+    let path = std::env::temp_dir().join(format!("anser-initial-{}.pth", std::process::id()));
+    let values: Vec<f32> = (0..64 * 64).map(|i| (i as f32 * 0.37).sin() * 0.5).collect();
+    let write = |layers: usize, shape: &[usize]| {
+        let name = |i| format!("blocks.{i}.att.time_state");
+        let tensor = |i| Source::new(name(i), shape, Dtype::BF16, &values[..shape.iter().product()]);
+        write_pth(&path, &(0..layers).map(tensor).collect::<Vec<_>>()).unwrap();
+        InitialState::open(of.1.config(), &path)
+    };
+    let tuned = write(2, &[1, 64, 64]).unwrap();
+    for (layers, shape, what) in [(1, [1, 64, 64], "of 1 layers"), (2, [64, 64, 1], "[64, 64, 1]")] {
+        let e = write(layers, &shape).unwrap_err().to_string();
+        assert!(e.contains(what) && e.contains("this"), "{e}");
+    }
+    std::fs::remove_file(&path).unwrap();
+    let p = prompt(4, 40);
+    let greedy = samplings()[0].clone();
+    let begun = |tokens: &[u32]| {
+        let mut session = Session::new(&of.0, &of.1).begun(&tuned).unwrap();
+        let mut sampler = Sampler::new(greedy.clone()).unwrap();
+        let mut out = Vec::new();
+        session.feed(tokens).unwrap();
+        for _ in 0..6 {
+            out.push(sampler.sample(session.logits().unwrap()).unwrap());
+            session.feed(&out[out.len() - 1..]).unwrap();
+        }
+        out
+    };
+    let folder = Folder::new("initial");
+    let options = EngineOptions { initial: vec![("poet".into(), tuned.clone())], ..folder.options() };
+    let first = engine(&of, options.clone());
+    let go = |engine: &Engine, p: &[u32], from: &str, save: Option<&str>| {
+        let start = Start::Named(from.into());
+        let r = Request { start, sampling: greedy.clone(), save_as: save.map(String::from), ..request(p.to_vec(), 6) };
+        engine.submit(r).map(answer)
+    };
+    // What was cached without it is not taken, nor the other way round.
+    let plainly = |engine: &Engine| {
+        let r = Request { sampling: greedy.clone(), ..request(p.clone(), 6) };
+        answer(engine.submit(r).unwrap()).tokens
+    };
+    let want = alone(&of, &p, &greedy, 0, 6);
+    assert_eq!(plainly(&first), want);
+    let a = go(&first, &p, "poet", Some("talk")).unwrap();
+    assert_eq!((&a.tokens, a.cached), (&begun(&p), 0));
+    assert_ne!(a.tokens, want);
+    assert_eq!(plainly(&first), want);
+    assert_eq!(go(&first, &p, "poet", None).unwrap().cached, 40);
+    let listed: Vec<_> = first.states().list("a").unwrap().into_iter().map(|i| (i.name, i.tokens, i.initial)).collect();
+    assert_eq!(listed, [("poet".to_string(), 0, true), ("talk".into(), 46, false)]);
+    assert!(first.states().get("b", "poet").unwrap().initial);
+    assert!(first.states().delete("a", "poet").is_err() && first.states().branch("a", "talk", "poet").is_err());
+    assert!(matches!(go(&first, &p, "poet", Some("poet")), Err(Refused::Invalid(m)) if m.contains("initial")));
+    assert!(matches!(go(&first, &[], "poet", None), Err(Refused::Invalid(m)) if m.contains("empty")));
+    drop(first);
+    // A state that began from it needs it.
+    let so_far = [&p[..], &a.tokens, &[3]].concat();
+    assert_eq!(go(&engine(&of, options), &[3], "talk", None).unwrap().tokens, begun(&so_far));
+    let without = engine(&of, folder.options());
+    assert!(matches!(go(&without, &[3], "talk", None), Err(Refused::Invalid(m)) if m.contains("initial state")));
 }
 
 #[test]
@@ -383,6 +370,14 @@ fn nobody_waits_for_a_client_that_does_not_read() {
     assert_eq!(answer(engine.submit(request(prompt(2, 5), 1000)).unwrap()).tokens.len(), 1000);
     engine.drain();
     assert_eq!(answer(slow).tokens.len(), 3000);
+    // But what waits for one that reads nothing has an end.
+    let options = EngineOptions { unread: 50, ..EngineOptions::default() };
+    let engine = common::engine(&plain(), options);
+    let slow = engine.submit(request(prompt(1, 5), usize::MAX)).unwrap();
+    engine.drain();
+    let a = answer(slow);
+    let Some(End::Failed(why)) = a.end else { panic!("{:?}", a.end) };
+    assert!((49..=50).contains(&a.tokens.len()) && why.contains("isn't read"), "{} {why}", a.tokens.len());
 }
 
 #[test]
@@ -420,27 +415,6 @@ fn requests_that_make_no_sense() {
     assert_eq!(answer(engine.submit(good()).unwrap()).tokens.len(), 4);
 }
 
-/// A folder that goes away at the end.
-struct Folder(std::path::PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Folder {
-        let path = std::env::temp_dir().join(format!("anser-engine-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&path);
-        Folder(path)
-    }
-
-    fn options(&self) -> EngineOptions {
-        EngineOptions { folder: Some(self.0.clone()), stride: 32, ..EngineOptions::default() }
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 #[test]
 fn states_outlive_the_engine() {
     for of in [plain(), hybrid()] {
@@ -458,18 +432,19 @@ fn states_outlive_the_engine() {
             let a = answer(engine.submit(r).unwrap());
             (a.tokens, engine.stats().tokens_read - before)
         };
-        let names = |engine: &Engine| engine.states().list("a").into_iter().map(|i| i.name).collect::<Vec<_>>();
+        let names =
+            |engine: &Engine| engine.states().list("a").unwrap().into_iter().map(|i| i.name).collect::<Vec<_>>();
         let first = engine(&of, folder.options());
         let tokens: Vec<Vec<u32>> = (0..4).map(|i| save(&first, i, &format!("s{i}"))).collect();
         first.states().branch("a", "s1", "branch").unwrap();
         first.states().delete("a", "s1").unwrap();
         first.states().delete("a", "s2").unwrap();
         let replaced = save(&first, 7, "s3");
-        let infos = first.states().list("a");
+        let infos = first.states().list("a").unwrap();
         drop(first);
         let second = engine(&of, folder.options());
         assert_eq!(names(&second), ["branch", "s0", "s3"]);
-        for (a, b) in second.states().list("a").iter().zip(infos) {
+        for (a, b) in second.states().list("a").unwrap().iter().zip(infos) {
             assert_eq!((&a.name, a.tokens, a.bytes), (&b.name, b.tokens, b.bytes));
         }
         // One token is read, and all that are written but the last.
@@ -519,7 +494,7 @@ fn what_memory_has_no_room_for_goes_to_disk() {
     }
     let End::Failed(reason) = run(40, Some("n8")).2 else { panic!("no room") };
     assert!(reason.contains("no room"), "{reason}");
-    assert_eq!(engine.states().list("a").len(), 8);
+    assert_eq!(engine.states().list("a").unwrap().len(), 8);
     engine.states().delete("a", "n0").unwrap();
     assert_eq!(run(40, Some("n8")).2, End::Length);
     for i in 1..9 {
@@ -563,7 +538,7 @@ fn states_outlive_a_killed_process() {
     child.wait().unwrap();
     assert_eq!(saved.len(), 30);
     let engine = engine(&of, folder.options());
-    assert!(engine.states().list("a").len() >= 30);
+    assert!(engine.states().list("a").unwrap().len() >= 30);
     for line in saved {
         let (name, rest) = line.split_once(' ').unwrap();
         let (i, tokens) = rest.split_once(' ').unwrap();

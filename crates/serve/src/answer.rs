@@ -1,7 +1,7 @@
 //! One answer of the engine as text: characters whole, ended before stop texts, each token's log probability with its text.
 
 use crate::App;
-use crate::errors::ApiError;
+use crate::errors::{ApiError, blocking};
 use anser_infer::TextStream;
 use anser_infer::engine::{End, Event, Request, Start, Stream, TokenLogprob};
 use anser_tokenizer::Tokenizer;
@@ -83,9 +83,9 @@ impl Answer {
     ///
     /// # Errors
     /// When the engine refuses it.
-    pub fn start(app: &App, request: Request, stops: &[String], close: &'static str) -> Result<Answer, ApiError> {
+    pub async fn start(app: &App, request: Request, stops: &[String], close: &'static str) -> Result<Answer, ApiError> {
         let keep = request.save_as.clone().map(|name| Keep { owner: request.owner.clone(), name, close });
-        let stream = app.engine.submit(request)?;
+        let stream = submit(app, request).await?;
         Ok(Answer {
             app: app.clone(),
             stream,
@@ -173,11 +173,7 @@ impl Answer {
         }
         if self.keep.is_some() {
             self.stream.stop(before + whole);
-            while let Some(event) = self.stream.next().await {
-                if let Event::End(End::Failed(why)) = event {
-                    return Err(ApiError::internal(why));
-                }
-            }
+            kept(&mut self.stream).await?;
             self.close(&all[whole_bytes..cut]).await?;
         }
         Ok(Part::End(Text { text, tokens }, Finish::StopText(stop)))
@@ -193,13 +189,7 @@ impl Answer {
         let start = Start::Named(keep.name.clone());
         let request =
             Request { prompt, start, owner: keep.owner, save_as: Some(keep.name), max_tokens: 0, ..Request::default() };
-        let mut stream = self.app.engine.submit(request)?;
-        while let Some(event) = stream.next().await {
-            if let Event::End(End::Failed(why)) = event {
-                return Err(ApiError::internal(why));
-            }
-        }
-        Ok(())
+        kept(&mut submit(&self.app, request).await?).await
     }
 
     async fn end(&mut self, end: End) -> Result<Part, ApiError> {
@@ -210,12 +200,34 @@ impl Answer {
             End::Cancelled => {
                 return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the server is shutting down"));
             }
+            End::Unreachable(why) => return Err(ApiError::unreachable(why)),
             End::Failed(why) => return Err(ApiError::internal(why)),
         };
         self.close(b"").await?;
         let text = std::mem::take(&mut self.text).finish();
         Ok(Part::End(Text { text, tokens: std::mem::take(&mut self.held) }, finish))
     }
+}
+
+/// Gives the engine a request. What a name stands for may be far away.
+async fn submit(app: &App, request: Request) -> Result<Stream, ApiError> {
+    let engine = app.engine.clone();
+    Ok(match request.start {
+        Start::Empty => engine.submit(request)?,
+        Start::Named(_) => blocking(move || engine.submit(request)).await??,
+    })
+}
+
+/// Waits for the end of a request whose state is kept.
+async fn kept(stream: &mut Stream) -> Result<(), ApiError> {
+    while let Some(event) = stream.next().await {
+        match event {
+            Event::End(End::Failed(why)) => return Err(ApiError::internal(why)),
+            Event::End(End::Unreachable(why)) => return Err(ApiError::unreachable(why)),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// The bytes of a token; none for ids that only the model has.

@@ -1,6 +1,6 @@
 //! Errors in the shape of OpenAI's API.
 
-use anser_infer::engine::Refused;
+use anser_infer::engine::{Refused, StateError};
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -41,6 +41,11 @@ impl ApiError {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, message)
     }
 
+    /// Something that cannot be reached now.
+    pub fn unreachable(message: impl Into<String>) -> ApiError {
+        ApiError { retry_after: Some(1), ..ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message) }
+    }
+
     /// OpenAI's name of the kind of error.
     pub fn kind(&self) -> &'static str {
         match self.status.as_u16() {
@@ -77,8 +82,25 @@ impl From<Refused> for ApiError {
                 ApiError { retry_after: Some(1), ..ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message) }
             }
             Refused::Invalid(_) => ApiError::new(StatusCode::BAD_REQUEST, message),
+            Refused::Unreachable(_) => ApiError::unreachable(message),
         }
     }
+}
+
+impl From<StateError> for ApiError {
+    fn from(error: StateError) -> ApiError {
+        let message = error.to_string();
+        match error {
+            StateError::Missing(_) => ApiError::not_found(message),
+            StateError::Refused(_) => ApiError::new(StatusCode::BAD_REQUEST, message),
+            StateError::Unreachable(_) => ApiError::unreachable(message),
+        }
+    }
+}
+
+/// Work that waits for a disk or for another machine, beside async code.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ApiError> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| ApiError::internal(e.to_string()))
 }
 
 impl IntoResponse for ApiError {

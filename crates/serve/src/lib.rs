@@ -16,10 +16,12 @@ mod page;
 mod sse;
 mod template;
 mod think;
+mod tls;
 
 pub use auth::Keys;
 pub use listen::serve;
 pub use template::Template;
+pub use tls::Tls;
 
 use anser_infer::Engine;
 use anser_infer::chat::Think;
@@ -63,6 +65,8 @@ pub struct Options {
     pub timeout: Duration,
     /// How long a client may take for its headers, and between two pieces of its body.
     pub read_timeout: Duration,
+    /// How long a client may take to read anything of what is sent to it.
+    pub write_timeout: Duration,
     /// Connections at most.
     pub connections: usize,
     /// Requests of one key that run at the same time at most.
@@ -89,9 +93,8 @@ pub type App = Arc<Shared>;
 impl Shared {
     /// A server's state.
     pub fn new(engine: Engine, tokenizer: Tokenizer, options: Options) -> App {
-        let of_metrics = engine.clone();
         Arc::new(Shared {
-            metrics: Metrics::new(move || of_metrics.stats()),
+            metrics: Metrics::new(engine.clone()),
             per_owner: auth::PerOwner::new(options.per_key),
             grammars: constraint::Grammars::new(tokenizer),
             created: api::now(),

@@ -1,6 +1,6 @@
 //! Connections: how many, how slow, and how they end.
 
-use crate::{App, router};
+use crate::{App, Tls, router};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
@@ -9,9 +9,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_io_timeout::TimeoutStream;
 
-/// Serves until `stop` is ready, then lets running requests end, for `grace` at most.
-pub async fn serve(app: App, listener: TcpListener, stop: impl Future<Output = ()>, grace: Duration) {
+/// Serves, over TLS or plainly, until `stop` is ready, then lets running requests end, for `grace` at most.
+pub async fn serve(app: App, listener: TcpListener, tls: Option<Tls>, stop: impl Future<Output = ()>, grace: Duration) {
     let service = router(app.clone());
     let graceful = GracefulShutdown::new();
     let room = Arc::new(Semaphore::new(app.options.connections));
@@ -35,11 +37,21 @@ pub async fn serve(app: App, listener: TcpListener, stop: impl Future<Output = (
         };
         // Tokens are small and are not to wait for each other.
         let _ = stream.set_nodelay(true);
-        let service = TowerToHyperService::new(service.clone());
-        let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
+        let mut stream = TimeoutStream::new(stream);
+        stream.set_write_timeout(Some(app.options.write_timeout));
+        let stream = Box::pin(stream);
+        let (http, service) = (http.clone(), TowerToHyperService::new(service.clone()));
+        let (acceptor, patience) = (tls.as_ref().map(Tls::acceptor), app.options.read_timeout);
+        let watcher = graceful.watcher();
         tokio::spawn(async move {
             // What a client did wrong with its connection concerns nobody else.
-            let _ = connection.await;
+            let _ = match acceptor {
+                None => watcher.watch(http.serve_connection(TokioIo::new(stream), service)).await,
+                Some(acceptor) => match timeout(patience, acceptor.accept(stream)).await {
+                    Ok(Ok(stream)) => watcher.watch(http.serve_connection(TokioIo::new(stream), service)).await,
+                    _ => Ok(()),
+                },
+            };
             drop(place);
         });
     }
@@ -47,7 +59,7 @@ pub async fn serve(app: App, listener: TcpListener, stop: impl Future<Output = (
     drop(listener);
     let engine = app.engine.clone();
     let drained = tokio::task::spawn_blocking(move || engine.drain());
-    let _ = tokio::time::timeout(grace, async {
+    let _ = timeout(grace, async {
         graceful.shutdown().await;
         let _ = drained.await;
     })

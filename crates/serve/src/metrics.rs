@@ -1,8 +1,9 @@
 //! What the server counts, in the text format of Prometheus.
 
-use anser_infer::engine::Stats;
+use anser_infer::Engine;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::ConstGauge;
@@ -26,8 +27,8 @@ struct Answered {
 }
 
 impl Metrics {
-    /// With the engine's statistics as `stats` gives them.
-    pub fn new(stats: impl Fn() -> Stats + Send + Sync + 'static) -> Metrics {
+    /// With the statistics of an engine.
+    pub fn new(engine: Engine) -> Metrics {
         let mut registry = Registry::with_prefix("anser");
         let requests = Family::default();
         let first = Histogram::new(exponential_buckets(0.005, 2.0, 14));
@@ -35,7 +36,7 @@ impl Metrics {
         registry.register("http_requests", "Responses by route and status", requests.clone());
         registry.register("time_to_first_token_seconds", "From a request to its first token", first.clone());
         registry.register("time_between_tokens_seconds", "From a token to the next", between.clone());
-        registry.register_collector(Box::new(OfEngine(stats)));
+        registry.register_collector(Box::new(OfEngine(engine)));
         Metrics { registry, requests, first, between }
     }
 
@@ -53,23 +54,24 @@ impl Metrics {
     }
 }
 
-struct OfEngine<F>(F);
+struct OfEngine(Engine);
 
-impl<F> std::fmt::Debug for OfEngine<F> {
+impl std::fmt::Debug for OfEngine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("OfEngine")
     }
 }
 
-impl<F: Fn() -> Stats + Send + Sync + 'static> Collector for OfEngine<F> {
+impl Collector for OfEngine {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let s = (self.0)();
+        let s = self.0.stats();
         for (name, help, value) in [
             ("requests_running", "Sequences in the batch", s.running),
             ("requests_waiting", "Requests that wait for a slot", s.waiting),
             ("state_bytes_running", "Bytes of the states of running sequences", s.running_bytes),
             ("state_bytes_cached", "Bytes of states kept in memory", s.cached_bytes),
-            ("states_cached", "States kept in memory", s.cached_states),
+            ("state_bytes_disk", "Bytes of states in the folder", s.disk_bytes),
+            ("states_cached", "States kept in memory or in the folder", s.cached_states),
         ] {
             let gauge = ConstGauge::new(value as i64);
             gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)?;
@@ -87,6 +89,17 @@ impl<F: Fn() -> Stats + Send + Sync + 'static> Collector for OfEngine<F> {
         ] {
             let counter = ConstCounter::new(value);
             counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
+        }
+        let tiers = self.0.states().tiers();
+        let help = "Whether where states are kept worked when it was last used";
+        let mut up = encoder.encode_descriptor("state_tier_up", help, None, MetricType::Gauge)?;
+        for t in &tiers {
+            ConstGauge::new(i64::from(t.up)).encode(up.encode_family(&[("tier", t.tier)])?)?;
+        }
+        let help = "How often it failed";
+        let mut errors = encoder.encode_descriptor("state_tier_errors", help, None, MetricType::Counter)?;
+        for t in &tiers {
+            ConstCounter::new(t.errors).encode(errors.encode_family(&[("tier", t.tier)])?)?;
         }
         Ok(())
     }

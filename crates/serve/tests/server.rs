@@ -31,6 +31,7 @@ fn options() -> Options {
         max_body: 1 << 16,
         timeout: Duration::from_secs(60),
         read_timeout: Duration::from_secs(2),
+        write_timeout: Duration::from_secs(2),
         connections: 64,
         per_key: 64,
         cors: Vec::new(),
@@ -55,7 +56,7 @@ impl Server {
             let stopped = async {
                 let _ = stopped.await;
             };
-            runtime.block_on(serve(app, listener, stopped, Duration::from_secs(20)));
+            runtime.block_on(serve(app, listener, None, stopped, Duration::from_secs(20)));
         });
         Server { address, engine, stop: Some(stop), thread: Some(thread) }
     }
@@ -482,4 +483,32 @@ fn a_full_queue_refuses_and_an_end_lets_answers_end() {
     until("the port is closed", || TcpStream::connect(s.address).is_err());
     let text = first.body_mut().read_to_string().unwrap();
     assert!(text.trim_end().ends_with("[DONE]"), "{text}");
+}
+
+#[test]
+fn states_that_cannot_be_reached() {
+    // Nothing listens at this port any more.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let redis = Some(format!("redis://127.0.0.1:{port}"));
+    let s = Server::start(options(), EngineOptions { redis, ..EngineOptions::default() });
+    let ask = |more: Value| {
+        let mut body = json!({ "prompt": "He took her by the", "max_tokens": 4 });
+        more.as_object().unwrap().iter().for_each(|(k, v)| body[k] = v.clone());
+        s.call("POST", "/v1/completions", None, &body.to_string())
+    };
+    assert_eq!(ask(json!({})).status(), 200);
+    for more in [json!({ "state": "x" }), json!({ "save_as": "x" })] {
+        let mut response = ask(more);
+        assert_eq!(response.status(), 503);
+        assert!(response.headers().contains_key("retry-after"));
+        let error: Value = response.body_mut().read_json().unwrap();
+        assert!(error["error"]["message"].as_str().unwrap().contains("redis"), "{error}");
+    }
+    assert_eq!(s.call("GET", "/v1/states", None, "").status(), 503);
+    assert_eq!(s.call("GET", "/v1/states/x", None, "").status(), 503);
+    assert_eq!(s.call("GET", "/ready", None, "").status(), 200);
+    let metrics = s.call("GET", "/metrics", None, "").body_mut().read_to_string().unwrap();
+    assert!(metrics.contains("anser_state_tier_up{tier=\"redis\"} 0"), "{metrics}");
+    let errors = metrics.lines().find_map(|l| l.strip_prefix("anser_state_tier_errors_total{tier=\"redis\"} "));
+    assert!(errors.unwrap().parse::<u64>().unwrap() > 0);
 }

@@ -38,14 +38,14 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let ctx = global.context()?;
     let (model, tokenizer) = args.common.source.load(&ctx, global)?;
     let fresh = || -> anyhow::Result<Session<'_>> {
-        let mut session = args.common.source.session(&ctx, &model, None)?;
+        let mut session = args.common.session(&ctx, &model, None)?;
         if let Some(text) = &args.system {
             session.feed(&tokenizer.encode(chat::system(text).as_bytes()))?;
         }
         Ok(session)
     };
     let mut session = match &args.load_state {
-        Some(path) => args.common.source.session(&ctx, &model, Some(path))?,
+        Some(path) => args.common.session(&ctx, &model, Some(path))?,
         None => fresh()?,
     };
     // A file that cannot be written is found before the first word.

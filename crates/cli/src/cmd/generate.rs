@@ -1,6 +1,6 @@
 use crate::global::{Bound, Chunks, Global, Interrupted, stop};
 use anser_formats::Checkpoint;
-use anser_infer::{Sampler, SamplerOrder, Sampling, Session, TextStream};
+use anser_infer::{InitialState, Sampler, SamplerOrder, Sampling, Session, TextStream};
 use anser_model::{Cache, Config, Load, Model};
 use anser_tensor::Context;
 use anser_tokenizer::Tokenizer;
@@ -59,6 +59,9 @@ pub struct Source {
 pub struct Common {
     #[command(flatten)]
     pub source: Source,
+    /// Begin with a tuned initial state: a .pth file of blocks.N.att.time_state
+    #[arg(long, value_name = "FILE")]
+    initial_state: Option<PathBuf>,
     /// 0: always the most probable token
     #[arg(long, default_value_t = 1.0)]
     temperature: f32,
@@ -97,6 +100,16 @@ fn bias(s: &str) -> Result<(u32, f32), String> {
 }
 
 impl Common {
+    /// A new session, or one that goes on from a state file.
+    pub fn session<'m>(&self, ctx: &Context, model: &'m Model, state: Option<&Path>) -> anyhow::Result<Session<'m>> {
+        let session = self.source.session(ctx, model, state)?;
+        match &self.initial_state {
+            None => Ok(session),
+            Some(_) if state.is_some() => bail!("--initial-state: a saved state has its beginning in it; leave it out"),
+            Some(path) => Ok(session.begun(&InitialState::open(model.config(), path)?)?),
+        }
+    }
+
     /// The sampling options.
     pub fn sampling(&self) -> Sampling {
         Sampling {
@@ -173,7 +186,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         std::io::stdin().read_to_end(&mut prompt).context("stdin")?;
     }
     let mut tokens = tokenizer.encode(&prompt);
-    let mut session = args.common.source.session(&ctx, &model, args.load_state.as_deref())?;
+    let mut session = args.common.session(&ctx, &model, args.load_state.as_deref())?;
     if tokens.is_empty() && args.load_state.is_none() {
         // An empty prompt starts a document.
         tokens.push(tokenizer.end_of_document());

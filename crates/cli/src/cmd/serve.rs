@@ -1,8 +1,8 @@
 use crate::cmd::generate::Source;
 use crate::global::{Global, Interrupted};
 use anser_infer::chat::Think;
-use anser_infer::{Engine, EngineOptions};
-use anser_serve::{Keys, Options, Shared, Template};
+use anser_infer::{Engine, EngineOptions, InitialState};
+use anser_serve::{Keys, Options, Shared, Template, Tls};
 use anyhow::{Context as _, anyhow, ensure};
 use serde_json::json;
 use std::path::PathBuf;
@@ -44,6 +44,18 @@ pub struct Args {
     /// Folder of named states [default: they are lost at the end]
     #[arg(long, value_name = "FOLDER")]
     states: Option<PathBuf>,
+    /// Redis in which servers share states and prefixes, such as redis://:PASSWORD@HOST:6379/0, or rediss:// for TLS
+    #[arg(long, value_name = "URL", env = "ANSER_REDIS", hide_env_values = true)]
+    redis: Option<String>,
+    /// Hours after which Redis forgets what nobody used
+    #[arg(long, default_value_t = 168, value_name = "HOURS", value_parser = clap::value_parser!(u32).range(1..))]
+    redis_expiry: u32,
+    /// Object store in which servers share named states: s3://BUCKET/FOLDER, with keys and settings in AWS_* variables, or file:///FOLDER
+    #[arg(long, value_name = "URL", env = "ANSER_OBJECT_STORE")]
+    object_store: Option<String>,
+    /// Tuned initial state that requests may go on from by name: a .pth file of blocks.N.att.time_state (may be given several times)
+    #[arg(long, value_name = "NAME=FILE", value_parser = named_file)]
+    initial_state: Vec<(String, PathBuf)>,
     /// Tokens of an answer at most
     #[arg(long, default_value_t = 4096)]
     max_tokens: usize,
@@ -59,6 +71,15 @@ pub struct Args {
     /// Seconds that a client may take to send its headers, or the next piece of its request
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     read_timeout: u64,
+    /// Seconds that a client may take to read anything of what is sent to it
+    #[arg(long, default_value_t = 30, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    write_timeout: u64,
+    /// Certificate in PEM, with those that vouch for it: serves HTTPS; SIGHUP has it and the key read again
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Private key of the certificate in PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
     /// Seconds that running requests have to end after Ctrl-C or SIGTERM
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     grace: u64,
@@ -77,6 +98,8 @@ pub struct Args {
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let options = args.options()?;
     let model_name = options.model.clone();
+    let tls = args.tls_cert.as_deref().zip(args.tls_key.as_deref()).map(|(cert, key)| Tls::open(cert, key));
+    let tls = tls.transpose().map_err(anyhow::Error::msg)?;
     // A port that is taken is found before the model is loaded.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let at = (args.host.as_str(), args.port);
@@ -89,23 +112,32 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
 
     let ctx = global.context()?;
     let (model, tokenizer) = args.source.load(&ctx, global)?;
+    let initial = |(name, path): &(String, PathBuf)| {
+        Ok::<_, anser_infer::Error>((name.clone(), InitialState::open(model.config(), path)?))
+    };
     let engine = EngineOptions {
+        initial: args.initial_state.iter().map(initial).collect::<Result<_, _>>()?,
         slots: args.slots.into(),
         waiting: args.waiting,
         cache_bytes: args.cache_memory << 20,
         folder: args.states.clone(),
+        redis: args.redis.clone(),
+        redis_expiry: Duration::from_secs(u64::from(args.redis_expiry) * 3600),
+        object_store: args.object_store.clone(),
         bound: args.source.bound(),
         ..EngineOptions::default()
     };
     let engine = Engine::start(ctx, Arc::new(model), engine)?;
     let app = Shared::new(engine, tokenizer, options);
-    global.note(format!("serving {model_name} at http://{address}"));
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    global.note(format!("serving {model_name} at {scheme}://{address}"));
     global.result(json!({ "model": model_name, "address": address.to_string() }), String::new)?;
     let grace = Duration::from_secs(args.grace);
     runtime.block_on(async {
         let mut interrupted = false;
         let stop = async { interrupted = stop().await };
-        anser_serve::serve(app, listener, stop, grace).await;
+        tokio::spawn(reload(tls.clone()));
+        anser_serve::serve(app, listener, tls, stop, grace).await;
         global.note("stopped");
         if interrupted { Err(Interrupted.into()) } else { Ok(()) }
     })
@@ -139,6 +171,7 @@ impl Args {
             max_body: self.max_body << 20,
             timeout: Duration::from_secs(self.timeout),
             read_timeout: Duration::from_secs(self.read_timeout),
+            write_timeout: Duration::from_secs(self.write_timeout),
             connections: self.connections.into(),
             per_key: self.per_key.into(),
             cors: cors.collect::<anyhow::Result<_>>()?,
@@ -146,8 +179,29 @@ impl Args {
     }
 }
 
+fn named_file(s: &str) -> Result<(String, PathBuf), String> {
+    let (name, file) = s.split_once('=').ok_or("write NAME=FILE")?;
+    Ok((name.into(), file.into()))
+}
+
 fn read(path: &PathBuf) -> anyhow::Result<String> {
     std::fs::read_to_string(path).with_context(|| path.display().to_string())
+}
+
+/// Reads the certificate again at every SIGHUP, which without one does nothing.
+async fn reload(tls: Option<Tls>) {
+    #[cfg(unix)]
+    if let Ok(mut hangup) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()) {
+        while hangup.recv().await.is_some() {
+            match tls.as_ref().map(Tls::reload) {
+                Some(Ok(())) => eprintln!("the certificate was read again"),
+                Some(Err(e)) => eprintln!("the certificate stays: {e}"),
+                None => {}
+            }
+        }
+    }
+    #[cfg(not(unix))]
+    let _ = tls;
 }
 
 /// Waits for Ctrl-C (true) or SIGTERM (false).

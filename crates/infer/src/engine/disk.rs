@@ -1,10 +1,10 @@
-//! What outlives the program: an embedded database of snapshots and names.
+//! The folder of one server's states: an embedded database, in which every change is on disk as a whole or not at all.
 
-use super::bytes::{Reader, put_number, seal};
-use super::store::{Key, Named};
-use redb::{Database, Error, ReadableDatabase, ReadableTable, TableDefinition, TableError, WriteTransaction};
+use super::store::Key;
+use super::tier::{Head, Item, Named, Tier, milliseconds};
+use redb::{Database, Error, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 /// Encoded snapshots by key.
 const SNAPSHOTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("snapshots");
@@ -16,7 +16,11 @@ const NAMES: TableDefinition<'_, (&str, &str, &str), &[u8]> = TableDefinition::n
 /// Memory for pages of the file.
 const PAGES: usize = 64 << 20;
 
-pub(super) struct Disk(Database);
+pub(super) struct Disk {
+    database: Database,
+    /// Whose names are seen.
+    model: String,
+}
 
 /// A snapshot on disk.
 pub(super) struct Stored {
@@ -28,119 +32,124 @@ pub(super) struct Stored {
 }
 
 impl Disk {
-    /// Opens the database in a folder, which is made if there is none.
-    pub fn open(folder: &Path) -> Result<Disk, String> {
+    /// Opens the database in a folder, which is made if there is none, with the names of a model.
+    pub fn open(folder: &Path, model: String) -> Result<Disk, String> {
         let path = folder.join("states.redb");
         let failed = |e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
         std::fs::create_dir_all(folder).map_err(|e| failed(&e))?;
-        Ok(Disk(Database::builder().set_cache_size(PAGES).create(&path).map_err(|e| failed(&e))?))
+        let database = Database::builder().set_cache_size(PAGES).create(&path).map_err(|e| failed(&e))?;
+        let disk = Disk { database, model };
+        // That the tables are there makes reading them simple.
+        let tables = disk.change(|t| {
+            t.open_table(SNAPSHOTS)?;
+            t.open_table(INDEX)?;
+            t.open_table(NAMES)?;
+            Ok(())
+        });
+        tables.map_err(|e| failed(&e))?;
+        Ok(disk)
     }
 
-    /// Makes a change as a whole or not at all; it is safe when this returns.
-    pub fn change(&self, change: impl FnOnce(&Change) -> Result<(), Error>) -> Result<(), String> {
-        let all = || {
-            let transaction = Change(self.0.begin_write()?);
-            change(&transaction)?;
-            Ok::<(), Error>(transaction.0.commit()?)
-        };
-        all().map_err(|e| format!("writing states: {e}"))
-    }
-
-    /// An encoded snapshot.
-    pub fn read(&self, key: &Key) -> Result<Option<Vec<u8>>, Error> {
-        let table = self.0.begin_read()?.open_table(SNAPSHOTS)?;
-        Ok(table.get(&key[..])?.map(|bytes| bytes.value().to_vec()))
-    }
-
-    /// All snapshots.
+    /// All snapshots, the oldest first.
     pub fn stored(&self) -> Result<Vec<Stored>, Error> {
-        let table = match self.0.begin_read()?.open_table(INDEX) {
-            Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
-            table => table?,
-        };
         let mut all = Vec::new();
-        for row in table.iter()? {
+        for row in self.database.begin_read()?.open_table(INDEX)?.iter()? {
             let (key, value) = row?;
             let (len, bytes, logits, written) = value.value();
             let Ok(key) = key.value().try_into() else { continue };
             all.push(Stored { key, len: len as usize, bytes: bytes as usize, logits, written });
         }
+        all.sort_by_key(|s| s.written);
         Ok(all)
     }
 
-    /// All names, each with its model and owner. Damaged ones are left out.
-    pub fn names(&self) -> Result<Vec<([String; 3], Named)>, Error> {
-        let table = match self.0.begin_read()?.open_table(NAMES) {
-            Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
-            table => table?,
-        };
+    /// The keys that names of any model stand for, one for each name.
+    pub fn pinned(&self) -> Result<Vec<Key>, Error> {
         let mut all = Vec::new();
-        for row in table.iter()? {
+        for row in self.database.begin_read()?.open_table(NAMES)?.iter()? {
             let (name, value) = row?;
-            let (model, owner, name) = name.value();
             match Named::decode(value.value()) {
-                Some(named) => all.push(([model, owner, name].map(String::from), named)),
-                None => eprintln!("the state {name:?} is damaged and left out"),
+                Some(named) => all.push(named.key),
+                None => eprintln!("the state {:?} is damaged and left out", name.value().2),
             }
         }
         Ok(all)
     }
-}
 
-/// A change being made.
-pub(super) struct Change(WriteTransaction);
-
-impl Change {
-    /// Writes an encoded snapshot after `len` tokens.
-    pub fn put(&self, key: &Key, len: usize, logits: bool, bytes: &[u8]) -> Result<(), Error> {
-        let row = (len as u64, bytes.len() as u64, logits, milliseconds(SystemTime::now()) as u64);
-        self.0.open_table(SNAPSHOTS)?.insert(&key[..], bytes)?;
-        self.0.open_table(INDEX)?.insert(&key[..], row)?;
-        Ok(())
+    fn change(&self, change: impl FnOnce(&WriteTransaction) -> Result<(), Error>) -> Result<(), String> {
+        let all = || {
+            let transaction = self.database.begin_write()?;
+            change(&transaction)?;
+            Ok::<(), Error>(transaction.commit()?)
+        };
+        all().map_err(|e| format!("writing states: {e}"))
     }
 
-    /// Removes snapshots.
-    pub fn remove(&self, keys: &[Key]) -> Result<(), Error> {
-        let (mut snapshots, mut index) = (self.0.open_table(SNAPSHOTS)?, self.0.open_table(INDEX)?);
-        for key in keys {
-            snapshots.remove(&key[..])?;
-            index.remove(&key[..])?;
+    fn read<T>(&self, read: impl FnOnce(&redb::ReadTransaction) -> Result<T, Error>) -> Result<T, String> {
+        let all = || read(&self.database.begin_read()?);
+        all().map_err(|e| format!("reading states: {e}"))
+    }
+}
+
+impl Tier for Disk {
+    fn get(&self, key: &Key) -> Result<Option<Vec<u8>>, String> {
+        self.read(|t| Ok(t.open_table(SNAPSHOTS)?.get(&key[..])?.map(|bytes| bytes.value().to_vec())))
+    }
+
+    fn put(&self, item: &Item<'_>) -> Result<(), String> {
+        let row = (item.len as u64, item.bytes.len() as u64, item.logits, milliseconds(SystemTime::now()) as u64);
+        self.change(|t| {
+            t.open_table(SNAPSHOTS)?.insert(&item.key[..], item.bytes)?;
+            t.open_table(INDEX)?.insert(&item.key[..], row)?;
+            Ok(())
+        })
+    }
+
+    fn remove(&self, keys: &[Key]) -> Result<(), String> {
+        if keys.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        self.change(|t| {
+            let (mut snapshots, mut index) = (t.open_table(SNAPSHOTS)?, t.open_table(INDEX)?);
+            for key in keys {
+                snapshots.remove(&key[..])?;
+                index.remove(&key[..])?;
+            }
+            Ok(())
+        })
     }
 
-    /// Writes a name: of a model, an owner.
-    pub fn put_name(&self, name: (&str, &str, &str), named: &Named) -> Result<(), Error> {
-        self.0.open_table(NAMES)?.insert(name, &named.encode()[..])?;
-        Ok(())
+    fn name(&self, owner: &str, name: &str) -> Result<Option<Named>, String> {
+        let at = (&self.model[..], owner, name);
+        self.read(|t| Ok(t.open_table(NAMES)?.get(at)?.and_then(|bytes| Named::decode(bytes.value()))))
     }
 
-    /// Removes a name.
-    pub fn remove_name(&self, name: (&str, &str, &str)) -> Result<(), Error> {
-        self.0.open_table(NAMES)?.remove(name)?;
-        Ok(())
-    }
-}
-
-impl Named {
-    /// Key, size, milliseconds since 1970, tokens; a checksum.
-    fn encode(&self) -> Vec<u8> {
-        let mut out = self.key.to_vec();
-        [self.bytes, milliseconds(self.created), self.tokens.len()].iter().for_each(|&n| put_number(&mut out, n));
-        self.tokens.iter().for_each(|t| out.extend(t.to_le_bytes()));
-        seal(&mut out);
-        out
+    fn names(&self, owner: &str) -> Result<Vec<(String, Head)>, String> {
+        self.read(|t| {
+            let mut all = Vec::new();
+            for row in t.open_table(NAMES)?.range((&self.model[..], owner, "")..)? {
+                let (at, value) = row?;
+                let (model, of, name) = at.value();
+                if (model, of) != (&self.model, owner) {
+                    break;
+                }
+                all.extend(Named::decode(value.value()).map(|named| (name.to_string(), named.head())));
+            }
+            Ok(all)
+        })
     }
 
-    fn decode(bytes: &[u8]) -> Option<Named> {
-        let mut from = Reader::sealed(bytes)?;
-        let key = from.words(8)?.concat().try_into().ok()?;
-        let [bytes, created, tokens] = [from.number()?, from.number()?, from.number()?];
-        let tokens = from.words(tokens)?.iter().map(|t| u32::from_le_bytes(*t)).collect();
-        Some(Named { key, tokens, bytes, created: UNIX_EPOCH + Duration::from_millis(created as u64) })
+    fn put_name(&self, owner: &str, name: &str, named: &Named) -> Result<(), String> {
+        self.change(|t| {
+            t.open_table(NAMES)?.insert((&self.model[..], owner, name), &named.encode()[..])?;
+            Ok(())
+        })
     }
-}
 
-fn milliseconds(time: SystemTime) -> usize {
-    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as usize
+    fn remove_name(&self, owner: &str, name: &str) -> Result<(), String> {
+        self.change(|t| {
+            t.open_table(NAMES)?.remove((&self.model[..], owner, name))?;
+            Ok(())
+        })
+    }
 }

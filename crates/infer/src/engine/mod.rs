@@ -27,15 +27,23 @@
 mod batch;
 mod bytes;
 mod disk;
+mod kept;
+#[cfg(feature = "object-store")]
+mod object;
+#[cfg(feature = "redis")]
+mod redis;
 mod run;
 mod sequence;
 mod shared;
 mod snapshot;
 mod store;
+mod tier;
+mod workers;
 
-pub use store::{StateInfo, StateStore};
+pub use store::{StateError, StateInfo, StateStore};
+pub use tier::TierStats;
 
-use crate::{Decoder, Error, Sampler, Sampling};
+use crate::{Decoder, Error, InitialState, Sampler, Sampling};
 use anser_model::{Architecture, Cache, Model};
 use anser_tensor::Context;
 use serde_json::json;
@@ -46,7 +54,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use store::Begin;
+use tokio::sync::{Semaphore, mpsc};
 
 /// Runs a model for many clients. A clone is another handle on the same; when the last one is dropped the requests that are left are
 /// cancelled and the thread ends.
@@ -72,6 +81,8 @@ pub struct EngineOptions {
     /// Bytes that the states of running sequences may take; 0: no bound. What a hybrid's attention keeps is counted before a request starts, for all tokens that
     /// it may have.
     pub memory: usize,
+    /// Tokens that may wait for a client to read them; the answer to one that lets more wait fails.
+    pub unread: usize,
     /// Tokens of prompts that a step reads at most; 0: what suits the device.
     pub prefill_piece: usize,
     /// Tokens of a prompt after which its state is kept for others that begin alike, and after multiples of these, which become rarer; 0: only at its end.
@@ -80,6 +91,14 @@ pub struct EngineOptions {
     pub folder: Option<PathBuf>,
     /// Bytes of states in the folder at most.
     pub disk_bytes: usize,
+    /// URL of a Redis in which servers share states and prefixes; it may be down at any time. See [`StateStore`].
+    pub redis: Option<String>,
+    /// How long Redis keeps what nobody uses.
+    pub redis_expiry: Duration,
+    /// URL of an object store for named states, shared by servers.
+    pub object_store: Option<String>,
+    /// Tuned initial states by name, for all owners.
+    pub initial: Vec<(String, InitialState)>,
     /// A bound on what attention keeps of each sequence of a hybrid. States saved with another one are not seen.
     pub bound: Option<Cache>,
 }
@@ -91,10 +110,15 @@ impl Default for EngineOptions {
             waiting: 256,
             cache_bytes: 1 << 30,
             memory: 0,
+            unread: 1 << 14,
             prefill_piece: 0,
             stride: 512,
             folder: None,
             disk_bytes: 16 << 30,
+            redis: None,
+            redis_expiry: Duration::from_secs(7 * 24 * 3600),
+            object_store: None,
+            initial: Vec::new(),
             bound: None,
         }
     }
@@ -106,7 +130,7 @@ pub enum Start {
     /// Nothing.
     #[default]
     Empty,
-    /// The owner's state of this name.
+    /// The initial state or the owner's state of this name.
     Named(String),
 }
 
@@ -214,13 +238,15 @@ pub enum End {
     Constraint,
     /// The engine ended.
     Cancelled,
+    /// The state could not be kept, as where it is to be cannot be reached.
+    Unreachable(String),
     /// Something went wrong.
     Failed(String),
 }
 
-/// The events of a request. Dropping it cancels the request, and keeps no state. Nobody waits for whoever doesn't read them.
+/// The events of a request. Dropping it cancels the request, and keeps no state. Nobody waits for whoever doesn't read them ([`EngineOptions::unread`]).
 pub struct Stream {
-    events: mpsc::UnboundedReceiver<Event>,
+    events: mpsc::Receiver<Event>,
     ended: bool,
     stop: Arc<AtomicUsize>,
 }
@@ -270,6 +296,9 @@ pub enum Refused {
     /// What is asked for makes no sense.
     #[error("{0}")]
     Invalid(String),
+    /// Where the named state is cannot be reached.
+    #[error("{0}")]
+    Unreachable(String),
 }
 
 /// What an engine has done and is doing. Counts are since its start.
@@ -335,20 +364,27 @@ impl Engine {
         Ok(Engine { handle })
     }
 
-    /// Queues a request. Dropping the stream cancels it.
+    /// Queues a request. Dropping the stream cancels it. To go on from a named state waits for where names are; otherwise it returns at once.
     ///
     /// # Errors
-    /// When it makes no sense, too many wait, or the engine is ending.
+    /// When it makes no sense, too many wait, the engine is ending, or names cannot be reached.
     pub fn submit(&self, request: Request) -> Result<Stream, Refused> {
         let shared = &self.handle.shared;
         let sampler = shared.check(&request)?;
-        let history = match &request.start {
-            Start::Empty => Vec::new(),
-            Start::Named(name) => shared.store.tokens(&request.owner, name).map_err(Refused::Invalid)?,
+        let begin = match &request.start {
+            Start::Empty => Begin::default(),
+            Start::Named(name) => shared.store.begin(&request.owner, name).map_err(|e| match e {
+                StateError::Unreachable(why) => Refused::Unreachable(why),
+                e => Refused::Invalid(e.to_string()),
+            })?,
         };
-        let (to, events) = mpsc::unbounded_channel();
+        if begin.history.is_empty() && request.prompt.is_empty() {
+            return Err(Refused::Invalid("the prompt is empty: give at least one token".into()));
+        }
+        // The prompt and the end come besides.
+        let (to, events) = mpsc::channel(shared.unread.saturating_add(2).min(Semaphore::MAX_PERMITS));
         let stop = Arc::new(AtomicUsize::new(usize::MAX));
-        shared.queue(Job::new(request, history, sampler, to, stop.clone()))?;
+        shared.queue(Job::new(request, begin, sampler, to, stop.clone()))?;
         Ok(Stream { events, ended: false, stop })
     }
 
@@ -379,13 +415,17 @@ impl Drop for Handle {
     }
 }
 
+/// Encryption of connections to shared states, of the same library for all.
+#[cfg(any(feature = "redis", feature = "object-store"))]
+fn install_crypto() {
+    // It is there already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
 impl Shared {
     /// The sampler of a request that makes sense.
     fn check(&self, request: &Request) -> Result<Sampler, Refused> {
         let invalid = |m: String| Err(Refused::Invalid(m));
-        if request.prompt.is_empty() && request.start == Start::Empty {
-            return invalid("the prompt is empty: give at least one token".into());
-        }
         let tokens = request.prompt.iter().chain(&request.stop_tokens);
         if let Some(token) = tokens.copied().find(|&t| t as usize >= self.vocab) {
             return invalid(format!("token {token} is outside the model's vocabulary of {}", self.vocab));
@@ -398,7 +438,7 @@ impl Shared {
             return invalid("max_tokens is 0: nothing would come of the request".into());
         }
         if let Some(name) = &request.save_as {
-            store::check_name(name).map_err(Refused::Invalid)?;
+            self.store.check_name(name).map_err(|e| Refused::Invalid(e.to_string()))?;
         }
         let options = Sampling { seed: request.seed, ..request.sampling.clone() };
         Sampler::new(options).map_err(|e| Refused::Invalid(e.to_string()))

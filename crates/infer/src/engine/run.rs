@@ -4,7 +4,8 @@ use super::batch::{Batch, Work};
 use super::sequence::{Phase, Sequence};
 use super::shared::{Inner, Job, Shared};
 use super::snapshot::Snapshot;
-use super::{End, EngineOptions, Event, Stats};
+use super::store::{Found, Hit, Look};
+use super::{End, EngineOptions, Event, StateError, Stats};
 use crate::Error;
 use crate::session::piece;
 use anser_model::Model;
@@ -37,8 +38,8 @@ pub(super) fn run(
     let _ = ready.send(Ok(()));
     let prefill_piece = if options.prefill_piece == 0 { piece(ctx) } else { options.prefill_piece };
     let strides = Strides { length: options.stride, bits: if model.config().hybrid.is_some() { 1 } else { 4 } };
-    let (running, done) = (Vec::new(), Stats::default());
-    let mut runner = Runner { ctx, shared, batch, prefill_piece, strides, running, turn: 0, done };
+    let (running, loading, done) = (Vec::new(), Vec::new(), Stats::default());
+    let mut runner = Runner { ctx, shared, batch, prefill_piece, strides, running, loading, turn: 0, done };
     while runner.admit() {
         runner.step();
     }
@@ -53,10 +54,17 @@ struct Runner<'m> {
     strides: Strides,
     /// In the order of their slots.
     running: Vec<Sequence>,
+    /// Bytes set apart for each request that has a slot and waits for the state that it goes on from.
+    loading: Vec<usize>,
     /// Counts pieces of prompts.
     turn: u64,
     /// What was done since the last report to `shared`.
     done: Stats,
+}
+
+enum Next {
+    Job(Job),
+    Loaded(Job, Found),
 }
 
 /// Where in a prompt its state is kept: after so many strides, a number of which few leading bits are not zero, so that a long prompt doesn't
@@ -88,27 +96,43 @@ impl Runner<'_> {
         loop {
             let mut inner = self.shared.inner();
             self.report(&mut inner);
-            let job = loop {
+            let next = loop {
                 if inner.closed {
                     return false;
                 }
+                if let Some((job, found)) = inner.loaded.pop() {
+                    break Next::Loaded(job, found);
+                }
                 inner.stats.cancelled += inner.queue.purge();
-                let used = self.running.iter().map(|s| s.needed).fold(0, usize::saturating_add);
+                let needed = self.running.iter().map(|s| s.needed).chain(self.loading.iter().copied());
+                let used = needed.fold(0, usize::saturating_add);
                 let room = self.shared.memory.map_or(usize::MAX, |most| most.saturating_sub(used));
                 let fits = |job: &Job| self.shared.size.of(job.most_tokens()) <= room;
-                if self.running.len() < self.shared.slots && inner.queue.first().is_some_and(fits) {
-                    break inner.queue.pop();
+                let taken = self.running.len() + self.loading.len();
+                if taken < self.shared.slots
+                    && inner.queue.first().is_some_and(fits)
+                    && let Some(job) = inner.queue.pop()
+                {
+                    inner.stats.running += 1;
+                    break Next::Job(job);
                 }
                 if !self.running.is_empty() {
                     return true;
                 }
-                self.shared.changed.notify_all();
+                self.shared.notify();
                 inner = self.shared.wait(inner);
             };
-            inner.stats.running += 1;
             drop(inner);
-            if let Some(job) = job {
-                self.start(job);
+            match next {
+                Next::Job(job) => self.begin(job),
+                Next::Loaded(job, found) => {
+                    let needed = self.shared.size.of(job.most_tokens());
+                    if let Some(i) = self.loading.iter().position(|n| *n == needed) {
+                        self.loading.swap_remove(i);
+                    }
+                    self.shared.store.note(&found);
+                    self.start(job, found.hit);
+                }
             }
         }
     }
@@ -123,24 +147,33 @@ impl Runner<'_> {
         stats.prefix_hits += done.prefix_hits;
         stats.tokens_cached += done.tokens_cached;
         stats.steps += done.steps;
-        stats.running = self.running.len();
+        stats.running = self.running.len() + self.loading.len();
         stats.running_bytes = self.running.iter().map(|s| self.shared.size.of(s.read)).sum();
     }
 
-    /// Puts a request into the batch, as far on as a cached prefix is.
-    fn start(&mut self, job: Job) {
+    /// Lets a request start, or wait for what it goes on from while others run.
+    fn begin(&mut self, job: Job) {
+        let named = (job.start > 0).then_some(job.start);
+        let store = &self.shared.store;
+        let root = store.root(&job.request.owner, job.initial.as_deref());
+        match store.look(&job.request.owner, root, &job.tokens[..job.most_cached()], named) {
+            Look::Here(hit) => self.start(job, hit),
+            Look::Elsewhere(search) => {
+                self.loading.push(self.shared.size.of(job.most_tokens()));
+                self.shared.load(job, search);
+            }
+        }
+    }
+
+    /// Puts a request into the batch, as far on as what was found.
+    fn start(&mut self, job: Job, hit: Option<Hit>) {
         let needed = self.shared.size.of(job.most_tokens());
-        let Job { request, tokens, start, sampler, to, stop } = job;
-        // Predictions of the prompt's tokens come of reading them; the hidden vector of reading the last.
-        let most = match (&request.prompt_logprobs, request.hidden) {
-            (Some(_), _) => start,
-            (None, true) => tokens.len() - 1,
-            (None, false) => tokens.len(),
-        };
+        let Job { request, tokens, start, initial, sampler, to, stop } = job;
         let mut sequence = Sequence {
             prompt: start..tokens.len(),
             read: 0,
-            prefix: self.shared.store.root(&request.owner),
+            prefix: self.shared.store.root(&request.owner, initial.as_deref()),
+            initial,
             logits: Vec::new(),
             chosen: None,
             cached: 0,
@@ -157,8 +190,8 @@ impl Runner<'_> {
             stop,
             tokens,
         };
-        let state = match self.shared.store.longest(&sequence.request.owner, &sequence.tokens[..most]) {
-            Some((read, snapshot, prefix)) => {
+        let state = match hit {
+            Some(Hit { read, prefix, snapshot }) => {
                 (sequence.read, sequence.prefix) = (read, prefix);
                 sequence.logits = snapshot.logits.clone();
                 sequence.cached = read.saturating_sub(start);
@@ -166,7 +199,11 @@ impl Runner<'_> {
                 self.done.tokens_cached += sequence.cached as u64;
                 snapshot.state(self.shared.store.form())
             }
-            None => self.shared.store.form().empty.clone(),
+            None => {
+                let mut state = self.shared.store.form().empty.clone();
+                sequence.initial.iter().for_each(|initial| initial.begin(self.ctx, &mut state));
+                state
+            }
         };
         match self.batch.push(state) {
             Ok(()) => self.running.push(sequence),
@@ -267,7 +304,7 @@ impl Runner<'_> {
         let s = &self.running[slot];
         if self.strides.is_end(s.read) && s.read < s.prompt.end {
             let snapshot = Snapshot::new(&self.batch.state(slot)?, Vec::new());
-            self.shared.store.insert(s.prefix.key(), s.read, Arc::new(snapshot));
+            self.shared.store.insert(&s.request.owner, s.prefix.key(), s.read, Arc::new(snapshot));
         }
         Ok(())
     }
@@ -279,13 +316,13 @@ impl Runner<'_> {
             return Ok(());
         }
         let snapshot = Arc::new(Snapshot::new(&self.batch.state(slot)?, s.logits.clone()));
-        self.shared.store.insert(s.prefix.key(), s.read, snapshot.clone());
+        self.shared.store.insert(&s.request.owner, s.prefix.key(), s.read, snapshot.clone());
         if s.request.save_as.is_some() {
             s.after_prompt = Some((snapshot, s.prefix.clone()));
         }
         let (logprobs, hidden) = (std::mem::take(&mut s.prompt_logprobs), s.hidden.take());
         let tokens = s.prompt.len();
-        let _ = s.to.send(Event::Prompt { tokens, cached: s.cached, logprobs, hidden });
+        let _ = s.to.try_send(Event::Prompt { tokens, cached: s.cached, logprobs, hidden });
         s.phase = if s.request.max_tokens == 0 { Phase::Closing(End::Length) } else { Phase::Answer };
         Ok(())
     }
@@ -331,11 +368,18 @@ impl Runner<'_> {
         match s.request.save_as.take() {
             Some(name) => {
                 let (owner, tokens) = (std::mem::take(&mut s.request.owner), std::mem::take(&mut s.tokens));
-                let done = |result: Result<(), String>| s.end(result.map_or_else(End::Failed, |()| end));
-                shared.store.save(&owner, &name, key, &tokens, snapshot, done);
+                let initial = s.initial.take();
+                let done = |result: Result<(), StateError>| {
+                    s.end(match result {
+                        Ok(()) => end,
+                        Err(StateError::Unreachable(why)) => End::Unreachable(why),
+                        Err(e) => End::Failed(e.to_string()),
+                    });
+                };
+                shared.store.save(&owner, &name, key, (initial, &tokens), snapshot, done);
             }
             None => {
-                shared.store.insert(key, s.read, snapshot);
+                shared.store.insert(&s.request.owner, key, s.read, snapshot);
                 s.end(end);
             }
         }

@@ -2,20 +2,22 @@ use super::batch::{Output, Rows, Wants, Work};
 use super::snapshot::Snapshot;
 use super::store::Prefix;
 use super::{End, Event, Request, TokenLogprob};
-use crate::{Error, Sampler};
+use crate::{Error, InitialState, Sampler};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::Sender;
 
 /// A request that runs.
 pub(super) struct Sequence {
     pub request: Request,
     pub sampler: Sampler,
-    pub to: UnboundedSender<Event>,
+    pub to: Sender<Event>,
     pub stop: Arc<AtomicUsize>,
     /// All tokens since the beginning, those not read yet last.
     pub tokens: Vec<u32>,
+    /// What they begin from.
+    pub initial: Option<Arc<InitialState>>,
     /// Where the prompt begins and ends in them.
     pub prompt: std::ops::Range<usize>,
     /// How many of them the state is after, and their key.
@@ -93,6 +95,10 @@ impl Sequence {
 
     /// Chooses the next token.
     pub fn choose(&mut self) -> Result<(), String> {
+        // The end has the last place.
+        if self.to.capacity() < 2 {
+            return Err(format!("the answer isn't read: {} tokens wait", self.to.max_capacity() - 2));
+        }
         let token = match self.chosen.take() {
             Some(chosen) => chosen.ok_or_else(|| Error::NotFinite.to_string())?,
             None => self.sample()?,
@@ -106,7 +112,7 @@ impl Sequence {
             None => TokenLogprob { token, logprob: f32::NAN, best: Vec::new() },
         };
         self.tokens.push(token);
-        let _ = self.to.send(Event::Token(written));
+        let _ = self.to.try_send(Event::Token(written));
         if let Some(constraint) = &mut self.request.constraint
             && constraint.accept(token)?
         {
@@ -149,7 +155,7 @@ impl Sequence {
     }
 
     pub fn end(self, end: End) {
-        let _ = self.to.send(Event::End(end));
+        let _ = self.to.try_send(Event::End(end));
     }
 }
 

@@ -1,14 +1,14 @@
 //! What clients and the engine's thread share: who waits, and what was done.
 
-use super::store::StateStore;
+use super::store::{Begin, Found, Search, StateStore};
 use super::{End, EngineOptions, Event, Refused, Request, Stats};
-use crate::Sampler;
+use crate::{InitialState, Sampler};
 use anser_model::{Config, Model};
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::Sender;
 
 /// What clients and the thread share.
 pub(super) struct Shared {
@@ -18,14 +18,22 @@ pub(super) struct Shared {
     /// Bytes that running sequences may take.
     pub memory: Option<usize>,
     pub slots: usize,
+    pub unread: usize,
     most_waiting: usize,
+    front: Arc<Front>,
+}
+
+/// Where requests are until they run.
+struct Front {
     inner: Mutex<Inner>,
-    /// Told when somebody waits or nobody runs, and at the end.
-    pub changed: Condvar,
+    /// Told when somebody waits, was loaded, or nobody runs, and at the end.
+    changed: Condvar,
 }
 
 pub(super) struct Inner {
     pub queue: Queue,
+    /// Requests that have their slots, and what was found for them.
+    pub loaded: Vec<(Job, Found)>,
     pub stats: Stats,
     draining: bool,
     pub closed: bool,
@@ -70,18 +78,29 @@ pub(super) struct Job {
     pub tokens: Vec<u32>,
     /// Where the prompt begins.
     pub start: usize,
+    /// What the tokens begin from.
+    pub initial: Option<Arc<InitialState>>,
     pub sampler: Sampler,
-    pub to: UnboundedSender<Event>,
+    pub to: Sender<Event>,
     pub stop: Arc<AtomicUsize>,
 }
 
 impl Job {
-    pub fn new(
-        mut request: Request, history: Vec<u32>, sampler: Sampler, to: UnboundedSender<Event>, stop: Arc<AtomicUsize>,
-    ) -> Job {
-        let (start, mut tokens) = (history.len(), history);
+    pub fn new(mut request: Request, begin: Begin, sampler: Sampler, to: Sender<Event>, stop: Arc<AtomicUsize>) -> Job {
+        let Begin { initial, history: mut tokens } = begin;
+        let start = tokens.len();
         tokens.append(&mut request.prompt);
-        Job { request, tokens, start, sampler, to, stop }
+        Job { request, tokens, start, initial, sampler, to, stop }
+    }
+
+    /// Tokens that need not be read where a state after them is kept. Predictions of the prompt's tokens come of reading them; the hidden vector of
+    /// reading the last.
+    pub fn most_cached(&self) -> usize {
+        match (&self.request.prompt_logprobs, self.request.hidden) {
+            (Some(_), _) => self.start,
+            (None, true) => self.tokens.len() - 1,
+            (None, false) => self.tokens.len(),
+        }
     }
 
     /// Tokens that the sequence has at most.
@@ -130,28 +149,58 @@ impl Queue {
     }
 }
 
+impl Front {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
 impl Shared {
     pub fn new(model: &Model, options: &EngineOptions, store: StateStore) -> Shared {
-        let inner =
-            Inner { queue: Queue::default(), stats: Stats::default(), draining: false, closed: false, seconds: 1.0 };
+        let inner = Inner {
+            queue: Queue::default(),
+            loaded: Vec::new(),
+            stats: Stats::default(),
+            draining: false,
+            closed: false,
+            seconds: 1.0,
+        };
         Shared {
             vocab: model.config().vocab_size,
             store,
             size: Size::new(model.config(), options),
             memory: (options.memory > 0).then_some(options.memory),
             slots: options.slots,
+            unread: options.unread,
             most_waiting: options.waiting,
-            inner: Mutex::new(inner),
-            changed: Condvar::new(),
+            front: Arc::new(Front { inner: Mutex::new(inner), changed: Condvar::new() }),
         }
     }
 
     pub fn inner(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(|e| e.into_inner())
+        self.front.inner()
     }
 
     pub fn wait<'a>(&self, inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
-        self.changed.wait(inner).unwrap_or_else(|e| e.into_inner())
+        self.front.changed.wait(inner).unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub fn notify(&self) {
+        self.front.changed.notify_all();
+    }
+
+    /// Searches for what a request can go on from, in another thread, and puts it among those that were loaded.
+    pub fn load(&self, job: Job, search: Search) {
+        let front = self.front.clone();
+        self.store.search(search, move |found| {
+            let mut inner = front.inner();
+            if inner.closed {
+                let _ = job.to.try_send(Event::End(End::Cancelled));
+            } else {
+                inner.loaded.push((job, found));
+                front.changed.notify_all();
+            }
+        });
     }
 
     /// Queues a request that makes sense.
@@ -174,7 +223,7 @@ impl Shared {
             return Err(Refused::Busy { retry_after: Duration::from_secs_f64(seconds) });
         }
         inner.queue.push(job);
-        self.changed.notify_all();
+        self.notify();
         Ok(())
     }
 
@@ -198,9 +247,10 @@ impl Shared {
     pub fn close(&self) {
         let mut inner = self.inner();
         inner.closed = true;
-        while let Some(job) = inner.queue.pop() {
-            let _ = job.to.send(Event::End(End::Cancelled));
+        let loaded: Vec<Job> = inner.loaded.drain(..).map(|(job, _)| job).collect();
+        for job in loaded.into_iter().chain(std::iter::from_fn(|| inner.queue.pop())) {
+            let _ = job.to.try_send(Event::End(End::Cancelled));
         }
-        self.changed.notify_all();
+        self.notify();
     }
 }

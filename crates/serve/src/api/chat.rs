@@ -49,7 +49,7 @@ pub async fn completions(
     for number in 0..turn.options.n {
         let mut request = turn.options.request(&owner, turn.prompt.clone(), max_tokens, number);
         request.logprobs = logprobs.then_some(best.unwrap_or(0));
-        let answer = Answer::start(&app, request, &turn.options.stops, app.options.template.turn_end())?;
+        let answer = Answer::start(&app, request, &turn.options.stops, app.options.template.turn_end()).await?;
         choices.push(Choice { reply: Reply::new(answer, turn.think), app: app.clone(), index: number, logprobs });
     }
     let usage = Usage { prompt: turn.prompt.len(), ..Usage::default() };

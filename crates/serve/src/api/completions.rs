@@ -51,10 +51,10 @@ pub async fn completions(
         }
         (request, echoed)
     });
-    let choices: Vec<Choice> = asked
-        .enumerate()
-        .map(|(index, (request, echoed))| Choice::start(&app, request, index, echoed, &options, logprobs))
-        .collect::<Result<_, _>>()?;
+    let mut choices = Vec::new();
+    for (index, (request, echoed)) in asked.enumerate() {
+        choices.push(Choice::start(&app, request, index, echoed, &options, logprobs).await?);
+    }
     let head = json!({ "id": id("cmpl"), "object": "text_completion", "created": now(), "model": app.options.model });
     if options.stream {
         return Ok(stream(choices, head, usage, options.usage));
@@ -118,10 +118,10 @@ struct Choice {
 }
 
 impl Choice {
-    fn start(
+    async fn start(
         app: &App, request: Request, index: usize, echo: Vec<u32>, options: &Options, logprobs: Option<usize>,
     ) -> Result<Choice, ApiError> {
-        let answer = Answer::start(app, request, &options.stops, "")?;
+        let answer = Answer::start(app, request, &options.stops, "").await?;
         Ok(Choice { answer, app: app.clone(), index, echo, logprobs, offset: 0 })
     }
 

@@ -28,13 +28,11 @@ pub async fn embeddings(
     };
     let inputs = inputs(&app, &f)?;
     let read: usize = inputs.iter().map(Vec::len).sum();
-    let answers: Vec<Answer> = inputs
-        .into_iter()
-        .map(|prompt| {
-            let request = Request { prompt, owner: owner.clone(), max_tokens: 0, hidden: true, ..Request::default() };
-            Answer::start(&app, request, &[], "")
-        })
-        .collect::<Result<_, _>>()?;
+    let mut answers = Vec::new();
+    for prompt in inputs {
+        let request = Request { prompt, owner: owner.clone(), max_tokens: 0, hidden: true, ..Request::default() };
+        answers.push(Answer::start(&app, request, &[], "").await?);
+    }
     let vectors = try_join_all(answers.into_iter().map(vector)).await?;
     let data: Vec<Value> = vectors
         .iter()

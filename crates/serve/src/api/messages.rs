@@ -44,7 +44,7 @@ async fn answer(app: App, owner: String, f: Fields) -> Result<Response, ApiError
     let own_stops = options.stops.clone();
     let turn = Turn::new(&app, &conversation(&f)?, think(&app, &f)?, options)?;
     let request = turn.options.request(&owner, turn.prompt.clone(), max_tokens, 0);
-    let answer = Answer::start(&app, request, &turn.options.stops, app.options.template.turn_end())?;
+    let answer = Answer::start(&app, request, &turn.options.stops, app.options.template.turn_end()).await?;
     let reply = Reply::new(answer, turn.think);
     let mut head = json!({
         "id": id("msg"), "type": "message", "role": "assistant", "model": app.options.model, "content": [],

@@ -2,29 +2,36 @@
 
 use crate::App;
 use crate::auth::Owner;
-use crate::errors::ApiError;
+use crate::errors::{ApiError, blocking};
 use crate::fields::Fields;
-use anser_infer::engine::StateInfo;
+use anser_infer::engine::{StateError, StateInfo, StateStore};
 use axum::extract::{Path, State};
 use axum::{Extension, Json};
 use serde_json::{Value, json};
 
 fn entry(info: &StateInfo) -> Value {
     let created = info.created.duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    json!({ "id": info.name, "object": "state", "tokens": info.tokens, "bytes": info.bytes, "created": created })
+    json!({ "id": info.name, "object": "state", "tokens": info.tokens, "bytes": info.bytes, "created": created, "initial": info.initial })
+}
+
+/// Does something with the states, which may be on disk or on another machine.
+async fn with<T: Send + 'static>(
+    app: App, work: impl FnOnce(&StateStore) -> Result<T, StateError> + Send + 'static,
+) -> Result<T, ApiError> {
+    Ok(blocking(move || work(app.engine.states())).await??)
 }
 
 /// The owner's states.
-pub async fn list(State(app): State<App>, Extension(Owner(owner)): Extension<Owner>) -> Json<Value> {
-    let data: Vec<Value> = app.engine.states().list(&owner).iter().map(entry).collect();
-    Json(json!({ "object": "list", "data": data }))
+pub async fn list(State(app): State<App>, Extension(Owner(owner)): Extension<Owner>) -> Result<Json<Value>, ApiError> {
+    let all = with(app, move |states| states.list(&owner)).await?;
+    Ok(Json(json!({ "object": "list", "data": all.iter().map(entry).collect::<Vec<_>>() })))
 }
 
 /// One of them.
 pub async fn one(
     State(app): State<App>, Extension(Owner(owner)): Extension<Owner>, Path(name): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    app.engine.states().get(&owner, &name).map(|info| Json(entry(&info))).map_err(ApiError::not_found)
+    Ok(Json(entry(&with(app, move |states| states.get(&owner, &name)).await?)))
 }
 
 /// Gives a state a second name, to go on from it in two ways.
@@ -32,11 +39,10 @@ pub async fn branch(
     State(app): State<App>, Extension(Owner(owner)): Extension<Owner>, Path(name): Path<String>, f: Fields,
 ) -> Result<Json<Value>, ApiError> {
     let to = f.text("to")?.ok_or_else(|| ApiError::field("to", "it is missing: the name of the branch"))?.to_string();
-    app.engine.states().get(&owner, &name).map_err(ApiError::not_found)?;
-    // It may be written to disk.
-    let made = tokio::task::spawn_blocking(move || app.engine.states().branch(&owner, &name, &to)).await;
-    let made = made.map_err(|e| ApiError::internal(e.to_string()))?;
-    made.map(|info| Json(entry(&info))).map_err(|e| ApiError::field("to", e))
+    let made = with(app, move |states| states.branch(&owner, &name, &to)).await;
+    // Only its name can be wrong.
+    let of_name = |e: ApiError| if e.status == 400 { ApiError::field("to", e.message) } else { e };
+    Ok(Json(entry(&made.map_err(of_name)?)))
 }
 
 /// Deletes one.
@@ -44,7 +50,6 @@ pub async fn delete(
     State(app): State<App>, Extension(Owner(owner)): Extension<Owner>, Path(name): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
     let of = name.clone();
-    let done = tokio::task::spawn_blocking(move || app.engine.states().delete(&owner, &of)).await;
-    done.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::not_found)?;
+    with(app, move |states| states.delete(&owner, &of)).await?;
     Ok(Json(json!({ "id": name, "object": "state", "deleted": true })))
 }

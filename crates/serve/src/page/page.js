@@ -168,7 +168,8 @@ function button(text, label, act) {
 
 async function states() {
   const { data } = await (await api("v1/states")).json();
-  $("states").replaceChildren(...data.map(({ id, tokens }) => {
+  // An initial state cannot be resumed under its own name.
+  $("states").replaceChildren(...data.filter(({ initial }) => !initial).map(({ id, tokens }) => {
     const item = document.createElement("li");
     const name = document.createElement("span");
     name.textContent = `${id} (${tokens} tokens)`;

@@ -1,0 +1,231 @@
+//! Connections: TLS, clients that are slow or do nothing.
+
+use anser_formats::Checkpoint;
+use anser_infer::chat::Think;
+use anser_infer::{Engine, EngineOptions};
+use anser_model::{Config, Load, Model};
+use anser_serve::{Keys, Options, Shared, Template, Tls, serve};
+use anser_tensor::{Context, DType};
+use anser_tokenizer::Tokenizer;
+use rustls::pki_types::CertificateDer;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+struct Server {
+    address: SocketAddr,
+    engine: Engine,
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+fn options() -> Options {
+    Options {
+        model: "anser-12m".into(),
+        keys: Keys::default(),
+        template: Template::Rwkv,
+        think: Think::Off,
+        max_tokens: 100_000,
+        max_prompt: 2000,
+        max_body: 1 << 16,
+        timeout: Duration::from_secs(60),
+        read_timeout: Duration::from_secs(2),
+        write_timeout: Duration::from_secs(1),
+        connections: 64,
+        per_key: 64,
+        cors: Vec::new(),
+    }
+}
+
+impl Server {
+    fn start(options: Options, tls: Option<Tls>) -> Server {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/anser-12m.safetensors");
+        let ckpt = Checkpoint::open(path.as_ref()).unwrap();
+        let tokenizer = Tokenizer::from_name(&ckpt.metadata()["anser.tokenizer"]).unwrap();
+        let ctx = Context::cpu(2);
+        let config = Config::from_checkpoint(&ckpt).unwrap();
+        let model = Model::load_as(&ctx, &ckpt, config, Load::Inference(DType::BF16.into())).unwrap();
+        let engine = Engine::start(ctx, Arc::new(model), EngineOptions::default()).unwrap();
+        let app = Shared::new(engine.clone(), tokenizer, options);
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let listener = {
+            let _inside = runtime.enter();
+            let socket = tokio::net::TcpSocket::new_v4().unwrap();
+            // Little room, so that it is soon full where nobody reads.
+            socket.set_send_buffer_size(8 << 10).unwrap();
+            socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+            socket.listen(4096).unwrap()
+        };
+        let address = listener.local_addr().unwrap();
+        let (stop, stopped) = tokio::sync::oneshot::channel();
+        let thread = std::thread::spawn(move || {
+            let stopped = async {
+                let _ = stopped.await;
+            };
+            runtime.block_on(serve(app, listener, tls, stopped, Duration::from_secs(5)));
+        });
+        Server { address, engine, stop: Some(stop), thread: Some(thread) }
+    }
+
+    fn connect(&self) -> TcpStream {
+        let socket = TcpStream::connect(self.address).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        socket
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.stop.take().unwrap().send(());
+        let done = self.thread.take().unwrap().join();
+        assert!(done.is_ok() || std::thread::panicking());
+    }
+}
+
+/// The answer to a request for `/health` over a connection.
+fn health(mut connection: impl Read + Write) -> std::io::Result<String> {
+    connection.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+/// A request for a stream that never ends.
+const ENDLESS: &str =
+    r#"{"prompt": "He", "stream": true, "max_tokens": 100000, "logprobs": 5, "n": 2, "logit_bias": {"0": -100}}"#;
+
+fn post(body: &str) -> String {
+    format!(
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+}
+
+fn until(what: &str, most: Duration, condition: impl Fn() -> bool) -> Duration {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < most, "waited for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    start.elapsed()
+}
+
+/// Certificates in a folder that goes away at the end.
+struct Certificates(PathBuf);
+
+impl Certificates {
+    fn new() -> Certificates {
+        let folder = std::env::temp_dir().join(format!("anser-tls-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        Certificates(folder)
+    }
+
+    fn files(&self) -> [PathBuf; 2] {
+        ["cert.pem", "key.pem"].map(|name| self.0.join(name))
+    }
+
+    /// Writes a new one.
+    fn make(&self) -> CertificateDer<'static> {
+        let made = rcgen::generate_simple_self_signed(["localhost".to_string()]).unwrap();
+        let [cert, key] = self.files();
+        std::fs::write(cert, made.cert.pem()).unwrap();
+        std::fs::write(key, made.signing_key.serialize_pem()).unwrap();
+        made.cert.der().clone()
+    }
+}
+
+impl Drop for Certificates {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The same over TLS, by a client that trusts one certificate.
+fn secure_health(socket: TcpStream, trusted: &CertificateDer<'static>) -> std::io::Result<String> {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(trusted.clone()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let config = Arc::new(config.with_root_certificates(roots).with_no_client_auth());
+    let client = rustls::ClientConnection::new(config, "localhost".try_into().unwrap()).unwrap();
+    health(rustls::StreamOwned::new(client, socket))
+}
+
+#[test]
+fn tls_and_its_certificate_are_renewed() {
+    let folder = Certificates::new();
+    let [cert, key] = folder.files();
+    assert!(Tls::open(&cert, &key).err().unwrap().contains("cert.pem"));
+    let first = folder.make();
+    assert!(Tls::open(&key, &cert).is_err());
+    let tls = Tls::open(&cert, &key).unwrap();
+    let s = Server::start(options(), Some(tls.clone()));
+    assert!(secure_health(s.connect(), &first).unwrap().contains("200 OK"));
+    let second = folder.make();
+    assert!(secure_health(s.connect(), &first).is_ok() && secure_health(s.connect(), &second).is_err());
+    tls.reload().unwrap();
+    assert!(secure_health(s.connect(), &first).is_err());
+    assert!(secure_health(s.connect(), &second).unwrap().contains("200 OK"));
+    // What cannot be read leaves it as it is.
+    std::fs::write(&key, "nothing").unwrap();
+    assert!(tls.reload().unwrap_err().contains("key.pem"));
+    assert!(secure_health(s.connect(), &second).is_ok());
+    // Plain text is no handshake, and neither is silence for longer than a client may take.
+    assert!(health(s.connect()).map_or(true, |answer| !answer.contains("200 OK")));
+    let (start, mut silent) = (Instant::now(), s.connect());
+    let _ = silent.read(&mut [0]);
+    assert!(start.elapsed() > Duration::from_secs(1) && start.elapsed() < Duration::from_secs(8));
+}
+
+#[test]
+fn a_client_that_never_reads_is_dropped() {
+    let s = Server::start(options(), None);
+    let mut socket = s.connect();
+    socket.write_all(post(ENDLESS).as_bytes()).unwrap();
+    until("it to run", Duration::from_secs(10), || s.engine.stats().running == 2);
+    // What the system holds for it fills up first.
+    until("it to be dropped", Duration::from_secs(40), || s.engine.stats().cancelled == 2);
+    assert_eq!(s.engine.stats().running, 0);
+    // One that reads slowly is not.
+    let mut socket = s.connect();
+    socket.write_all(post(ENDLESS).as_bytes()).unwrap();
+    for _ in 0..40 {
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(socket.read(&mut [0; 16 << 10]).unwrap() > 0);
+    }
+    assert_eq!(s.engine.stats().cancelled, 2);
+    drop(socket);
+    until("it to be cancelled", Duration::from_secs(20), || s.engine.stats().cancelled == 4);
+}
+
+#[test]
+fn headers_byte_by_byte_are_cut_off() {
+    let s = Server::start(options(), None);
+    let (mut socket, start) = (s.connect(), Instant::now());
+    // It would take more than a minute.
+    let sent = "GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ".bytes().chain(std::iter::repeat_n(b'a', 600));
+    for byte in sent {
+        if socket.write_all(&[byte]).is_err() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+}
+
+#[test]
+fn idle_connections_keep_nobody_out() {
+    // Both ends are files of this process.
+    let files = rlimit::increase_nofile_limit(21_000).unwrap();
+    let count = ((files.saturating_sub(1000) / 2) as usize).min(10_000);
+    eprintln!("{count} idle connections");
+    let many = Options { connections: 20_000, read_timeout: Duration::from_secs(60), ..options() };
+    let s = Server::start(many, None);
+    let idle: Vec<TcpStream> = (0..count).map(|_| s.connect()).collect();
+    let start = Instant::now();
+    assert!(health(s.connect()).unwrap().contains("200 OK"));
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    drop(idle);
+}
