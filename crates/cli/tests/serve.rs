@@ -53,3 +53,32 @@ fn what_cannot_be_served_is_said() {
         assert!(code == 1 && err.contains(says) && err.trim_end().lines().count() == 1, "{args:?}: {err}");
     }
 }
+
+#[test]
+fn a_load_is_measured() {
+    let f = Folder::new("load");
+    let args =
+        ["bench", "serve", "--concurrency", "3", "--seconds", "1", "--prompt-tokens", "20", "--answer-tokens", "7"];
+    let (code, out, err) = anser(&f.0, &[&args[..], &["--json", "--device", "cpu", "--plot", "load.svg"]].concat());
+    assert_eq!(code, 0, "{err}");
+    let said: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let number = |name: &str| said[name].as_f64().unwrap();
+    assert!(number("answered") >= 3.0 && number("answered") == number("requests"), "{said}");
+    let tokens = number("tokens_per_second") * number("seconds");
+    assert!((tokens - 7.0 * number("answered")).abs() < 1e-6, "{said}");
+    let [first, whole] = ["first_seconds", "whole_seconds"].map(|n| said[n]["p50"].as_f64().unwrap());
+    assert!(0.0 < first && first < whole, "{said}");
+    for name in ["first", "between", "whole"] {
+        assert!(std::fs::read_to_string(f.0.join(format!("load-{name}.svg"))).unwrap().contains("<polyline"));
+    }
+    for (more, says) in [
+        (["--url", "https://localhost"], "http://"),
+        (["--url", "http://127.0.0.1:9"], "connecting"),
+        (["--rate", "0"], "--rate"),
+        (["--lengths", "odd"], "uniform"),
+        (["--preset", "none"], "no preset"),
+    ] {
+        let (code, _, err) = anser(&f.0, &["bench", "serve", "--device", "cpu", more[0], more[1]]);
+        assert!(code != 0 && err.contains(says), "{more:?}: {err}");
+    }
+}
