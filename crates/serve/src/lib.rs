@@ -10,6 +10,7 @@ mod constraint;
 mod errors;
 mod fields;
 mod listen;
+pub mod load;
 mod metrics;
 mod origin;
 mod page;

@@ -4,6 +4,7 @@ use anser_formats::Checkpoint;
 use anser_infer::chat::Think;
 use anser_infer::{Engine, EngineOptions};
 use anser_model::{Config, Load, Model};
+use anser_serve::load::{self, Arrivals, Lengths, Measured, Target};
 use anser_serve::{Keys, Options, Shared, Template, serve};
 use anser_tensor::{Context, DType};
 use anser_tokenizer::Tokenizer;
@@ -511,4 +512,64 @@ fn states_that_cannot_be_reached() {
     assert!(metrics.contains("anser_state_tier_up{tier=\"redis\"} 0"), "{metrics}");
     let errors = metrics.lines().find_map(|l| l.strip_prefix("anser_state_tier_errors_total{tier=\"redis\"} "));
     assert!(errors.unwrap().parse::<u64>().unwrap() > 0);
+}
+
+fn measure(address: SocketAddr, load: &load::Load) -> Measured {
+    let target = Target::new(&format!("http://{address}"), None).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(load.run(&target, std::future::pending())).unwrap()
+}
+
+fn come(arrivals: Arrivals, milliseconds: u64) -> load::Load {
+    load::Load {
+        arrivals,
+        duration: Duration::from_millis(milliseconds),
+        prompt: 12,
+        answer: 6,
+        lengths: Lengths::Exponential,
+        temperature: 0.0,
+        seed: 1,
+        timeout: Duration::from_secs(20),
+    }
+}
+
+#[test]
+fn a_load_is_answered_or_its_errors_are_counted() {
+    let s = Server::plain();
+    let many = measure(s.address, &come(Arrivals::Concurrent(6), 1000));
+    assert!(many.samples.len() > 6 && many.errors().is_empty(), "{:?}", many.errors());
+    assert!(many.samples.iter().all(|s| s.first <= Some(s.total) && s.gaps.len() < s.tokens));
+    let written: usize = many.samples.iter().map(|s| s.tokens).sum();
+    assert_eq!(written as u64, s.engine.stats().tokens_written);
+
+    let s = Server::start(options(), EngineOptions { slots: 1, waiting: 0, ..EngineOptions::default() });
+    let refused = measure(s.address, &load::Load { answer: 60, ..come(Arrivals::Poisson(60.0), 1000) });
+    assert!(refused.errors()["status 429"] > 0 && refused.answered().count() > 0, "{:?}", refused.errors());
+    assert!((30..100).contains(&refused.samples.len()));
+}
+
+#[test]
+fn a_server_that_holds_up_its_clients_is_seen_to() {
+    // One request after the other, each for 50 ms, of which 50 come a second: the last ones wait for all before them.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().map(Result::unwrap) {
+            let mut lines = BufReader::new(&stream).lines().map(Result::unwrap);
+            let is_load = lines.next().unwrap().starts_with("POST");
+            lines.find(String::is_empty);
+            let body = if is_load {
+                std::thread::sleep(Duration::from_millis(50));
+                "data: {\"choices\": [{\"text\": \"a\"}]}\n\ndata: [DONE]\n\n"
+            } else {
+                r#"{"data": [{"id": "slow"}]}"#
+            };
+            let _ = write!(&stream, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        }
+    });
+    let measured = measure(address, &come(Arrivals::Poisson(50.0), 1000));
+    let [count, first] =
+        [measured.answered().count() as f64, measured.answered().filter_map(|s| s.first).fold(0.0, f64::max)];
+    assert!(count > 30.0 && measured.errors().is_empty(), "{:?}", measured.errors());
+    assert!(first > 0.05 * count - 1.2, "{count} {first}");
 }

@@ -1,3 +1,5 @@
+mod serve;
+
 use crate::cmd::eval::picture;
 use crate::global::{Bound, Chunks, Global, Interrupted, stop};
 use anser_eval::bench;
@@ -113,6 +115,8 @@ enum What {
         #[arg(long)]
         out: Option<PathBuf>,
     },
+    /// A server under load: time to the first token, between tokens and to the end, tokens a second
+    Serve(serve::Args),
     /// Encoding the bundled text on one core
     Tokenizer {
         /// world, world-4096 or bytes
@@ -227,6 +231,7 @@ fn attention(a: &bench::Attention) -> String {
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let ctx = global.context()?;
     match &args.what {
+        What::Serve(args) => serve::run(args, &ctx, global),
         What::Kernels { step } => {
             let Some((spans, limits)) = step.measure(&ctx, 2, true)?.profile else { return Ok(()) };
             global.result(json!({ "limits": limits, "kernels": kinds(&spans) }), || table(&spans, limits))
