@@ -67,6 +67,37 @@ def chat(client, model):
     check("a conversation that goes on from a state", again[0] == again[1] and kept.choices[0].message.content == text)
 
 
+WEATHER = {
+    "type": "object",
+    "properties": {"place": {"type": "string", "maxLength": 8}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["place", "days"],
+    "additionalProperties": False,
+}
+
+
+def right(name, arguments):
+    return name == "weather" and set(arguments) == {"place", "days"} and 1 <= arguments["days"] <= 9
+
+
+def tools(client, model):
+    function = {"name": "weather", "description": "Of a place", "parameters": WEATHER, "strict": True}
+    said = [{"role": "user", "content": "Will it rain in Rome?"}]
+    ask = dict(model=model, messages=said, max_tokens=200, temperature=0, tools=[{"type": "function", "function": function}])
+    named = {"type": "function", "function": {"name": "weather"}}
+    whole = client.chat.completions.create(**ask, tool_choice=named).choices[0]
+    call = whole.message.tool_calls[0]
+    check("a call", whole.finish_reason == "tool_calls" and right(call.function.name, json.loads(call.function.arguments)), whole)
+    with client.chat.completions.stream(**ask, tool_choice=named) as stream:
+        kinds = {event.type for event in stream}
+        last = stream.get_final_completion().choices[0]
+    same = last.message.tool_calls[0].function.arguments == call.function.arguments
+    check("a call in pieces", same and "tool_calls.function.arguments.delta" in kinds and last.finish_reason == "tool_calls", kinds)
+    output = {"role": "tool", "tool_call_id": call.id, "content": "Sun"}
+    more = [*said, whole.message.model_dump(exclude_none=True), output]
+    after = client.chat.completions.create(**{**ask, "messages": more}, tool_choice="none").choices[0]
+    check("what came of it", after.message.content is not None and after.message.tool_calls is None, after)
+
+
 def embeddings(client, model):
     vectors = client.embeddings.create(model=model, input=["a cat", "a dog"]).data
     plain = client.embeddings.create(model=model, input="a dog", encoding_format="float").data[0].embedding
@@ -95,6 +126,24 @@ def messages(base, model):
     check("its errors", bad is not None and bad.body["type"] == "error", bad)
 
 
+def blocks(base, model):
+    client = anthropic.Anthropic(base_url=base, api_key=KEY, max_retries=0)
+    said = [{"role": "user", "content": "Will it rain in Rome?"}]
+    weather = {"name": "weather", "description": "Of a place", "input_schema": WEATHER}
+    choice = {"type": "tool", "name": "weather"}
+    ask = dict(model=model, messages=said, max_tokens=200, tools=[weather], extra_body={"temperature": 0})
+    whole = client.messages.create(**ask, tool_choice=choice)
+    call = whole.content[-1]
+    check("Anthropic's call", whole.stop_reason == "tool_use" and right(call.name, call.input), whole)
+    with client.messages.stream(**ask, tool_choice=choice) as stream:
+        last = stream.get_final_message()
+    check("the same in pieces", last.content[-1].input == call.input and last.stop_reason == "tool_use", last)
+    output = {"type": "tool_result", "tool_use_id": call.id, "content": "Sun"}
+    more = [*said, {"role": "assistant", "content": whole.content}, {"role": "user", "content": [output]}]
+    after = client.messages.create(**{**ask, "messages": more}, tool_choice={"type": "none"})
+    check("what came of it", after.content[-1].type == "text", after)
+
+
 def main():
     command = [sys.argv[1], "serve", "--port", "0", "--json", *sys.argv[2:]]
     env = {**os.environ, "ANSER_API_KEYS": KEY}
@@ -104,9 +153,11 @@ def main():
         client = openai.OpenAI(base_url=base + "/v1", api_key=KEY, max_retries=0)
         model = models_and_completions(client)
         chat(client, model)
+        tools(client, model)
         embeddings(client, model)
         errors(client, base, model)
         messages(base, model)
+        blocks(base, model)
     finally:
         server.terminate()
     check("the server ends", server.wait(timeout=20) == 0)

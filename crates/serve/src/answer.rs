@@ -61,6 +61,8 @@ pub struct Answer {
     /// Tokens since all text was out, and the bytes of text that came out since.
     held: Vec<TokenLogprob>,
     out: usize,
+    /// The last two bytes written.
+    tail: Vec<u8>,
     /// Tokens written so far.
     pub written: usize,
     started: Instant,
@@ -93,6 +95,7 @@ impl Answer {
             stops: stops.to_vec(),
             held: Vec::new(),
             out: 0,
+            tail: Vec::new(),
             written: 0,
             started: Instant::now(),
             deadline: tokio::time::Instant::now() + app.options.timeout,
@@ -129,6 +132,12 @@ impl Answer {
         }
     }
 
+    /// No stop text ends what comes from now on.
+    pub fn lift_stops(&mut self) {
+        self.text.lift_stops();
+        self.stops.clear();
+    }
+
     async fn token(&mut self, token: TokenLogprob) -> Result<Option<Part>, ApiError> {
         let now = Instant::now();
         match self.last.replace(now) {
@@ -138,6 +147,8 @@ impl Answer {
         self.written += 1;
         let bytes = bytes(&self.app.tokenizer, token.token);
         self.held.push(token);
+        self.tail.extend(bytes);
+        self.tail.drain(..self.tail.len().saturating_sub(2));
         let (text, stopped) = self.text.push(bytes);
         self.out += text.len();
         if stopped {
@@ -186,6 +197,10 @@ impl Answer {
     /// The kept state goes on over what the answer has beyond its last whole token, and over the end of a turn.
     async fn close(&mut self, rest: &[u8]) -> Result<(), ApiError> {
         let Some(keep) = self.keep.take() else { return Ok(()) };
+        if rest.is_empty() && self.tail.ends_with(keep.close.as_bytes()) {
+            // The model has written it.
+            return Ok(());
+        }
         let prompt = self.app.tokenizer.encode(&[rest, keep.close.as_bytes()].concat());
         if prompt.is_empty() {
             return Ok(());

@@ -6,6 +6,7 @@
 mod answer;
 mod api;
 mod auth;
+mod calls;
 mod constraint;
 mod errors;
 mod fields;
@@ -13,9 +14,11 @@ mod listen;
 mod metrics;
 mod origin;
 mod page;
+mod reply;
 mod sse;
 mod template;
 mod think;
+mod tools;
 
 pub use auth::Keys;
 pub use listen::serve;
