@@ -98,6 +98,39 @@ def tools(client, model):
     check("what came of it", after.message.content is not None and after.message.tool_calls is None, after)
 
 
+def responses(client, model):
+    ask = dict(model=model, input="Who are you?", max_output_tokens=100, temperature=0, extra_body={"stop": ["."]})
+    whole = client.responses.create(**ask, instructions="Be brief.")
+    check("a response", whole.output_text and whole.usage.output_tokens > 0 and whole.status == "completed", whole)
+    with client.responses.stream(**ask, instructions="Be brief.") as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        last = stream.get_final_response()
+    check("a response in pieces", text == whole.output_text == last.output_text, last)
+    kept = client.responses.retrieve(whole.id)
+    check("a stored response", kept.output_text == whole.output_text)
+    after = client.responses.create(**{**ask, "input": "Why?"}, previous_response_id=whole.id)
+    check("what goes on from it", after.usage.input_tokens_details.cached_tokens >= whole.usage.input_tokens, after.usage)
+    client.responses.delete(whole.id)
+    check("a deleted response", refused(openai.NotFoundError, lambda: client.responses.retrieve(whole.id)) is not None)
+    thoughtful = client.responses.create(**{**ask, "max_output_tokens": 16}, reasoning={"effort": "medium"})
+    check("thoughts", thoughtful.output[0].type == "reasoning", thoughtful)
+    weather = {"type": "function", "name": "weather", "description": "Of a place", "parameters": WEATHER, "strict": True}
+    ask = dict(model=model, input="Will it rain in Rome?", max_output_tokens=200, temperature=0, tools=[weather])
+    whole = client.responses.create(**ask, tool_choice="required", parallel_tool_calls=False)
+    call = whole.output[0]
+    check("a function's call", whole.status == "completed" and right(call.name, json.loads(call.arguments)), whole)
+    with client.responses.stream(**ask, tool_choice="required", parallel_tool_calls=False) as stream:
+        pieces = "".join(event.delta for event in stream if event.type == "response.function_call_arguments.delta")
+        last = stream.get_final_response()
+    check("the same in pieces", pieces == last.output[0].arguments == call.arguments, last)
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "Sun"}
+    after = client.responses.create(**{**ask, "input": [output]}, previous_response_id=whole.id, tool_choice="none")
+    check("what came of it", after.output[-1].type == "message", after)
+    said = [{"role": "user", "content": "Will it rain in Rome?"}, call, output]
+    after = client.responses.create(**{**ask, "input": said}, tool_choice="none")
+    check("the same without what is stored", after.output[-1].type == "message", after)
+
+
 def embeddings(client, model):
     vectors = client.embeddings.create(model=model, input=["a cat", "a dog"]).data
     plain = client.embeddings.create(model=model, input="a dog", encoding_format="float").data[0].embedding
@@ -154,6 +187,7 @@ def main():
         model = models_and_completions(client)
         chat(client, model)
         tools(client, model)
+        responses(client, model)
         embeddings(client, model)
         errors(client, base, model)
         messages(base, model)

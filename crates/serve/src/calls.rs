@@ -1,5 +1,6 @@
 //! Tells calls of tools from the text before them, as an answer is written.
 
+use crate::api::id;
 use crate::tools::{BEFORE_ARGUMENTS, BEFORE_NAME, MARKER};
 
 /// A piece of a call.
@@ -112,8 +113,7 @@ impl Reader {
             Place::Head => {
                 let head = self.held.strip_prefix(BEFORE_NAME).and_then(|h| h.split_once(BEFORE_ARGUMENTS));
                 let Some((name, rest)) = head else { return false };
-                let id = format!("call_{}", uuid::Uuid::new_v4().simple());
-                parts.push(CallPart::Begin { id, name: name.into() });
+                parts.push(CallPart::Begin { id: id("call_"), name: name.into() });
                 (self.held, self.place) = (rest.into(), Place::Arguments(Nesting::default()));
                 true
             }

@@ -10,6 +10,7 @@ mod calls;
 mod constraint;
 mod errors;
 mod fields;
+mod kept;
 mod listen;
 mod metrics;
 mod origin;
@@ -82,6 +83,7 @@ pub struct Shared {
     metrics: Metrics,
     per_owner: auth::PerOwner,
     grammars: constraint::Grammars,
+    responses: kept::Responses,
     created: u64,
     draining: AtomicBool,
 }
@@ -97,6 +99,7 @@ impl Shared {
             metrics: Metrics::new(move || of_metrics.stats()),
             per_owner: auth::PerOwner::new(options.per_key),
             grammars: constraint::Grammars::new(tokenizer),
+            responses: kept::Responses::default(),
             created: api::now(),
             draining: AtomicBool::new(false),
             engine,
@@ -118,6 +121,8 @@ pub fn router(app: App) -> Router {
         .route("/v1/models/{name}", get(api::models::one))
         .route("/v1/completions", post(api::completions::completions))
         .route("/v1/chat/completions", post(api::chat::completions))
+        .route("/v1/responses", post(api::responses::create))
+        .route("/v1/responses/{id}", get(api::responses::one).delete(api::responses::delete))
         .route("/v1/messages", post(api::messages::messages))
         .route("/v1/embeddings", post(api::embeddings::embeddings))
         .route("/v1/states", get(api::states::list))

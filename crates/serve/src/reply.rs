@@ -77,7 +77,12 @@ impl Reply {
         self.reader.as_ref().is_some_and(Reader::called)
     }
 
-    /// Its tokens.
+    /// The tokens of the answer, after the end with those that close its turn.
+    pub fn tokens(&self) -> &[u32] {
+        self.answer.tokens()
+    }
+
+    /// How many tokens there were.
     pub fn usage(&self, prompt: usize) -> Usage {
         Usage { prompt, cached: self.cached, written: self.answer.written, reasoning: self.reasoning }
     }

@@ -13,8 +13,7 @@ use crate::fields::Fields;
 use crate::reply::Reply;
 use crate::sse;
 use crate::tools::Tools;
-use anser_infer::chat::Think;
-use anser_infer::engine::TokenLogprob;
+use anser_infer::engine::{Start, TokenLogprob};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
@@ -37,16 +36,11 @@ pub async fn completions(
         Some(n) => n,
         None => f.whole("max_tokens", most)?.unwrap_or(app.options.max_tokens),
     };
-    let think = match &options.grammar {
-        // What may be written begins with the answer.
-        Some(_) if f.get("think").is_some_and(|t| t != "off") => {
-            return Err(ApiError::field("think", "an answer of a given form has no thoughts: it must be off"));
-        }
-        Some(_) => Think::Off,
-        None => think(&app, &f, f.text("reasoning_effort")?, "reasoning_effort")?,
-    };
+    let think = think(&app, &f, &options, "reasoning_effort", f.text("reasoning_effort")?)?;
     let tools = Tools::openai(&f)?;
-    let turn = Turn::new(&app, messages(&f)?, think, tools.as_ref(), options)?;
+    // A state has what was said of them.
+    let told = options.start != Start::Empty;
+    let turn = Turn::new(&app, messages(&f)?, think, tools.as_ref(), told, options)?;
     let mut choices = Vec::new();
     for number in 0..turn.options.n {
         let mut request = turn.options.request(&owner, turn.prompt.clone(), max_tokens, number);
@@ -56,7 +50,7 @@ pub async fn completions(
         choices.push(Choice { reply, app: app.clone(), index: number, logprobs });
     }
     let usage = Usage { prompt: turn.prompt.len(), ..Usage::default() };
-    let head = json!({ "id": id("chatcmpl"), "created": now(), "model": app.options.model });
+    let head = json!({ "id": id("chatcmpl-"), "created": now(), "model": app.options.model });
     if turn.options.stream {
         return Ok(stream(
             choices,

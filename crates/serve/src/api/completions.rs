@@ -55,7 +55,7 @@ pub async fn completions(
         .enumerate()
         .map(|(index, (request, echoed))| Choice::start(&app, request, index, echoed, &options, logprobs))
         .collect::<Result<_, _>>()?;
-    let head = json!({ "id": id("cmpl"), "object": "text_completion", "created": now(), "model": app.options.model });
+    let head = json!({ "id": id("cmpl-"), "object": "text_completion", "created": now(), "model": app.options.model });
     if options.stream {
         return Ok(stream(choices, head, usage, options.usage));
     }

@@ -7,7 +7,6 @@ use crate::fields::{Fields, kind};
 use crate::template::{Message, Template};
 use crate::tools::{self, Tools};
 use anser_infer::chat::Think;
-use anser_infer::engine::Start;
 use serde_json::Value;
 
 /// A conversation made ready for the model.
@@ -23,15 +22,15 @@ pub struct Turn {
 }
 
 impl Turn {
-    /// Applies the template. Tools are told to the model unless it goes on from a state, which knows of them.
+    /// Applies the template. The model is told of the tools, unless what it goes on from has `told` it.
     ///
     /// # Errors
     /// When the template doesn't take the messages, they are too long, or a tool has no valid schema.
     pub fn new(
-        app: &App, mut messages: Vec<Message>, think: Think, tools: Option<&Tools>, mut options: Options,
+        app: &App, mut messages: Vec<Message>, think: Think, tools: Option<&Tools>, told: bool, mut options: Options,
     ) -> Result<Turn, ApiError> {
         let template = &app.options.template;
-        if let Some(tools) = tools.filter(|_| options.start == Start::Empty) {
+        if let Some(tools) = tools.filter(|_| !told) {
             let text = tools.prompt();
             match messages.first_mut().filter(|m| m.role == "system") {
                 Some(system) => system.content += &format!("\n{text}"),
@@ -59,8 +58,18 @@ impl Turn {
 }
 
 /// How the model is to think: `think` by our names, or what OpenAI calls effort, in the field `name`.
-pub fn think(app: &App, f: &Fields, effort: Option<&str>, name: &str) -> Result<Think, ApiError> {
-    if let Some(think) = f.text("think")? {
+///
+/// # Errors
+/// When it is none of them, or the answer has a form, which begins at once.
+pub fn think(app: &App, f: &Fields, options: &Options, name: &str, effort: Option<&str>) -> Result<Think, ApiError> {
+    let think = f.text("think")?;
+    if options.grammar.is_some() {
+        return match think.is_some_and(|t| t != "off") {
+            true => Err(ApiError::field("think", "an answer of a given form has no thoughts: it must be off")),
+            false => Ok(Think::Off),
+        };
+    }
+    if let Some(think) = think {
         return think.parse().map_err(|e| ApiError::field("think", e));
     }
     match effort {

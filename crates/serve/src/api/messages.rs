@@ -14,6 +14,7 @@ use crate::sse;
 use crate::template::Message;
 use crate::tools::{self, Tools};
 use anser_infer::chat::Think;
+use anser_infer::engine::Start;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
@@ -46,12 +47,13 @@ async fn answer(app: App, owner: String, f: Fields) -> Result<Response, ApiError
     options.stops = options::stops(&f, "stop_sequences")?;
     let own_stops = options.stops.clone();
     let tools = Tools::anthropic(&f)?;
-    let turn = Turn::new(&app, conversation(&f)?, think(&app, &f)?, tools.as_ref(), options)?;
+    let told = options.start != Start::Empty;
+    let turn = Turn::new(&app, conversation(&f)?, think(&app, &f)?, tools.as_ref(), told, options)?;
     let request = turn.options.request(&owner, turn.prompt.clone(), max_tokens, 0);
     let answer = Answer::start(&app, request, &turn.options.stops, app.options.template.turn_end())?;
     let reply = Reply::new(answer, turn.think, turn.tools);
     let mut head = json!({
-        "id": id("msg"), "type": "message", "role": "assistant", "model": app.options.model, "content": [],
+        "id": id("msg_"), "type": "message", "role": "assistant", "model": app.options.model, "content": [],
         "stop_reason": null, "stop_sequence": null, "usage": usage(Usage { prompt: turn.prompt.len(), ..Usage::default() }),
     });
     if turn.options.stream {

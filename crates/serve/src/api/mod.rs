@@ -4,9 +4,11 @@ pub mod chat;
 pub mod completions;
 pub mod conversation;
 pub mod embeddings;
+pub mod items;
 pub mod messages;
 pub mod models;
 pub mod options;
+pub mod responses;
 pub mod states;
 pub mod tokens;
 
@@ -40,7 +42,7 @@ impl Usage {
 
 /// A new id that begins with `prefix`.
 pub fn id(prefix: &str) -> String {
-    format!("{prefix}-{}", uuid::Uuid::new_v4().simple())
+    format!("{prefix}{}", uuid::Uuid::new_v4().simple())
 }
 
 /// Seconds since 1970.
