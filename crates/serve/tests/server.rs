@@ -65,6 +65,29 @@ fn completions() {
 }
 
 #[test]
+fn many_answers_have_one_prompt() {
+    let s = Server::plain();
+    let prompt = "It was a dark night. ".repeat(20);
+    let count = s.post("/tokenize", json!({ "prompt": prompt }))["count"].as_u64().unwrap();
+    let read = |path: &str, body: Value| {
+        let before = s.engine.stats();
+        let usage = s.post(path, body)["usage"].clone();
+        let after = s.engine.stats();
+        (usage, after.tokens_read - before.tokens_read - (after.tokens_written - before.tokens_written - 4))
+    };
+    let body = json!({ "prompt": prompt, "n": 4, "max_tokens": 8, "ignore_eos": true });
+    let (usage, own) = read("/v1/completions", body);
+    assert_eq!(own, count);
+    assert_eq!((&usage["prompt_tokens"], &usage["completion_tokens"]), (&json!(count), &json!(32)));
+    assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], 0);
+    let body =
+        json!({ "messages": [{ "role": "user", "content": prompt }], "n": 4, "max_tokens": 8, "ignore_eos": true });
+    let (usage, own) = read("/v1/chat/completions", body);
+    assert_eq!(usage["prompt_tokens"], own);
+    assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], 0);
+}
+
+#[test]
 fn log_probabilities() {
     let s = Server::plain();
     // As lm-evaluation-harness scores a text.

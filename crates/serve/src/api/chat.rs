@@ -49,17 +49,13 @@ pub async fn completions(
         let reply = Reply::new(answer, turn.think, turn.tools);
         choices.push(Choice { reply, app: app.clone(), index: number, logprobs });
     }
-    let usage = Usage { prompt: turn.prompt.len(), ..Usage::default() };
+    let prompt = turn.prompt.len();
     let head = json!({ "id": id("chatcmpl-"), "created": now(), "model": app.options.model });
     if turn.options.stream {
-        return Ok(stream(
-            choices,
-            with(head, [("object", json!("chat.completion.chunk"))]),
-            usage,
-            turn.options.usage,
-        ));
+        let head = with(head, [("object", json!("chat.completion.chunk"))]);
+        return Ok(stream(choices, head, prompt, turn.options.usage));
     }
-    whole(choices, with(head, [("object", json!("chat.completion"))]), usage).await
+    whole(choices, with(head, [("object", json!("chat.completion"))]), prompt).await
 }
 
 struct Choice {
@@ -77,13 +73,6 @@ impl Choice {
     /// OpenAI's word for why it ended.
     fn word(&self, finish: &Finish) -> &'static str {
         if self.reply.called() && *finish == Finish::Stop { "tool_calls" } else { finish.word() }
-    }
-
-    fn add(&self, usage: &mut Usage) {
-        let own = self.reply.usage(0);
-        usage.cached += own.cached;
-        usage.written += own.written;
-        usage.reasoning += own.reasoning;
     }
 }
 
@@ -114,7 +103,7 @@ fn call_delta(part: CallPart, index: &mut usize) -> Value {
     json
 }
 
-async fn whole(choices: Vec<Choice>, head: Value, mut usage: Usage) -> Result<Response, ApiError> {
+async fn whole(choices: Vec<Choice>, head: Value, prompt: usize) -> Result<Response, ApiError> {
     let all = choices.into_iter().map(|mut choice| async move {
         let (mut reasoning, mut content, mut calls) = (String::new(), String::new(), Vec::new());
         let (mut listed, mut finish) = (Vec::new(), None);
@@ -142,12 +131,13 @@ async fn whole(choices: Vec<Choice>, head: Value, mut usage: Usage) -> Result<Re
         Ok::<_, ApiError>((choice, json))
     });
     let done = try_join_all(all).await?;
-    done.iter().for_each(|(choice, _)| choice.add(&mut usage));
-    let choices: Vec<Value> = done.into_iter().map(|(_, json)| json).collect();
+    let (usages, choices): (Vec<Usage>, Vec<Value>) =
+        done.into_iter().map(|(choice, json)| (choice.reply.usage(prompt), json)).unzip();
+    let usage = Usage::total(&usages, usages.len());
     Ok(Json(with(head, [("choices", json!(choices)), ("usage", usage.json())])).into_response())
 }
 
-fn stream(choices: Vec<Choice>, head: Value, mut usage: Usage, with_usage: bool) -> Response {
+fn stream(choices: Vec<Choice>, head: Value, prompt: usize, with_usage: bool) -> Response {
     sse::send(move |to| async move {
         let all = choices.into_iter().map(|mut choice| {
             let (to, head) = (to.clone(), head.clone());
@@ -182,11 +172,12 @@ fn stream(choices: Vec<Choice>, head: Value, mut usage: Usage, with_usage: bool)
                         to.json(&chunk(json!({}), Value::Null, Some(choice.word(finish)))).await;
                     }
                 }
-                Ok::<_, ApiError>(choice)
+                Ok::<_, ApiError>(choice.reply.usage(prompt))
             }
         });
-        try_join_all(all).await?.iter().for_each(|choice| choice.add(&mut usage));
+        let usages = try_join_all(all).await?;
         if with_usage {
+            let usage = Usage::total(&usages, usages.len());
             to.json(&with(head, [("choices", json!([])), ("usage", usage.json())])).await;
         }
         to.text("[DONE]").await;

@@ -28,6 +28,20 @@ pub struct Usage {
 }
 
 impl Usage {
+    /// Of answers of which `n` at a time have the same prompt, which is read once.
+    pub fn total(each: &[Usage], n: usize) -> Usage {
+        let mut all = Usage::default();
+        for (i, u) in each.iter().enumerate() {
+            if i % n == 0 {
+                all.prompt += u.prompt;
+                all.cached += each[i..].iter().take(n).map(|u| u.cached).min().unwrap_or(0);
+            }
+            all.written += u.written;
+            all.reasoning += u.reasoning;
+        }
+        all
+    }
+
     /// In OpenAI's shape.
     pub fn json(&self) -> Value {
         json!({
