@@ -137,6 +137,9 @@ pub fn router(app: App) -> Router {
         .route("/page.css", get(page::style))
         .route("/page.js", get(page::script))
         .route("/markdown.js", get(page::markdown))
+        .route("/docs", get(page::docs))
+        .route("/docs.css", get(page::docs_style))
+        .route("/docs.js", get(page::docs_script))
         .route("/health", get(api::models::health))
         .route("/ready", get(api::models::ready))
         .route("/openapi.json", get(openapi));
@@ -186,9 +189,25 @@ mod tests {
     fn the_document_has_the_routes() {
         let document: serde_json::Value = serde_json::from_str(OPENAPI).unwrap();
         let written: BTreeSet<&str> = document["paths"].as_object().unwrap().keys().map(String::as_str).collect();
-        let of_page = |path: &&str| !["/", "/page.css", "/page.js", "/markdown.js"].contains(path);
+        let of_page = |path: &&str| {
+            *path != "/" && !path.starts_with("/docs") && ![".css", ".js"].iter().any(|e| path.ends_with(e))
+        };
         let routes = include_str!("lib.rs").split(".route(\"").skip(1).filter_map(|s| s.split('"').next());
         let routes: BTreeSet<&str> = routes.filter(|r| r.starts_with('/')).filter(of_page).collect();
         assert_eq!(written, routes);
+        // Whoever sends fields finds an example, which has fields that are written.
+        for (path, methods) in document["paths"].as_object().unwrap() {
+            for about in methods.as_object().unwrap().values().filter(|about| about["requestBody"].is_object()) {
+                let body = &about["requestBody"]["content"]["application/json"];
+                let name = body["schema"]["$ref"].as_str().unwrap().rsplit('/').next().unwrap();
+                let schemas = &document["components"]["schemas"];
+                let parts = schemas[name]["allOf"].as_array().into_iter().flatten();
+                let parts = parts.map(|part| &schemas[part["$ref"].as_str().unwrap().rsplit('/').next().unwrap()]);
+                let parts: Vec<_> =
+                    parts.chain([&schemas[name]]).map(|s| s["properties"].as_object().unwrap()).collect();
+                let example = body["example"].as_object().unwrap_or_else(|| panic!("{path}"));
+                assert!(example.keys().all(|field| parts.iter().any(|fields| fields.contains_key(field))), "{path}");
+            }
+        }
     }
 }

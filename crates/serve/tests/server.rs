@@ -209,6 +209,10 @@ fn the_document_and_the_page() {
     for file in ["page.css", "page.js"] {
         assert!(page.contains(file) && s.call("GET", &format!("/{file}"), None, "").status() == 200);
     }
+    let docs = s.call("GET", "/docs", None, "").body_mut().read_to_string().unwrap();
+    for file in ["docs.css", "docs.js", "openapi.json"] {
+        assert!(docs.contains(file) && s.call("GET", &format!("/{file}"), None, "").status() == 200);
+    }
     assert_eq!(s.call("GET", "/markdown.js", None, "").headers()["x-content-type-options"], "nosniff");
 }
 
