@@ -27,6 +27,11 @@ impl TextStream {
         (self.held.drain(..safe).collect(), false)
     }
 
+    /// No stop text ends what comes from now on.
+    pub fn lift_stops(&mut self) {
+        self.stops.clear();
+    }
+
     /// Whether nothing is held back.
     pub fn is_clear(&self) -> bool {
         self.held.is_empty() && self.decoder.is_empty()
@@ -54,6 +59,9 @@ mod tests {
         assert_eq!(t.push(b"!x"), ("".into(), true));
         let mut t = TextStream::new(&["stop".into()]);
         assert_eq!(t.push(b"go st"), ("go ".into(), false));
-        assert_eq!(t.finish(), "st");
+        t.lift_stops();
+        assert_eq!(t.push(b"op x"), ("stop x".into(), false));
+        assert_eq!(t.push(b"\xc3"), ("".into(), false));
+        assert_eq!(t.finish(), "\u{fffd}");
     }
 }

@@ -97,6 +97,46 @@ fn a_cached_prefix_gives_the_same_for_less_work() {
 }
 
 #[test]
+fn a_prompt_asked_for_many_times_at_once_is_read_once() {
+    for of in [plain(), hybrid()] {
+        // Nothing is cached for longer than it is needed.
+        let options =
+            EngineOptions { slots: 5, prefill_piece: 37, stride: 0, cache_bytes: 0, ..EngineOptions::default() };
+        let engine = engine(&of, options);
+        let sampling = samplings()[1].clone();
+        for first_goes in [false, true] {
+            // The engine is busy until all have come.
+            let busy = engine.submit(request(prompt(1, 2000), 1)).unwrap();
+            let p = prompt(5 + u32::from(first_goes), 300);
+            let before = engine.stats().tokens_read;
+            let ask =
+                |seed| engine.submit(Request { sampling: sampling.clone(), seed, ..request(p.clone(), 8) }).unwrap();
+            let mut streams: Vec<(u64, Stream)> = (0..4).map(|seed| (seed, ask(seed))).collect();
+            if first_goes {
+                // Whoever reads it for the others may go.
+                streams.remove(0);
+            }
+            let all: Vec<(u64, Answer)> = streams.into_iter().map(|(seed, s)| (seed, answer(s))).collect();
+            answer(busy);
+            for (seed, a) in &all {
+                assert_eq!(a.tokens, alone(&of, &p, &sampling, *seed, 8), "{seed}");
+            }
+            if !first_goes {
+                let mut cached: Vec<usize> = all.iter().map(|(_, a)| a.cached).collect();
+                cached.sort();
+                assert_eq!(cached, [0, 300, 300, 300]);
+                let others = 2000 - before;
+                assert_eq!(engine.stats().tokens_read - before, others + 300 + 4 * 7);
+            }
+        }
+        // Log probabilities of a prompt come of reading it.
+        let both = [Some(0), None]
+            .map(|prompt_logprobs| engine.submit(Request { prompt_logprobs, ..request(prompt(6, 300), 1) }).unwrap());
+        assert_eq!(both.map(|s| answer(s).prompt.len()), [299, 0]);
+    }
+}
+
+#[test]
 fn memory_of_prefixes_is_bounded() {
     let of = plain();
     let one = Session::new(&of.0, &of.1).bytes() + 300 * 4;

@@ -61,6 +61,10 @@ pub struct Answer {
     /// Tokens since all text was out, and the bytes of text that came out since.
     held: Vec<TokenLogprob>,
     out: usize,
+    /// The tokens of the answer.
+    tokens: Vec<u32>,
+    /// Text that follows the answer where a conversation goes on from it.
+    close: &'static str,
     /// Tokens written so far.
     pub written: usize,
     started: Instant,
@@ -74,17 +78,15 @@ pub struct Answer {
 struct Keep {
     owner: String,
     name: String,
-    /// Text that follows the answer in the state.
-    close: &'static str,
 }
 
 impl Answer {
-    /// Submits a request. Where its state is kept, `close` follows the answer in it.
+    /// Submits a request. Where a conversation goes on from it, `close` follows the answer.
     ///
     /// # Errors
     /// When the engine refuses it.
     pub async fn start(app: &App, request: Request, stops: &[String], close: &'static str) -> Result<Answer, ApiError> {
-        let keep = request.save_as.clone().map(|name| Keep { owner: request.owner.clone(), name, close });
+        let keep = request.save_as.clone().map(|name| Keep { owner: request.owner.clone(), name });
         let stream = submit(app, request).await?;
         Ok(Answer {
             app: app.clone(),
@@ -93,6 +95,8 @@ impl Answer {
             stops: stops.to_vec(),
             held: Vec::new(),
             out: 0,
+            tokens: Vec::new(),
+            close,
             written: 0,
             started: Instant::now(),
             deadline: tokio::time::Instant::now() + app.options.timeout,
@@ -129,6 +133,12 @@ impl Answer {
         }
     }
 
+    /// No stop text ends what comes from now on.
+    pub fn lift_stops(&mut self) {
+        self.text.lift_stops();
+        self.stops.clear();
+    }
+
     async fn token(&mut self, token: TokenLogprob) -> Result<Option<Part>, ApiError> {
         let now = Instant::now();
         match self.last.replace(now) {
@@ -137,6 +147,7 @@ impl Answer {
         }
         self.written += 1;
         let bytes = bytes(&self.app.tokenizer, token.token);
+        self.tokens.push(token.token);
         self.held.push(token);
         let (text, stopped) = self.text.push(bytes);
         self.out += text.len();
@@ -171,25 +182,34 @@ impl Answer {
                 tokens.push(token);
             }
         }
+        self.tokens.truncate(before + whole);
         if self.keep.is_some() {
             self.stream.stop(before + whole);
             kept(&mut self.stream).await?;
-            self.close(&all[whole_bytes..cut]).await?;
         }
+        self.close(&all[whole_bytes..cut]).await?;
         Ok(Part::End(Text { text, tokens }, Finish::StopText(stop)))
     }
 
-    /// The kept state goes on over what the answer has beyond its last whole token, and over the end of a turn.
+    /// The conversation goes on over what the answer has beyond its last whole token, and over the end of a turn, unless the model has
+    /// written it; a kept state does.
     async fn close(&mut self, rest: &[u8]) -> Result<(), ApiError> {
-        let Some(keep) = self.keep.take() else { return Ok(()) };
-        let prompt = self.app.tokenizer.encode(&[rest, keep.close.as_bytes()].concat());
-        if prompt.is_empty() {
-            return Ok(());
-        }
+        let last: Vec<u8> =
+            self.tokens.iter().rev().take(2).rev().flat_map(|t| bytes(&self.app.tokenizer, *t)).copied().collect();
+        let written = rest.is_empty() && last.ends_with(self.close.as_bytes());
+        let close = if written { "" } else { self.close };
+        let prompt = self.app.tokenizer.encode(&[rest, close.as_bytes()].concat());
+        self.tokens.extend(&prompt);
+        let Some(keep) = self.keep.take().filter(|_| !prompt.is_empty()) else { return Ok(()) };
         let start = Start::Named(keep.name.clone());
         let request =
             Request { prompt, start, owner: keep.owner, save_as: Some(keep.name), max_tokens: 0, ..Request::default() };
         kept(&mut submit(&self.app, request).await?).await
+    }
+
+    /// The tokens of the answer, after the end with those that close its turn.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
     }
 
     async fn end(&mut self, end: End) -> Result<Part, ApiError> {

@@ -67,6 +67,14 @@ impl Grammars {
         }
     }
 
+    /// What a Lark grammar of our own allows; `name` is the field that it was made of.
+    ///
+    /// # Errors
+    /// When a schema in it is none.
+    pub fn lark(&self, name: &str, grammar: String) -> Result<Grammar, ApiError> {
+        self.compile(name, TopLevelGrammar::from_lark(grammar))
+    }
+
     fn compile(&self, name: &str, grammar: TopLevelGrammar) -> Result<Grammar, ApiError> {
         let factory = self.factory.get_or_init(|| factory(self.tokenizer));
         let factory = factory.as_ref().map_err(ApiError::internal)?;
@@ -119,6 +127,29 @@ impl Grammar {
     }
 }
 
+#[cfg(test)]
+impl Grammar {
+    /// Whether an answer may be this text.
+    pub fn takes(&self, tokenizer: Tokenizer, text: &str) -> bool {
+        let mut constraint = self.begin();
+        let tokens = tokenizer.encode(text.as_bytes());
+        for (i, token) in tokens.iter().enumerate() {
+            let mut logits = vec![0.0; tokenizer.vocab_size() + 7];
+            constraint.mask(&mut logits).unwrap();
+            assert!(logits.contains(&0.0) && logits.ends_with(&[f32::NEG_INFINITY; 7]));
+            if logits[*token as usize] != 0.0 {
+                return false;
+            }
+            if constraint.accept(*token).unwrap() {
+                return i + 1 == tokens.len();
+            }
+        }
+        let mut logits = vec![0.0; tokenizer.vocab_size()];
+        constraint.mask(&mut logits).unwrap();
+        logits[0] == 0.0
+    }
+}
+
 impl Constraint for Grammar {
     fn mask(&mut self, logits: &mut [f32]) -> Result<(), String> {
         let allowed = self.0.compute_mask_or_eos().map_err(|e| e.to_string())?;
@@ -144,22 +175,8 @@ mod tests {
         Grammars::new(Tokenizer::world_4096()).read(&Fields::parse(body.to_string().as_bytes()).unwrap())
     }
 
-    /// Whether an answer may be this text.
     fn takes(body: Value, text: &str) -> bool {
-        let tokenizer = Tokenizer::world_4096();
-        let mut constraint = read(body).unwrap().unwrap().begin();
-        for token in tokenizer.encode(text.as_bytes()) {
-            let mut logits = vec![0.0; tokenizer.vocab_size() + 7];
-            constraint.mask(&mut logits).unwrap();
-            assert!(logits.contains(&0.0) && logits.ends_with(&[f32::NEG_INFINITY; 7]));
-            if logits[token as usize] != 0.0 {
-                return false;
-            }
-            constraint.accept(token).unwrap();
-        }
-        let mut logits = vec![0.0; tokenizer.vocab_size()];
-        constraint.mask(&mut logits).unwrap();
-        logits[0] == 0.0
+        read(body).unwrap().unwrap().takes(Tokenizer::world_4096(), text)
     }
 
     #[test]

@@ -6,18 +6,22 @@
 mod answer;
 mod api;
 mod auth;
+mod calls;
 mod constraint;
 mod errors;
 mod fields;
+mod kept;
 mod listen;
 pub mod load;
 mod metrics;
 mod origin;
 mod page;
+mod reply;
 mod sse;
 mod template;
 mod think;
 mod tls;
+mod tools;
 
 pub use auth::Keys;
 pub use listen::serve;
@@ -84,6 +88,7 @@ pub struct Shared {
     metrics: Metrics,
     per_owner: auth::PerOwner,
     grammars: constraint::Grammars,
+    responses: kept::Responses,
     created: u64,
     draining: AtomicBool,
 }
@@ -98,6 +103,7 @@ impl Shared {
             metrics: Metrics::new(engine.clone()),
             per_owner: auth::PerOwner::new(options.per_key),
             grammars: constraint::Grammars::new(tokenizer),
+            responses: kept::Responses::default(),
             created: api::now(),
             draining: AtomicBool::new(false),
             engine,
@@ -119,6 +125,8 @@ pub fn router(app: App) -> Router {
         .route("/v1/models/{name}", get(api::models::one))
         .route("/v1/completions", post(api::completions::completions))
         .route("/v1/chat/completions", post(api::chat::completions))
+        .route("/v1/responses", post(api::responses::create))
+        .route("/v1/responses/{id}", get(api::responses::one).delete(api::responses::delete))
         .route("/v1/messages", post(api::messages::messages))
         .route("/v1/embeddings", post(api::embeddings::embeddings))
         .route("/v1/states", get(api::states::list))
@@ -133,6 +141,9 @@ pub fn router(app: App) -> Router {
         .route("/page.css", get(page::style))
         .route("/page.js", get(page::script))
         .route("/markdown.js", get(page::markdown))
+        .route("/docs", get(page::docs))
+        .route("/docs.css", get(page::docs_style))
+        .route("/docs.js", get(page::docs_script))
         .route("/health", get(api::models::health))
         .route("/ready", get(api::models::ready))
         .route("/openapi.json", get(openapi));
@@ -182,9 +193,25 @@ mod tests {
     fn the_document_has_the_routes() {
         let document: serde_json::Value = serde_json::from_str(OPENAPI).unwrap();
         let written: BTreeSet<&str> = document["paths"].as_object().unwrap().keys().map(String::as_str).collect();
-        let of_page = |path: &&str| !["/", "/page.css", "/page.js", "/markdown.js"].contains(path);
+        let of_page = |path: &&str| {
+            *path != "/" && !path.starts_with("/docs") && ![".css", ".js"].iter().any(|e| path.ends_with(e))
+        };
         let routes = include_str!("lib.rs").split(".route(\"").skip(1).filter_map(|s| s.split('"').next());
         let routes: BTreeSet<&str> = routes.filter(|r| r.starts_with('/')).filter(of_page).collect();
         assert_eq!(written, routes);
+        // Whoever sends fields finds an example, which has fields that are written.
+        for (path, methods) in document["paths"].as_object().unwrap() {
+            for about in methods.as_object().unwrap().values().filter(|about| about["requestBody"].is_object()) {
+                let body = &about["requestBody"]["content"]["application/json"];
+                let name = body["schema"]["$ref"].as_str().unwrap().rsplit('/').next().unwrap();
+                let schemas = &document["components"]["schemas"];
+                let parts = schemas[name]["allOf"].as_array().into_iter().flatten();
+                let parts = parts.map(|part| &schemas[part["$ref"].as_str().unwrap().rsplit('/').next().unwrap()]);
+                let parts: Vec<_> =
+                    parts.chain([&schemas[name]]).map(|s| s["properties"].as_object().unwrap()).collect();
+                let example = body["example"].as_object().unwrap_or_else(|| panic!("{path}"));
+                assert!(example.keys().all(|field| parts.iter().any(|fields| fields.contains_key(field))), "{path}");
+            }
+        }
     }
 }

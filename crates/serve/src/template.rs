@@ -1,4 +1,5 @@
-//! From messages to a prompt: RWKV's own template, or a Jinja file as Hugging Face has them.
+//! From messages to a prompt: RWKV's own template, or a Jinja file as Hugging Face has them. Tools, their calls and outputs are text of
+//! messages already, as `tools.rs` says.
 
 use anser_infer::chat::{self, Think};
 use minijinja::{Environment, context};

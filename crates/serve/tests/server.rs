@@ -1,112 +1,15 @@
-//! A real server on a free port, the bundled model, a plain HTTP client.
+//! The server as a client meets it, with the bundled model.
 
-use anser_formats::Checkpoint;
-use anser_infer::chat::Think;
-use anser_infer::{Engine, EngineOptions};
-use anser_model::{Config, Load, Model};
+mod common;
+
+use anser_infer::EngineOptions;
 use anser_serve::load::{self, Arrivals, Lengths, Measured, Target};
-use anser_serve::{Keys, Options, Shared, Template, serve};
-use anser_tensor::{Context, DType};
-use anser_tokenizer::Tokenizer;
+use anser_serve::{Keys, Options};
+use common::{Server, options};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-struct Server {
-    address: SocketAddr,
-    engine: Engine,
-    stop: Option<tokio::sync::oneshot::Sender<()>>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-fn options() -> Options {
-    Options {
-        model: "anser-12m".into(),
-        keys: Keys::default(),
-        template: Template::Rwkv,
-        think: Think::Off,
-        max_tokens: 4096,
-        max_prompt: 2000,
-        max_body: 1 << 16,
-        timeout: Duration::from_secs(60),
-        read_timeout: Duration::from_secs(2),
-        write_timeout: Duration::from_secs(2),
-        connections: 64,
-        per_key: 64,
-        cors: Vec::new(),
-    }
-}
-
-impl Server {
-    fn start(options: Options, engine: EngineOptions) -> Server {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/anser-12m.safetensors");
-        let ckpt = Checkpoint::open(path.as_ref()).unwrap();
-        let tokenizer = Tokenizer::from_name(&ckpt.metadata()["anser.tokenizer"]).unwrap();
-        let ctx = Context::cpu(2);
-        let config = Config::from_checkpoint(&ckpt).unwrap();
-        let model = Model::load_as(&ctx, &ckpt, config, Load::Inference(DType::BF16.into())).unwrap();
-        let engine = Engine::start(ctx, Arc::new(model), engine).unwrap();
-        let app = Shared::new(engine.clone(), tokenizer, options);
-        let runtime = tokio::runtime::Runtime::new().unwrap();
-        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
-        let address = listener.local_addr().unwrap();
-        let (stop, stopped) = tokio::sync::oneshot::channel();
-        let thread = std::thread::spawn(move || {
-            let stopped = async {
-                let _ = stopped.await;
-            };
-            runtime.block_on(serve(app, listener, None, stopped, Duration::from_secs(20)));
-        });
-        Server { address, engine, stop: Some(stop), thread: Some(thread) }
-    }
-
-    fn plain() -> Server {
-        Server::start(options(), EngineOptions::default())
-    }
-
-    fn call(&self, method: &str, path: &str, key: Option<&str>, body: &str) -> ureq::http::Response<ureq::Body> {
-        let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
-        let mut request = ureq::http::Request::builder().method(method).uri(format!("http://{}{path}", self.address));
-        if let Some(key) = key {
-            request = request.header("authorization", format!("Bearer {key}"));
-        }
-        agent.run(request.body(body.to_string()).unwrap()).unwrap()
-    }
-
-    fn get(&self, path: &str) -> Value {
-        self.call("GET", path, None, "").body_mut().read_json().unwrap()
-    }
-
-    fn post(&self, path: &str, body: Value) -> Value {
-        let mut response = self.call("POST", path, None, &body.to_string());
-        let text = response.body_mut().read_to_string().unwrap();
-        assert_eq!(response.status(), 200, "{text}");
-        serde_json::from_str(&text).unwrap()
-    }
-
-    fn refused(&self, path: &str, body: &str) -> (u16, Value) {
-        let mut response = self.call("POST", path, None, body);
-        (response.status().as_u16(), response.body_mut().read_json().unwrap())
-    }
-
-    /// The data of all events.
-    fn events(&self, path: &str, body: Value) -> Vec<String> {
-        let mut response = self.call("POST", path, None, &body.to_string());
-        assert_eq!(response.headers()["content-type"], "text/event-stream");
-        let lines = BufReader::new(response.body_mut().as_reader()).lines().map(Result::unwrap);
-        lines.filter_map(|l| l.strip_prefix("data: ").map(String::from)).collect()
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.stop.take().unwrap().send(());
-        let done = self.thread.take().unwrap().join();
-        assert!(done.is_ok() || std::thread::panicking());
-    }
-}
 
 fn until(what: &str, condition: impl Fn() -> bool) {
     let start = Instant::now();
@@ -160,6 +63,29 @@ fn completions() {
     };
     assert_eq!(seeded(5), seeded(5));
     assert_ne!(seeded(5), seeded(6));
+}
+
+#[test]
+fn many_answers_have_one_prompt() {
+    let s = Server::plain();
+    let prompt = "It was a dark night. ".repeat(20);
+    let count = s.post("/tokenize", json!({ "prompt": prompt }))["count"].as_u64().unwrap();
+    let read = |path: &str, body: Value| {
+        let before = s.engine.stats();
+        let usage = s.post(path, body)["usage"].clone();
+        let after = s.engine.stats();
+        (usage, after.tokens_read - before.tokens_read - (after.tokens_written - before.tokens_written - 4))
+    };
+    let body = json!({ "prompt": prompt, "n": 4, "max_tokens": 8, "ignore_eos": true });
+    let (usage, own) = read("/v1/completions", body);
+    assert_eq!(own, count);
+    assert_eq!((&usage["prompt_tokens"], &usage["completion_tokens"]), (&json!(count), &json!(32)));
+    assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], 0);
+    let body =
+        json!({ "messages": [{ "role": "user", "content": prompt }], "n": 4, "max_tokens": 8, "ignore_eos": true });
+    let (usage, own) = read("/v1/chat/completions", body);
+    assert_eq!(usage["prompt_tokens"], own);
+    assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], 0);
 }
 
 #[test]
@@ -268,10 +194,10 @@ fn the_document_and_the_page() {
     let document = s.get("/openapi.json");
     for (path, methods) in document["paths"].as_object().unwrap() {
         for (method, about) in methods.as_object().unwrap() {
-            let at = path.replace("{name}", "anser-12m");
+            let at = path.replace("{name}", "anser-12m").replace("{id}", "none");
             let status = s.call(&method.to_uppercase(), &at, None, "{}").status().as_u16();
-            let states = path.starts_with("/v1/states/");
-            assert!(status != 405 && (status != 404 || states), "{method} {path}");
+            let kept = path.starts_with("/v1/states/") || path.ends_with("{id}");
+            assert!(status != 405 && (status != 404 || kept), "{method} {path}");
             // Whoever must send fields is told so.
             let schema = about["requestBody"]["content"]["application/json"]["schema"]["$ref"].as_str();
             if let Some(name) = schema.and_then(|r| r.rsplit('/').next()) {
@@ -283,6 +209,10 @@ fn the_document_and_the_page() {
     let page = s.call("GET", "/", None, "").body_mut().read_to_string().unwrap();
     for file in ["page.css", "page.js"] {
         assert!(page.contains(file) && s.call("GET", &format!("/{file}"), None, "").status() == 200);
+    }
+    let docs = s.call("GET", "/docs", None, "").body_mut().read_to_string().unwrap();
+    for file in ["docs.css", "docs.js", "openapi.json"] {
+        assert!(docs.contains(file) && s.call("GET", &format!("/{file}"), None, "").status() == 200);
     }
     assert_eq!(s.call("GET", "/markdown.js", None, "").headers()["x-content-type-options"], "nosniff");
 }

@@ -214,7 +214,7 @@ pub enum Event {
     Prompt {
         /// Its tokens, without those behind a named state.
         tokens: usize,
-        /// How many of them were not read, as a state after them was cached.
+        /// How many of them were not read, as a state after them was cached, or another request that ran read them.
         cached: usize,
         /// See [`Request::prompt_logprobs`].
         logprobs: Vec<TokenLogprob>,

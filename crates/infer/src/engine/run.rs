@@ -278,10 +278,19 @@ impl Runner<'_> {
         }
     }
 
+    /// Whether another sequence, that is ahead, reads the same prompt.
+    fn waits(&self, slot: usize) -> bool {
+        let s = &self.running[slot];
+        let ahead = |(i, other): (usize, &Sequence)| (other.read, slot) > (s.read, i) && s.may_follow(other);
+        self.running.iter().enumerate().any(ahead)
+    }
+
     /// How many tokens each sequence reads in the next step: the one of each that writes, and of prompts a piece in all, in turn.
     fn plan(&mut self) -> Vec<usize> {
-        let mut lengths: Vec<usize> = self.running.iter().map(|s| usize::from(s.left() == 1)).collect();
-        let mut reading: Vec<usize> = (0..lengths.len()).filter(|&i| self.running[i].left() > 1).collect();
+        let waits: Vec<bool> = (0..self.running.len()).map(|i| self.waits(i)).collect();
+        let mut lengths: Vec<usize> =
+            self.running.iter().zip(&waits).map(|(s, waits)| usize::from(s.left() == 1 && !waits)).collect();
+        let mut reading: Vec<usize> = (0..lengths.len()).filter(|&i| self.running[i].left() > 1 && !waits[i]).collect();
         reading.sort_by_key(|&i| self.running[i].turn);
         let mut piece = self.prefill_piece;
         for slot in reading {
@@ -317,6 +326,8 @@ impl Runner<'_> {
         }
         let snapshot = Arc::new(Snapshot::new(&self.batch.state(slot)?, s.logits.clone()));
         self.shared.store.insert(&s.request.owner, s.prefix.key(), s.read, snapshot.clone());
+        self.follow(slot, &snapshot)?;
+        let s = &mut self.running[slot];
         if s.request.save_as.is_some() {
             s.after_prompt = Some((snapshot, s.prefix.clone()));
         }
@@ -324,6 +335,22 @@ impl Runner<'_> {
         let tokens = s.prompt.len();
         let _ = s.to.try_send(Event::Prompt { tokens, cached: s.cached, logprobs, hidden });
         s.phase = if s.request.max_tokens == 0 { Phase::Closing(End::Length) } else { Phase::Answer };
+        Ok(())
+    }
+
+    /// Those that wait for the prompt in `slot` go on from its end.
+    fn follow(&mut self, slot: usize, snapshot: &Snapshot) -> Result<(), Error> {
+        let first = &self.running[slot];
+        let (read, prefix) = (first.read, first.prefix.clone());
+        let waiting = (0..self.running.len()).filter(|&i| i != slot && self.running[i].may_follow(first));
+        for i in waiting.collect::<Vec<_>>() {
+            self.batch.set_state(i, snapshot.state(self.shared.store.form()))?;
+            let s = &mut self.running[i];
+            self.done.prefix_hits += u64::from(s.cached == 0);
+            self.done.tokens_cached += (s.prompt.len() - s.cached) as u64;
+            (s.read, s.prefix, s.logits) = (read, prefix.clone(), snapshot.logits.clone());
+            s.cached = s.prompt.len();
+        }
         Ok(())
     }
 

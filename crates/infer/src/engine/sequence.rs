@@ -55,6 +55,13 @@ impl Sequence {
         self.tokens.len() - self.read
     }
 
+    /// Whether it needs nothing of its prompt but the state and the prediction after it, which it may take from another that reads the same.
+    pub fn may_follow(&self, other: &Sequence) -> bool {
+        let alike = |s: &Sequence| matches!(s.phase, Phase::Prompt) && s.tokens.len() == self.tokens.len();
+        let plain = self.request.prompt_logprobs.is_none() && !self.request.hidden;
+        plain && alike(self) && alike(other) && self.request.owner == other.request.owner && self.tokens == other.tokens
+    }
+
     /// Reading the next `count` tokens, and with `choosing` choosing the one after them.
     pub fn work(&mut self, slot: usize, count: usize, choosing: bool) -> Work<'_> {
         let end = self.read + count;

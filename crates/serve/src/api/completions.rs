@@ -31,7 +31,6 @@ pub async fn completions(
     let logprobs = f.whole("logprobs", 0..=MOST_LOGPROBS)?;
     let max_tokens = f.whole("max_tokens", 0..=app.options.max_tokens)?.unwrap_or(16.min(app.options.max_tokens));
     let prompts = prompts(&app, &f, &options)?;
-    let mut usage = Usage { prompt: prompts.iter().map(Vec::len).sum(), ..Usage::default() };
     if max_tokens == 0 && !echo {
         return Err(ApiError::field("max_tokens", "0 is for requests with echo: true"));
     }
@@ -55,16 +54,13 @@ pub async fn completions(
     for (index, (request, echoed)) in asked.enumerate() {
         choices.push(Choice::start(&app, request, index, echoed, &options, logprobs).await?);
     }
-    let head = json!({ "id": id("cmpl"), "object": "text_completion", "created": now(), "model": app.options.model });
+    let head = json!({ "id": id("cmpl-"), "object": "text_completion", "created": now(), "model": app.options.model });
     if options.stream {
-        return Ok(stream(choices, head, usage, options.usage));
+        return Ok(stream(choices, head, options.n, options.usage));
     }
     let done = try_join_all(choices.into_iter().map(Choice::whole)).await?;
-    for (of_choice, _) in &done {
-        usage.written += of_choice.written;
-        usage.cached += of_choice.cached;
-    }
-    let choices: Vec<Value> = done.into_iter().map(|(_, json)| json).collect();
+    let (usages, choices): (Vec<Usage>, Vec<Value>) = done.into_iter().unzip();
+    let usage = Usage::total(&usages, options.n);
     Ok(Json(with(head, [("choices", json!(choices)), ("usage", usage.json())])).into_response())
 }
 
@@ -115,14 +111,18 @@ struct Choice {
     logprobs: Option<usize>,
     /// Characters of text sent, which is what offsets count.
     offset: usize,
+    /// Tokens of the prompt, and how many of them were cached.
+    prompt: usize,
+    cached: usize,
 }
 
 impl Choice {
     async fn start(
         app: &App, request: Request, index: usize, echo: Vec<u32>, options: &Options, logprobs: Option<usize>,
     ) -> Result<Choice, ApiError> {
+        let prompt = request.prompt.len();
         let answer = Answer::start(app, request, &options.stops, "").await?;
-        Ok(Choice { answer, app: app.clone(), index, echo, logprobs, offset: 0 })
+        Ok(Choice { answer, app: app.clone(), index, echo, logprobs, offset: 0, prompt, cached: 0 })
     }
 
     /// What a part adds, in the shape of a choice: text, and before it the prompt with the log probabilities of its tokens.
@@ -151,31 +151,34 @@ impl Choice {
         })
     }
 
-    /// The next piece in the shape of a choice, and the tokens that were cached if it says so.
-    async fn next(&mut self) -> Result<Option<(Value, usize)>, ApiError> {
-        let (text, echoed, echo, finish, cached) = match self.answer.next().await? {
+    /// The next piece in the shape of a choice.
+    async fn next(&mut self) -> Result<Option<Value>, ApiError> {
+        let (text, echoed, echo, finish) = match self.answer.next().await? {
             Some(Part::Prompt { cached, logprobs, .. }) => {
-                (Text::default(), logprobs, std::mem::take(&mut self.echo), None, cached)
+                self.cached = cached;
+                (Text::default(), logprobs, std::mem::take(&mut self.echo), None)
             }
-            Some(Part::Text(text)) => (text, Vec::new(), Vec::new(), None, 0),
-            Some(Part::End(text, finish)) => (text, Vec::new(), Vec::new(), Some(finish), 0),
+            Some(Part::Text(text)) => (text, Vec::new(), Vec::new(), None),
+            Some(Part::End(text, finish)) => (text, Vec::new(), Vec::new(), Some(finish)),
             None => return Ok(None),
         };
-        Ok(Some((self.json(text, echoed, echo, finish.as_ref()), cached)))
+        Ok(Some(self.json(text, echoed, echo, finish.as_ref())))
+    }
+
+    fn usage(&self) -> Usage {
+        Usage { prompt: self.prompt, cached: self.cached, written: self.answer.written, reasoning: 0 }
     }
 
     async fn whole(mut self) -> Result<(Usage, Value), ApiError> {
-        let (mut usage, mut whole) = (Usage::default(), Value::Null);
-        while let Some((piece, cached)) = self.next().await? {
-            usage.cached += cached;
+        let mut whole = Value::Null;
+        while let Some(piece) = self.next().await? {
             if whole.is_null() {
                 whole = piece;
             } else {
                 append(&mut whole, piece);
             }
         }
-        usage.written = self.answer.written;
-        Ok((usage, whole))
+        Ok((self.usage(), whole))
     }
 }
 
@@ -234,27 +237,23 @@ pub fn name(app: &App, token: u32) -> String {
     }
 }
 
-fn stream(choices: Vec<Choice>, head: Value, mut usage: Usage, with_usage: bool) -> Response {
+fn stream(choices: Vec<Choice>, head: Value, n: usize, with_usage: bool) -> Response {
     sse::send(move |to| async move {
         let all = choices.into_iter().map(|mut choice| {
             let (to, head) = (to.clone(), head.clone());
             async move {
-                let mut cached = 0;
-                while let Some((piece, c)) = choice.next().await? {
-                    cached += c;
+                while let Some(piece) = choice.next().await? {
                     let empty = piece["text"] == "" && piece["finish_reason"].is_null() && choice.offset == 0;
                     if !empty && !to.json(&with(head.clone(), [("choices", json!([piece]))])).await {
                         break;
                     }
                 }
-                Ok::<_, ApiError>((cached, choice.answer.written))
+                Ok::<_, ApiError>(choice.usage())
             }
         });
-        for (cached, written) in try_join_all(all).await? {
-            usage.cached += cached;
-            usage.written += written;
-        }
+        let usages = try_join_all(all).await?;
         if with_usage {
+            let usage = Usage::total(&usages, n);
             to.json(&with(head, [("choices", json!([])), ("usage", usage.json())])).await;
         }
         to.text("[DONE]").await;

@@ -2,10 +2,13 @@
 
 pub mod chat;
 pub mod completions;
+pub mod conversation;
 pub mod embeddings;
+pub mod items;
 pub mod messages;
 pub mod models;
 pub mod options;
+pub mod responses;
 pub mod states;
 pub mod tokens;
 
@@ -25,6 +28,20 @@ pub struct Usage {
 }
 
 impl Usage {
+    /// Of answers of which `n` at a time have the same prompt, which is read once.
+    pub fn total(each: &[Usage], n: usize) -> Usage {
+        let mut all = Usage::default();
+        for (i, u) in each.iter().enumerate() {
+            if i % n == 0 {
+                all.prompt += u.prompt;
+                all.cached += each[i..].iter().take(n).map(|u| u.cached).min().unwrap_or(0);
+            }
+            all.written += u.written;
+            all.reasoning += u.reasoning;
+        }
+        all
+    }
+
     /// In OpenAI's shape.
     pub fn json(&self) -> Value {
         json!({
@@ -39,7 +56,7 @@ impl Usage {
 
 /// A new id that begins with `prefix`.
 pub fn id(prefix: &str) -> String {
-    format!("{prefix}-{}", uuid::Uuid::new_v4().simple())
+    format!("{prefix}{}", uuid::Uuid::new_v4().simple())
 }
 
 /// Seconds since 1970.

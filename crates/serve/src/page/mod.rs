@@ -1,4 +1,4 @@
-//! The page at `/`: chat with the model. Three files, part of the program; nothing is fetched from elsewhere.
+//! The page at `/`, to chat with the model, and the page at `/docs`, which shows the API. They are part of the program; nothing is fetched from elsewhere.
 
 use axum::http::{HeaderName, header};
 use axum::response::IntoResponse;
@@ -7,7 +7,7 @@ use axum::response::IntoResponse;
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; \
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// The page.
+/// The page to chat.
 pub async fn index() -> impl IntoResponse {
     file("text/html; charset=utf-8", include_str!("index.html"))
 }
@@ -25,6 +25,21 @@ pub async fn script() -> impl IntoResponse {
 /// How it shows Markdown.
 pub async fn markdown() -> impl IntoResponse {
     file("text/javascript; charset=utf-8", include_str!("markdown.js"))
+}
+
+/// The page that shows the API.
+pub async fn docs() -> impl IntoResponse {
+    file("text/html; charset=utf-8", include_str!("docs.html"))
+}
+
+/// Its looks.
+pub async fn docs_style() -> impl IntoResponse {
+    file("text/css; charset=utf-8", include_str!("docs.css"))
+}
+
+/// Its script, which reads `openapi.json`.
+pub async fn docs_script() -> impl IntoResponse {
+    file("text/javascript; charset=utf-8", include_str!("docs.js"))
 }
 
 fn file(kind: &'static str, text: &'static str) -> impl IntoResponse {
