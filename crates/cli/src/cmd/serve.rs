@@ -94,6 +94,12 @@ pub struct Args {
     cors: Vec<String>,
 }
 
+/// Threads for connections, up to eight: thousands of tokens a second of a GPU are as many pieces of answers to send.
+pub(super) fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    let threads = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 8));
+    tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()
+}
+
 /// Runs the subcommand.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let options = args.options()?;
@@ -101,7 +107,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let tls = args.tls_cert.as_deref().zip(args.tls_key.as_deref()).map(|(cert, key)| Tls::open(cert, key));
     let tls = tls.transpose().map_err(anyhow::Error::msg)?;
     // A port that is taken is found before the model is loaded.
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = runtime()?;
     let at = (args.host.as_str(), args.port);
     let listener = runtime.block_on(tokio::net::TcpListener::bind(at));
     let listener = listener.with_context(|| format!("listening at {}:{}", args.host, args.port))?;

@@ -311,7 +311,7 @@ impl Runner<'_> {
     /// Keeps the state at the end of a stride of the prompt.
     fn keep(&mut self, slot: usize) -> Result<(), Error> {
         let s = &self.running[slot];
-        if self.strides.is_end(s.read) && s.read < s.prompt.end {
+        if self.strides.is_end(s.read) && s.read < s.prompt.end && self.shared.store.keeps() {
             let snapshot = Snapshot::new(&self.batch.state(slot)?, Vec::new());
             self.shared.store.insert(&s.request.owner, s.prefix.key(), s.read, Arc::new(snapshot));
         }
@@ -324,13 +324,21 @@ impl Runner<'_> {
         if !matches!(s.phase, Phase::Prompt) || s.left() > 0 {
             return Ok(());
         }
-        let snapshot = Arc::new(Snapshot::new(&self.batch.state(slot)?, s.logits.clone()));
-        self.shared.store.insert(&s.request.owner, s.prefix.key(), s.read, snapshot.clone());
-        self.follow(slot, &snapshot)?;
-        let s = &mut self.running[slot];
-        if s.request.save_as.is_some() {
-            s.after_prompt = Some((snapshot, s.prefix.clone()));
+        let (save, keeps) = (s.request.save_as.is_some(), self.shared.store.keeps());
+        let followers = self.followers(slot);
+        if save || keeps || !followers.is_empty() {
+            let s = &self.running[slot];
+            let snapshot = Arc::new(Snapshot::new(&self.batch.state(slot)?, s.logits.clone()));
+            if keeps {
+                self.shared.store.insert(&s.request.owner, s.prefix.key(), s.read, snapshot.clone());
+            }
+            self.follow(slot, &followers, &snapshot)?;
+            if save {
+                let s = &mut self.running[slot];
+                s.after_prompt = Some((snapshot, s.prefix.clone()));
+            }
         }
+        let s = &mut self.running[slot];
         let (logprobs, hidden) = (std::mem::take(&mut s.prompt_logprobs), s.hidden.take());
         let tokens = s.prompt.len();
         let _ = s.to.try_send(Event::Prompt { tokens, cached: s.cached, logprobs, hidden });
@@ -338,12 +346,17 @@ impl Runner<'_> {
         Ok(())
     }
 
-    /// Those that wait for the prompt in `slot` go on from its end.
-    fn follow(&mut self, slot: usize, snapshot: &Snapshot) -> Result<(), Error> {
+    /// Those that wait for the prompt in `slot`.
+    fn followers(&self, slot: usize) -> Vec<usize> {
+        let first = &self.running[slot];
+        (0..self.running.len()).filter(|&i| i != slot && self.running[i].may_follow(first)).collect()
+    }
+
+    /// They go on from its end.
+    fn follow(&mut self, slot: usize, followers: &[usize], snapshot: &Snapshot) -> Result<(), Error> {
         let first = &self.running[slot];
         let (read, prefix) = (first.read, first.prefix.clone());
-        let waiting = (0..self.running.len()).filter(|&i| i != slot && self.running[i].may_follow(first));
-        for i in waiting.collect::<Vec<_>>() {
+        for &i in followers {
             self.batch.set_state(i, snapshot.state(self.shared.store.form()))?;
             let s = &mut self.running[i];
             self.done.prefix_hits += u64::from(s.cached == 0);
@@ -375,9 +388,13 @@ impl Runner<'_> {
     /// Ends a sequence: its state is kept.
     fn finish(&mut self, slot: usize, end: End) -> Result<(), Error> {
         let failed = matches!(end, End::Failed(_));
-        let state = if failed { None } else { Some(self.batch.state(slot)?) };
-        if self.running[slot].logits.is_empty() && !failed {
-            self.running[slot].logits = self.batch.logits(slot)?;
+        let s = &mut self.running[slot];
+        let mut state = None;
+        if !failed && (s.request.save_as.is_some() || self.shared.store.keeps()) {
+            state = Some(self.batch.state(slot)?);
+            if s.logits.is_empty() {
+                s.logits = self.batch.logits(slot)?;
+            }
         }
         let mut s = self.remove(slot);
         *if failed { &mut self.done.failed } else { &mut self.done.finished } += 1;

@@ -347,6 +347,11 @@ impl StateStore {
         }
     }
 
+    /// Whether there is room for anything that has no name.
+    pub(super) fn keeps(&self) -> bool {
+        self.store.most > 0 || self.store.disk.is_some() || self.store.redis.is_some()
+    }
+
     /// Keeps a snapshot of an owner after `len` tokens for a while.
     pub(super) fn insert(&self, owner: &str, key: Key, len: usize, snapshot: Arc<Snapshot>) {
         let new = self.keep(key, len, snapshot.clone());

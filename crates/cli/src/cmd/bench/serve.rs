@@ -3,7 +3,7 @@ use crate::cmd::generate::Source;
 use crate::global::{Global, Interrupted, stop};
 use anser_infer::chat::Think;
 use anser_infer::{Engine, EngineOptions};
-use anser_model::{Config, Init, Model};
+use anser_model::{Config, Model};
 use anser_serve::load::{Arrivals, Lengths, Load, Measured, Quantiles, Target};
 use anser_serve::{Keys, Options, Shared, Template};
 use anser_tensor::Context;
@@ -34,6 +34,9 @@ pub struct Args {
     /// Requests that run at the same time at most, in a server in this process
     #[arg(long, default_value_t = 32, conflicts_with = "url", value_parser = clap::value_parser!(u16).range(1..))]
     slots: u16,
+    /// MiB of states that it keeps in memory; 0: none
+    #[arg(long, default_value_t = 1024, conflicts_with = "url", value_name = "MIB")]
+    cache_memory: usize,
     /// Requests a second on average, which come by chance whether or not others have ended (a Poisson process)
     #[arg(long, conflicts_with = "concurrency")]
     rate: Option<f64>,
@@ -78,7 +81,7 @@ fn lengths(s: &str) -> Result<Lengths, String> {
 /// Runs the subcommand.
 pub fn run(args: &Args, ctx: &Context, global: &Global) -> anyhow::Result<()> {
     let load = args.load()?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = crate::cmd::serve::runtime()?;
     let key = std::env::var(KEY).ok();
     let (target, _server) = match &args.url {
         Some(url) => (Target::new(url, key).map_err(|e| anyhow!("--url: {e}"))?, None),
@@ -151,15 +154,20 @@ impl Args {
     ) -> anyhow::Result<(SocketAddr, tokio::sync::oneshot::Sender<()>)> {
         let (name, model, tokenizer) = match &self.preset {
             Some(preset) => {
-                let model = Model::init(ctx, &Config::preset(preset)?, Init::Current, 1)?;
-                (preset.clone(), model.packed(ctx, global.weights(ctx)?), Tokenizer::world())
+                let model = Model::noise(ctx, &Config::preset(preset)?, global.weights(ctx)?, 1)?;
+                (preset.clone(), model, Tokenizer::world())
             }
             None => {
                 let (model, tokenizer) = self.source.load(ctx, global)?;
                 (self.source.name(), model, tokenizer)
             }
         };
-        let engine = EngineOptions { slots: self.slots.into(), bound: self.source.bound(), ..EngineOptions::default() };
+        let engine = EngineOptions {
+            slots: self.slots.into(),
+            cache_bytes: self.cache_memory << 20,
+            bound: self.source.bound(),
+            ..EngineOptions::default()
+        };
         let engine = Engine::start(ctx.clone(), Arc::new(model), engine)?;
         // Limits that no load reaches: the engine's queue is what refuses.
         let options = Options {
@@ -172,6 +180,7 @@ impl Args {
             max_body: 1 << 30,
             timeout: Duration::from_secs(1 << 20),
             read_timeout: Duration::from_secs(30),
+            write_timeout: Duration::from_secs(30),
             connections: 4096,
             per_key: 4096,
             cors: Vec::new(),
@@ -183,7 +192,7 @@ impl Args {
         let ended = async {
             let _ = ended.await;
         };
-        runtime.spawn(anser_serve::serve(app, listener, ended, Duration::ZERO));
+        runtime.spawn(anser_serve::serve(app, listener, None, ended, Duration::ZERO));
         Ok((address, end))
     }
 }
