@@ -240,6 +240,8 @@ fn anthropic_messages() {
     assert_eq!((&stopped["stop_reason"], &stopped["stop_sequence"]), (&json!("stop_sequence"), &json!(word)));
     let (status, error) = s.refused("/v1/messages", r#"{"messages": [{"role": "user", "content": "a"}]}"#);
     assert_eq!((status, error["type"].as_str()), (400, Some("error")));
+    let (status, error) = s.refused("/v1/messages", "no JSON");
+    assert_eq!((status, error["type"].as_str()), (400, Some("error")));
 }
 
 #[test]

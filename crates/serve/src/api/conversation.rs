@@ -62,24 +62,20 @@ impl Turn {
 /// # Errors
 /// When it is none of them, or the answer has a form, which begins at once.
 pub fn think(app: &App, f: &Fields, options: &Options, name: &str, effort: Option<&str>) -> Result<Think, ApiError> {
-    let think = f.text("think")?;
-    if options.grammar.is_some() {
-        return match think.is_some_and(|t| t != "off") {
-            true => Err(ApiError::field("think", "an answer of a given form has no thoughts: it must be off")),
-            false => Ok(Think::Off),
-        };
-    }
-    if let Some(think) = think {
-        return think.parse().map_err(|e| ApiError::field("think", e));
-    }
-    match effort {
-        None => Ok(app.options.think),
-        Some("none") => Ok(Think::Off),
-        Some("minimal") => Ok(Think::Fast),
-        Some("low") => Ok(Think::Short),
-        Some("medium") => Ok(Think::On),
-        Some("high" | "xhigh") => Ok(Think::Long),
-        Some(_) => Err(ApiError::field(name, "it must be none, minimal, low, medium or high")),
+    let effort = match effort {
+        None => app.options.think,
+        Some("none") => Think::Off,
+        Some("minimal") => Think::Fast,
+        Some("low") => Think::Short,
+        Some("medium") => Think::On,
+        Some("high" | "xhigh") => Think::Long,
+        Some(_) => return Err(ApiError::field(name, "it must be none, minimal, low, medium or high")),
+    };
+    let think = f.text("think")?.map(str::parse).transpose().map_err(|e| ApiError::field("think", e))?;
+    match (think, options.grammar.is_some()) {
+        (Some(Think::Off) | None, true) => Ok(Think::Off),
+        (Some(_), true) => Err(ApiError::field("think", "an answer of a given form has no thoughts: it must be off")),
+        (think, false) => Ok(think.unwrap_or(effort)),
     }
 }
 
@@ -133,7 +129,10 @@ fn message(value: &Value, at: &str) -> Result<Message, ApiError> {
     }
     for (i, call) in calls.iter().enumerate() {
         let function = &call["function"];
-        let (Some(name), Some(arguments)) = (function["name"].as_str(), function["arguments"].as_str()) else {
+        let is_function = call.get("type").is_none_or(|t| t == "function");
+        let (Some(name), Some(arguments), true) =
+            (function["name"].as_str(), function["arguments"].as_str(), is_function)
+        else {
             let why = "it must be {\"type\": \"function\", \"function\": {\"name\": \"..\", \"arguments\": \"..\"}}";
             return Err(ApiError::field(&format!("{at}.tool_calls[{i}]"), why));
         };

@@ -15,31 +15,32 @@ use crate::template::Message;
 use crate::tools::{self, Tools};
 use anser_infer::chat::Think;
 use anser_infer::engine::Start;
-use axum::extract::State;
+use axum::extract::{Request, State};
+use axum::http::header;
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use serde_json::{Value, json};
 
-/// Answers a conversation.
-pub async fn messages(State(app): State<App>, Extension(Owner(owner)): Extension<Owner>, f: Fields) -> Response {
-    match answer(app, owner, f).await {
-        Ok(response) => response,
-        Err(error) => {
-            // Anthropic's shape of the same.
-            let mut response = error.clone().into_response();
-            let body = Json(shaped(&error)).into_response().into_body();
-            response.headers_mut().remove(axum::http::header::CONTENT_LENGTH);
-            *response.body_mut() = body;
-            response
-        }
+/// Gives errors of this route Anthropic's shape, wherever they come from.
+pub async fn errors(request: Request, next: Next) -> Response {
+    let ours = request.uri().path() == "/v1/messages";
+    let mut response = next.run(request).await;
+    if let Some(error) = response.extensions().get::<ApiError>().filter(|_| ours) {
+        *response.body_mut() = Json(shaped(error)).into_response().into_body();
+        response.headers_mut().remove(header::CONTENT_LENGTH);
     }
+    response
 }
 
 fn shaped(error: &ApiError) -> Value {
     json!({ "type": "error", "error": { "type": error.kind(), "message": error.message } })
 }
 
-async fn answer(app: App, owner: String, f: Fields) -> Result<Response, ApiError> {
+/// Answers a conversation.
+pub async fn messages(
+    State(app): State<App>, Extension(Owner(owner)): Extension<Owner>, f: Fields,
+) -> Result<Response, ApiError> {
     f.refuse(&["n", "stop"])?;
     let max_tokens = f.whole("max_tokens", 1..=app.options.max_tokens)?;
     let max_tokens = max_tokens.ok_or_else(|| ApiError::field("max_tokens", "it is missing"))?;

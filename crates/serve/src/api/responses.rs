@@ -28,10 +28,11 @@ pub async fn create(
         return Err(ApiError::field("truncation", "it must be disabled: no context is too long for this model"));
     }
     form(&mut f)?;
-    let options = Options::read(&app, &f)?;
+    let options = Options::read(&app, &f).map_err(|e| e.renamed("response_format", "text.format"))?;
     let max_tokens = f.whole("max_output_tokens", 1..=app.options.max_tokens)?.unwrap_or(app.options.max_tokens);
     let reasoning = Fields(f.object("reasoning")?.cloned().unwrap_or_default());
-    let think = think(&app, &f, &options, "reasoning.effort", reasoning.text("effort")?)?;
+    let effort = reasoning.text("effort").map_err(|e| e.within("reasoning"))?;
+    let think = think(&app, &f, &options, "reasoning.effort", effort)?;
     let tools = Tools::openai(&f)?;
     let before = match f.text("previous_response_id")? {
         Some(_) if f.get("state").is_some() => {
@@ -42,7 +43,8 @@ pub async fn create(
     };
     let text = tools.as_ref().map(Tools::prompt);
     let told = f.get("state").is_some() || before.as_ref().is_some_and(|b| text.is_some() && b.tools == text);
-    let mut turn = Turn::new(&app, conversation(&f)?, think, tools.as_ref(), told, options)?;
+    let turn = Turn::new(&app, conversation(&f)?, think, tools.as_ref(), told, options);
+    let mut turn = turn.map_err(|e| e.renamed("messages", "input"))?;
     if let Some(before) = &before {
         turn.prompt = [&before.tokens[..], &turn.prompt].concat();
     }
@@ -84,7 +86,7 @@ pub async fn delete(
 /// What `text.format` asks for as chat completions ask for it.
 fn form(f: &mut Fields) -> Result<(), ApiError> {
     let text = Fields(f.object("text")?.cloned().unwrap_or_default());
-    let Some(format) = text.object("format").map_err(|e| ApiError::field("text.format", e.message))? else {
+    let Some(format) = text.object("format").map_err(|e| e.within("text"))? else {
         return Ok(());
     };
     let format = match format.get("type").and_then(Value::as_str) {

@@ -23,12 +23,13 @@ function fields(schema) {
   return [...own, ...allOf.flatMap(fields)];
 }
 
-/** A type in words. */
+/** A type in words. That it may be null goes without saying. */
 function type(schema) {
   const of = whole(schema);
-  if (of.oneOf) return of.oneOf.map(type).join(" or ");
-  if (of.enum) return of.enum.map((value) => JSON.stringify(value)).join(", ");
-  const names = [of.type ?? "anything"].flat().map((name) => {
+  const choices = of.oneOf ?? of.anyOf;
+  if (choices && !of.properties) return [...new Set(choices.map(type).filter(Boolean))].join(" or ");
+  if (of.enum) return of.enum.filter((value) => value !== null).map((value) => JSON.stringify(value)).join(", ");
+  const names = [of.type ?? "anything"].flat().filter((name) => name !== "null").map((name) => {
     if (name === "array") return `list of ${type(of.items ?? {})}`;
     return name === "object" && of.title ? of.title : name;
   });
@@ -38,7 +39,8 @@ function type(schema) {
 /** Objects within a schema that have fields: [what they are, schema]. */
 function inner(schema) {
   const of = whole(schema);
-  if (of.oneOf) return of.oneOf.flatMap(inner);
+  const choices = of.oneOf ?? of.anyOf;
+  if (choices && !of.properties) return choices.flatMap(inner);
   if (of.items) return inner(of.items);
   return fields(of).length ? [[of.properties?.type?.enum?.join(", ") ?? of.title ?? "object", of]] : [];
 }
