@@ -1,7 +1,7 @@
 //! `/v1/chat/completions`.
 
 use super::completions::with;
-use super::conversation::{Turn, messages, think};
+use super::conversation::{Turn, effort, messages, think};
 use super::options::Options;
 use super::{Usage, id, now};
 use crate::App;
@@ -34,7 +34,7 @@ pub async fn completions(
     let most = 1..=app.options.max_tokens;
     let max_tokens = f.whole("max_completion_tokens", most.clone())?.or(f.whole("max_tokens", most)?);
     let max_tokens = max_tokens.unwrap_or(app.options.max_tokens);
-    let think = think(&app, &f, &options, "reasoning_effort", f.text("reasoning_effort")?)?;
+    let think = think(&f, &options, effort(&app, "reasoning_effort", f.text("reasoning_effort")?)?)?;
     let tools = Tools::openai(&f)?;
     // A state has what was said of them.
     let told = options.start != Start::Empty;

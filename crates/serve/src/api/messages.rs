@@ -1,6 +1,6 @@
 //! `/v1/messages`: the same conversations in Anthropic's shape.
 
-use super::conversation::{Turn, content, role};
+use super::conversation::{Turn, content, role, think};
 use super::options::{self, Options};
 use super::{Usage, id};
 use crate::App;
@@ -49,7 +49,8 @@ pub async fn messages(
     let own_stops = options.stops.clone();
     let tools = Tools::anthropic(&f)?;
     let told = options.start != Start::Empty;
-    let turn = Turn::new(&app, conversation(&f)?, think(&app, &f)?, tools.as_ref(), told, options)?;
+    let think = think(&f, &options, thinking(&app, &f)?)?;
+    let turn = Turn::new(&app, conversation(&f)?, think, tools.as_ref(), told, options)?;
     let request = turn.options.request(&owner, turn.prompt.clone(), max_tokens, 0);
     let answer = Answer::start(&app, request, &turn.options.stops, app.options.template.turn_end())?;
     let reply = Reply::new(answer, turn.think, turn.tools);
@@ -123,7 +124,9 @@ fn turn(all: &mut Vec<Message>, value: &Value, at: &str) -> Result<(), ApiError>
             _ => texts.push(content(&json!([block]), &at)?),
         }
     }
-    all.push(Message { role, content: texts.join("\n") });
+    if !texts.is_empty() || blocks.is_empty() {
+        all.push(Message { role, content: texts.join("\n") });
+    }
     Ok(())
 }
 
@@ -133,7 +136,7 @@ fn call(call: &Call) -> Value {
     json!({ "type": "tool_use", "id": call.id, "name": call.name, "input": input })
 }
 
-fn think(app: &App, f: &Fields) -> Result<Think, ApiError> {
+fn thinking(app: &App, f: &Fields) -> Result<Think, ApiError> {
     let Some(thinking) = f.object("thinking")? else { return Ok(app.options.think) };
     match thinking.get("type").and_then(Value::as_str) {
         Some("enabled" | "adaptive") => Ok(Think::On),

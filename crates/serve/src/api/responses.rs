@@ -1,6 +1,6 @@
 //! `/v1/responses`: conversations in the shape of OpenAI's newer API, which may go on from what the server keeps.
 
-use super::conversation::{Turn, content, role, say, think};
+use super::conversation::{Turn, content, effort, role, say, think};
 use super::items::Items;
 use super::options::Options;
 use super::{Usage, id, now};
@@ -31,8 +31,8 @@ pub async fn create(
     let options = Options::read(&app, &f).map_err(|e| e.renamed("response_format", "text.format"))?;
     let max_tokens = f.whole("max_output_tokens", 1..=app.options.max_tokens)?.unwrap_or(app.options.max_tokens);
     let reasoning = Fields(f.object("reasoning")?.cloned().unwrap_or_default());
-    let effort = reasoning.text("effort").map_err(|e| e.within("reasoning"))?;
-    let think = think(&app, &f, &options, "reasoning.effort", effort)?;
+    let word = reasoning.text("effort").map_err(|e| e.within("reasoning"))?;
+    let think = think(&f, &options, effort(&app, "reasoning.effort", word)?)?;
     let tools = Tools::openai(&f)?;
     let before = match f.text("previous_response_id")? {
         Some(_) if f.get("state").is_some() => {
@@ -64,7 +64,7 @@ pub async fn create(
     };
     match turn.options.stream {
         true => Ok(stream(work)),
-        false => Ok(Json(work.run(None).await?).into_response()),
+        false => Ok(Json(work.run(&mut Events::default()).await?).into_response()),
     }
 }
 
@@ -203,9 +203,8 @@ struct Work {
 
 impl Work {
     /// The response; its events go to `to`.
-    async fn run(mut self, to: Option<&mut Events>) -> Result<Value, ApiError> {
-        let (mut items, mut unsent, mut finish) = (Items::default(), Events { to: None, sent: 0 }, None);
-        let to = to.unwrap_or(&mut unsent);
+    async fn run(mut self, to: &mut Events) -> Result<Value, ApiError> {
+        let (mut items, mut finish) = (Items::default(), None);
         for kind in ["response.created", "response.in_progress"] {
             to.send(kind, json!({ "response": self.head })).await;
         }
@@ -234,7 +233,8 @@ impl Work {
     }
 }
 
-/// Where numbered events go.
+/// Where numbered events go, if anywhere.
+#[derive(Default)]
 struct Events {
     to: Option<sse::Sender>,
     sent: usize,
@@ -260,7 +260,7 @@ impl Events {
 fn stream(work: Work) -> Response {
     sse::send(move |to| async move {
         let (mut events, mut failed) = (Events { to: Some(to), sent: 0 }, work.head.clone());
-        if let Err(error) = work.run(Some(&mut events)).await {
+        if let Err(error) = work.run(&mut events).await {
             failed["status"] = json!("failed");
             failed["error"] = json!({ "code": "server_error", "message": error.message });
             events.send("response.failed", json!({ "response": failed })).await;
