@@ -76,14 +76,17 @@ impl Grammars {
     }
 
     fn compile(&self, name: &str, grammar: TopLevelGrammar) -> Result<Grammar, ApiError> {
-        let factory = self.factory.get_or_init(|| factory(self.tokenizer));
-        let factory = factory.as_ref().map_err(ApiError::internal)?;
-        let parser = factory.create_parser(grammar).map_err(|e| ApiError::field(name, format!("{e:#}")))?;
-        let mut matcher = Matcher::new(Ok(parser));
-        match matcher.compute_mask() {
-            Ok(_) => Ok(Grammar(matcher)),
-            Err(e) => Err(ApiError::field(name, format!("{e:#}"))),
-        }
+        // A large schema takes long, which other requests are not to wait for.
+        tokio::task::block_in_place(|| {
+            let factory = self.factory.get_or_init(|| factory(self.tokenizer));
+            let factory = factory.as_ref().map_err(ApiError::internal)?;
+            let parser = factory.create_parser(grammar).map_err(|e| ApiError::field(name, format!("{e:#}")))?;
+            let mut matcher = Matcher::new(Ok(parser));
+            match matcher.compute_mask() {
+                Ok(_) => Ok(Grammar(matcher)),
+                Err(e) => Err(ApiError::field(name, format!("{e:#}"))),
+            }
+        })
     }
 }
 

@@ -31,6 +31,22 @@ impl ApiError {
         ApiError { param: Some(name.into()), ..ApiError::new(StatusCode::BAD_REQUEST, message) }
     }
 
+    /// The same of a field within another one.
+    pub fn within(mut self, outer: &str) -> ApiError {
+        self.param = self.param.map(|p| format!("{outer}.{p}"));
+        self.message = format!("{outer}.{}", self.message);
+        self
+    }
+
+    /// The same of a field that the client calls otherwise.
+    pub fn renamed(mut self, from: &str, to: &str) -> ApiError {
+        if let Some(rest) = self.param.as_ref().and_then(|p| p.strip_prefix(from)) {
+            self.message = self.message.replacen(from, to, 1);
+            self.param = Some(format!("{to}{rest}"));
+        }
+        self
+    }
+
     /// Something that is not there.
     pub fn not_found(message: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::NOT_FOUND, message)
@@ -112,6 +128,22 @@ impl IntoResponse for ApiError {
         if self.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
+        // For routes that have another shape.
+        response.extensions_mut().insert(self);
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_fields() {
+        let error = ApiError::field("name", "it is missing");
+        assert_eq!(error.clone().within("tools[0]").message, "tools[0].name: it is missing");
+        let error = error.within("messages").renamed("messages", "input");
+        assert_eq!((error.message.as_str(), error.param.as_deref()), ("input.name: it is missing", Some("input.name")));
+        assert_eq!(ApiError::not_found("messages").renamed("messages", "input").message, "messages");
     }
 }

@@ -48,7 +48,7 @@ impl Fields {
     /// A whole number within a range.
     pub fn whole(&self, name: &str, range: RangeInclusive<usize>) -> Checked<Option<usize>> {
         let wanted = format!("a whole number from {} to {}", range.start(), range.end());
-        let number = self.read(name, &wanted, Value::as_i64)?;
+        let number = self.read(name, &wanted, whole)?;
         let fits = |n: i64| usize::try_from(n).ok().filter(|n| range.contains(n));
         number
             .map(|n| fits(n).ok_or_else(|| ApiError::field(name, format!("it must be {wanted}, and is {n}"))))
@@ -85,6 +85,12 @@ impl Fields {
     }
 }
 
+/// A whole number, which JSON may write as 8.0.
+pub fn whole(value: &Value) -> Option<i64> {
+    let exact = |x: &f64| x.fract() == 0.0 && x.abs() < (1u64 << 53) as f64;
+    value.as_i64().or_else(|| value.as_f64().filter(exact).map(|x| x as i64))
+}
+
 /// What a value is, for a message.
 pub fn kind(value: &Value) -> &'static str {
     match value {
@@ -115,6 +121,7 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     fn error<T>(result: Checked<T>) -> String {
         result.err().map(|e| e.message).unwrap_or_default()
@@ -129,6 +136,7 @@ mod tests {
         assert_eq!(error(f.number("t", 0.0..=2.0)), "t: it must be a number from 0 to 2, and is 3");
         assert_eq!(error(f.whole("n", 1..=128)), "n: it must be a whole number from 1 to 128, and is -1");
         assert_eq!(error(f.whole("half", 1..=2)), "half: it must be a whole number from 1 to 2, and is a fraction");
+        assert_eq!((whole(&json!(8.0)), whole(&json!(-1e3)), whole(&json!(0.5))), (Some(8), Some(-1000), None));
         assert_eq!(error(f.text("s")), "s: it must be a string, and is a number");
         assert_eq!(f.number("none", 0.0..=1.0).unwrap(), None);
         assert!(f.refuse(&["none", "off", "absent"]).is_ok());

@@ -14,7 +14,14 @@ const MOST_BYTES: usize = 64 << 20;
 
 /// All of them, until the server ends.
 #[derive(Default)]
-pub struct Responses(Mutex<HashMap<String, VecDeque<Arc<Response>>>>);
+pub struct Responses(Mutex<HashMap<String, OfOwner>>);
+
+/// Those of an owner, the oldest first, each with its bytes.
+#[derive(Default)]
+struct OfOwner {
+    all: VecDeque<(usize, Arc<Response>)>,
+    bytes: usize,
+}
 
 /// One of them.
 pub struct Response {
@@ -27,29 +34,36 @@ pub struct Response {
 }
 
 impl Response {
-    fn is(&self, id: &str) -> bool {
-        self.json["id"] == id
-    }
-
     fn bytes(&self) -> usize {
         // What is not text is about a kilobyte.
         1024 + 4 * self.tokens.len() + self.json["output"].to_string().len() + self.json["tools"].to_string().len()
     }
 }
 
+impl OfOwner {
+    fn place(&self, id: &str) -> Result<usize, ApiError> {
+        self.all.iter().position(|(_, r)| r.json["id"] == id).ok_or_else(|| none(id))
+    }
+
+    fn remove(&mut self, place: usize) {
+        self.bytes -= self.all.remove(place).map_or(0, |(bytes, _)| bytes);
+    }
+}
+
 impl Responses {
-    fn all(&self) -> MutexGuard<'_, HashMap<String, VecDeque<Arc<Response>>>> {
+    fn owners(&self) -> MutexGuard<'_, HashMap<String, OfOwner>> {
         self.0.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Keeps one.
     pub fn keep(&self, owner: &str, response: Response) {
-        let mut all = self.all();
-        let of_owner = all.entry(owner.into()).or_default();
-        of_owner.push_back(Arc::new(response));
-        let mut bytes: usize = of_owner.iter().map(|r| r.bytes()).sum();
-        while of_owner.len() > MOST || (bytes > MOST_BYTES && of_owner.len() > 1) {
-            bytes -= of_owner.pop_front().map_or(0, |r| r.bytes());
+        let bytes = response.bytes();
+        let mut owners = self.owners();
+        let of_owner = owners.entry(owner.into()).or_default();
+        of_owner.bytes += bytes;
+        of_owner.all.push_back((bytes, Arc::new(response)));
+        while of_owner.all.len() > MOST || (of_owner.bytes > MOST_BYTES && of_owner.all.len() > 1) {
+            of_owner.remove(0);
         }
     }
 
@@ -58,8 +72,9 @@ impl Responses {
     /// # Errors
     /// When there is none.
     pub fn get(&self, owner: &str, id: &str) -> Result<Arc<Response>, ApiError> {
-        let found = self.all().get(owner).and_then(|all| all.iter().find(|r| r.is(id)).cloned());
-        found.ok_or_else(|| none(id))
+        let owners = self.owners();
+        let of_owner = owners.get(owner).ok_or_else(|| none(id))?;
+        Ok(of_owner.all[of_owner.place(id)?].1.clone())
     }
 
     /// Drops it.
@@ -67,10 +82,10 @@ impl Responses {
     /// # Errors
     /// When there is none.
     pub fn delete(&self, owner: &str, id: &str) -> Result<(), ApiError> {
-        let mut all = self.all();
-        let of_owner = all.get_mut(owner).ok_or_else(|| none(id))?;
-        let at = of_owner.iter().position(|r| r.is(id)).ok_or_else(|| none(id))?;
-        of_owner.remove(at);
+        let mut owners = self.owners();
+        let of_owner = owners.get_mut(owner).ok_or_else(|| none(id))?;
+        let place = of_owner.place(id)?;
+        of_owner.remove(place);
         Ok(())
     }
 }

@@ -160,6 +160,7 @@ pub fn router(app: App) -> Router {
         .layer(RequestBodyTimeoutLayer::new(app.options.read_timeout))
         .layer(CatchPanicLayer::custom(|_| ApiError::internal("this server has a fault; it goes on").into_response()))
         .layer(middleware::from_fn_with_state(app.clone(), origin::check))
+        .layer(middleware::from_fn(api::messages::errors))
         .layer(cors)
         .layer(PropagateRequestIdLayer::x_request_id())
         .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid))

@@ -107,17 +107,18 @@ impl Tools {
     /// When one is wrong.
     pub fn anthropic(f: &Fields) -> Result<Option<Tools>, ApiError> {
         let fields = Fields(f.object("tool_choice")?.cloned().unwrap_or_default());
-        let choice = match fields.text("type")?.unwrap_or("auto") {
+        let inner = |e: ApiError| e.within("tool_choice");
+        let choice = match fields.text("type").map_err(inner)?.unwrap_or("auto") {
             "none" => Choice::None,
             "auto" => Choice::Auto,
             "any" => Choice::Any,
-            "tool" => match fields.text("name")? {
+            "tool" => match fields.text("name").map_err(inner)? {
                 Some(name) => Choice::Named(name.into()),
                 None => return Err(ApiError::field("tool_choice.name", "it is missing")),
             },
             _ => return Err(ApiError::field("tool_choice.type", "it must be auto, any, tool or none")),
         };
-        let parallel = !fields.flag("disable_parallel_tool_use")?;
+        let parallel = !fields.flag("disable_parallel_tool_use").map_err(inner)?;
         let tool = |value: &Value, at: &str| match value.get("type").and_then(Value::as_str) {
             None | Some("custom") => Tool::read(value, "input_schema", at),
             Some(_) => {
@@ -220,7 +221,7 @@ impl Tool {
             return Err(ApiError::field(at, format!("it must be an object, and is {}", kind(value))));
         };
         let fields = Fields(fields.clone());
-        let inner = |e: ApiError| ApiError::field(&format!("{at}.{}", e.param.unwrap_or_default()), e.message);
+        let inner = |e: ApiError| e.within(at);
         let name = fields.text("name").map_err(inner)?.unwrap_or_default();
         let good = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
         if !(1..=128).contains(&name.len()) || !name.chars().all(good) {

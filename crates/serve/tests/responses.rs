@@ -156,6 +156,8 @@ fn what_is_wrong_is_said() {
         (json!({ "input": [{ "type": "function_call" }] }), "input[0]"),
         (json!({ "text": { "format": { "type": "json_schema" } } }), "text.format.schema"),
         (json!({ "text": { "format": { "type": "xml" } } }), "text.format.type"),
+        (json!({ "text": { "format": { "type": "json_schema", "schema": { "type": "x" } } } }), "text.format"),
+        (json!({ "input": "word ".repeat(5000) }), "input"),
         (json!({ "truncation": "auto" }), "truncation"),
         (json!({ "background": true }), "background"),
         (json!({ "reasoning": { "effort": "much" } }), "reasoning.effort"),

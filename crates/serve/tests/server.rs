@@ -151,6 +151,14 @@ fn chat_and_states() {
     );
     assert_eq!(next["choices"][0]["message"]["content"], all["choices"][0]["text"].as_str().unwrap().trim_start());
 
+    // The end of a turn that the model has written is not written again.
+    for (regex, more) in [(" yes", 1), (" yes\n\n", 0)] {
+        let ended = s.post("/v1/chat/completions", talk(json!({ "guided_regex": regex, "save_as": "ended" })));
+        let count = |kind: &str| ended["usage"][kind].as_u64().unwrap();
+        let read = count("prompt_tokens") + count("completion_tokens") + more;
+        assert_eq!(s.get("/v1/states/ended")["tokens"], read, "{regex:?} {ended}");
+    }
+
     let branch = s.post("/v1/states/talk/branch", json!({ "to": "other" }));
     assert_eq!(branch["tokens"], listed["data"][0]["tokens"]);
     assert_eq!(s.call("DELETE", "/v1/states/talk", None, "").status(), 200);
@@ -240,6 +248,8 @@ fn anthropic_messages() {
     let stopped = s.post("/v1/messages", stopped);
     assert_eq!((&stopped["stop_reason"], &stopped["stop_sequence"]), (&json!("stop_sequence"), &json!(word)));
     let (status, error) = s.refused("/v1/messages", r#"{"messages": [{"role": "user", "content": "a"}]}"#);
+    assert_eq!((status, error["type"].as_str()), (400, Some("error")));
+    let (status, error) = s.refused("/v1/messages", "no JSON");
     assert_eq!((status, error["type"].as_str()), (400, Some("error")));
 }
 

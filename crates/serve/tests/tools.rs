@@ -120,6 +120,23 @@ fn a_model_that_may_call_may_write() {
 }
 
 #[test]
+fn a_model_that_begins_a_call_ends_it() {
+    let s = Server::plain();
+    // A small model does once more what was done all the time.
+    let call = json!({ "type": "function", "function": { "name": "stop", "arguments": "{}" } });
+    let turn = [
+        json!({ "role": "user", "content": "Again." }),
+        json!({ "role": "assistant", "content": null, "tool_calls": [call] }),
+    ];
+    let messages: Vec<&Value> = turn.iter().cycle().take(41).collect();
+    // A stop text within the call doesn't end it.
+    let more = json!({ "messages": messages, "temperature": 0, "parallel_tool_calls": false, "stop": ["}"] });
+    let answer = s.post("/v1/chat/completions", chat(more));
+    assert_eq!(answer["choices"][0]["finish_reason"], "tool_calls", "{answer}");
+    assert_eq!(calls(&answer["choices"][0]["message"]).len(), 1, "{answer}");
+}
+
+#[test]
 fn anthropic_calls() {
     let s = Server::random();
     let weather = json!({ "name": "weather", "input_schema": schema() });

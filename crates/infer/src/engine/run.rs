@@ -282,7 +282,7 @@ impl Runner<'_> {
     fn waits(&self, slot: usize) -> bool {
         let s = &self.running[slot];
         let ahead = |(i, other): (usize, &Sequence)| (other.read, slot) > (s.read, i) && s.may_follow(other);
-        self.running.iter().enumerate().any(ahead)
+        matches!(s.phase, Phase::Prompt) && self.running.iter().enumerate().any(ahead)
     }
 
     /// How many tokens each sequence reads in the next step: the one of each that writes, and of prompts a piece in all, in turn.

@@ -1,7 +1,7 @@
 //! `/v1/chat/completions`.
 
 use super::completions::with;
-use super::conversation::{Turn, messages, think};
+use super::conversation::{Turn, effort, messages, think};
 use super::options::Options;
 use super::{Usage, id, now};
 use crate::App;
@@ -32,11 +32,9 @@ pub async fn completions(
         return Err(ApiError::field("top_logprobs", "it is for requests with logprobs: true"));
     }
     let most = 1..=app.options.max_tokens;
-    let max_tokens = match f.whole("max_completion_tokens", most.clone())? {
-        Some(n) => n,
-        None => f.whole("max_tokens", most)?.unwrap_or(app.options.max_tokens),
-    };
-    let think = think(&app, &f, &options, "reasoning_effort", f.text("reasoning_effort")?)?;
+    let max_tokens = f.whole("max_completion_tokens", most.clone())?.or(f.whole("max_tokens", most)?);
+    let max_tokens = max_tokens.unwrap_or(app.options.max_tokens);
+    let think = think(&f, &options, effort(&app, "reasoning_effort", f.text("reasoning_effort")?)?)?;
     let tools = Tools::openai(&f)?;
     // A state has what was said of them.
     let told = options.start != Start::Empty;

@@ -57,22 +57,12 @@ impl Turn {
     }
 }
 
-/// How the model is to think: `think` by our names, or what OpenAI calls effort, in the field `name`.
+/// How the model is to think in OpenAI's words, from the field `name`.
 ///
 /// # Errors
-/// When it is none of them, or the answer has a form, which begins at once.
-pub fn think(app: &App, f: &Fields, options: &Options, name: &str, effort: Option<&str>) -> Result<Think, ApiError> {
-    let think = f.text("think")?;
-    if options.grammar.is_some() {
-        return match think.is_some_and(|t| t != "off") {
-            true => Err(ApiError::field("think", "an answer of a given form has no thoughts: it must be off")),
-            false => Ok(Think::Off),
-        };
-    }
-    if let Some(think) = think {
-        return think.parse().map_err(|e| ApiError::field("think", e));
-    }
-    match effort {
+/// When it is none of them.
+pub fn effort(app: &App, name: &str, word: Option<&str>) -> Result<Think, ApiError> {
+    match word {
         None => Ok(app.options.think),
         Some("none") => Ok(Think::Off),
         Some("minimal") => Ok(Think::Fast),
@@ -80,6 +70,19 @@ pub fn think(app: &App, f: &Fields, options: &Options, name: &str, effort: Optio
         Some("medium") => Ok(Think::On),
         Some("high" | "xhigh") => Ok(Think::Long),
         Some(_) => Err(ApiError::field(name, "it must be none, minimal, low, medium or high")),
+    }
+}
+
+/// How the model is to think: `think` by our names, or `other`. What a form allows begins with the answer.
+///
+/// # Errors
+/// When it is none of them, or there is a form.
+pub fn think(f: &Fields, options: &Options, other: Think) -> Result<Think, ApiError> {
+    let think = f.text("think")?.map(str::parse).transpose().map_err(|e| ApiError::field("think", e))?;
+    match (think, options.grammar.is_some()) {
+        (Some(Think::Off) | None, true) => Ok(Think::Off),
+        (Some(_), true) => Err(ApiError::field("think", "an answer of a given form has no thoughts: it must be off")),
+        (think, false) => Ok(think.unwrap_or(other)),
     }
 }
 
@@ -103,15 +106,15 @@ pub fn messages(f: &Fields) -> Result<Vec<Message>, ApiError> {
     for (i, value) in list.iter().enumerate() {
         let at = format!("messages[{i}]");
         let is_output = value["role"] == "tool";
-        if is_output {
-            let text = tools::output(&content(&value["content"], &format!("{at}.content"))?);
-            if after_output {
-                say(&mut all, "user", text);
-            } else {
-                all.push(Message { role: "user", content: text });
+        match is_output {
+            false => all.push(message(value, &at)?),
+            true => {
+                let text = tools::output(&content(&value["content"], &format!("{at}.content"))?);
+                match after_output {
+                    true => say(&mut all, "user", text),
+                    false => all.push(Message { role: "user", content: text }),
+                }
             }
-        } else {
-            all.push(message(value, &at)?);
         }
         after_output = is_output;
     }
@@ -133,7 +136,10 @@ fn message(value: &Value, at: &str) -> Result<Message, ApiError> {
     }
     for (i, call) in calls.iter().enumerate() {
         let function = &call["function"];
-        let (Some(name), Some(arguments)) = (function["name"].as_str(), function["arguments"].as_str()) else {
+        let is_function = call.get("type").is_none_or(|t| t == "function");
+        let (Some(name), Some(arguments), true) =
+            (function["name"].as_str(), function["arguments"].as_str(), is_function)
+        else {
             let why = "it must be {\"type\": \"function\", \"function\": {\"name\": \"..\", \"arguments\": \"..\"}}";
             return Err(ApiError::field(&format!("{at}.tool_calls[{i}]"), why));
         };
@@ -151,7 +157,10 @@ pub fn role(value: &Value, at: &str) -> Result<&'static str, ApiError> {
         Some("system" | "developer") => Ok("system"),
         Some("user") => Ok("user"),
         Some("assistant") => Ok("assistant"),
-        _ => Err(ApiError::field(&format!("{at}.role"), "it must be system, developer, user, assistant or tool")),
+        _ => Err(ApiError::field(
+            &format!("{at}.role"),
+            "it must be system, developer, user or assistant, and tool in chat completions alone",
+        )),
     }
 }
 

@@ -1,6 +1,6 @@
 //! `/v1/messages`: the same conversations in Anthropic's shape.
 
-use super::conversation::{Turn, content, role};
+use super::conversation::{Turn, content, role, think};
 use super::options::{self, Options};
 use super::{Usage, id};
 use crate::App;
@@ -15,31 +15,32 @@ use crate::template::Message;
 use crate::tools::{self, Tools};
 use anser_infer::chat::Think;
 use anser_infer::engine::Start;
-use axum::extract::State;
+use axum::extract::{Request, State};
+use axum::http::header;
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use serde_json::{Value, json};
 
-/// Answers a conversation.
-pub async fn messages(State(app): State<App>, Extension(Owner(owner)): Extension<Owner>, f: Fields) -> Response {
-    match answer(app, owner, f).await {
-        Ok(response) => response,
-        Err(error) => {
-            // Anthropic's shape of the same.
-            let mut response = error.clone().into_response();
-            let body = Json(shaped(&error)).into_response().into_body();
-            response.headers_mut().remove(axum::http::header::CONTENT_LENGTH);
-            *response.body_mut() = body;
-            response
-        }
+/// Gives errors of this route Anthropic's shape, wherever they come from.
+pub async fn errors(request: Request, next: Next) -> Response {
+    let ours = request.uri().path() == "/v1/messages";
+    let mut response = next.run(request).await;
+    if let Some(error) = response.extensions().get::<ApiError>().filter(|_| ours) {
+        *response.body_mut() = Json(shaped(error)).into_response().into_body();
+        response.headers_mut().remove(header::CONTENT_LENGTH);
     }
+    response
 }
 
 fn shaped(error: &ApiError) -> Value {
     json!({ "type": "error", "error": { "type": error.kind(), "message": error.message } })
 }
 
-async fn answer(app: App, owner: String, f: Fields) -> Result<Response, ApiError> {
+/// Answers a conversation.
+pub async fn messages(
+    State(app): State<App>, Extension(Owner(owner)): Extension<Owner>, f: Fields,
+) -> Result<Response, ApiError> {
     f.refuse(&["n", "stop"])?;
     let max_tokens = f.whole("max_tokens", 1..=app.options.max_tokens)?;
     let max_tokens = max_tokens.ok_or_else(|| ApiError::field("max_tokens", "it is missing"))?;
@@ -48,7 +49,8 @@ async fn answer(app: App, owner: String, f: Fields) -> Result<Response, ApiError
     let own_stops = options.stops.clone();
     let tools = Tools::anthropic(&f)?;
     let told = options.start != Start::Empty;
-    let turn = Turn::new(&app, conversation(&f)?, think(&app, &f)?, tools.as_ref(), told, options)?;
+    let think = think(&f, &options, thinking(&app, &f)?)?;
+    let turn = Turn::new(&app, conversation(&f)?, think, tools.as_ref(), told, options)?;
     let request = turn.options.request(&owner, turn.prompt.clone(), max_tokens, 0);
     let answer = Answer::start(&app, request, &turn.options.stops, app.options.template.turn_end()).await?;
     let reply = Reply::new(answer, turn.think, turn.tools);
@@ -122,7 +124,9 @@ fn turn(all: &mut Vec<Message>, value: &Value, at: &str) -> Result<(), ApiError>
             _ => texts.push(content(&json!([block]), &at)?),
         }
     }
-    all.push(Message { role, content: texts.join("\n") });
+    if !texts.is_empty() || blocks.is_empty() {
+        all.push(Message { role, content: texts.join("\n") });
+    }
     Ok(())
 }
 
@@ -132,7 +136,7 @@ fn call(call: &Call) -> Value {
     json!({ "type": "tool_use", "id": call.id, "name": call.name, "input": input })
 }
 
-fn think(app: &App, f: &Fields) -> Result<Think, ApiError> {
+fn thinking(app: &App, f: &Fields) -> Result<Think, ApiError> {
     let Some(thinking) = f.object("thinking")? else { return Ok(app.options.think) };
     match thinking.get("type").and_then(Value::as_str) {
         Some("enabled" | "adaptive") => Ok(Think::On),

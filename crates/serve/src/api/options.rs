@@ -3,7 +3,7 @@
 use crate::App;
 use crate::constraint::Grammar;
 use crate::errors::ApiError;
-use crate::fields::Fields;
+use crate::fields::{Fields, whole};
 use anser_infer::engine::{Request, Start};
 use anser_infer::{SamplerOrder, Sampling};
 use serde_json::Value;
@@ -139,7 +139,7 @@ fn seed(f: &Fields) -> Result<u64, ApiError> {
         None => Ok(uuid::Uuid::new_v4().as_u64_pair().0),
         Some(v) => v
             .as_u64()
-            .or(v.as_i64().map(|i| i as u64))
+            .or(whole(v).map(|i| i as u64))
             .ok_or_else(|| ApiError::field("seed", "it must be a whole number of 64 bits")),
     }
 }
@@ -165,7 +165,7 @@ pub fn token_list(f: &Fields, name: &str) -> Result<Vec<u32>, ApiError> {
 
 /// Token ids; none if one isn't.
 pub fn tokens(list: &[Value]) -> Option<Vec<u32>> {
-    list.iter().map(|v| v.as_u64().and_then(|t| u32::try_from(t).ok())).collect()
+    list.iter().map(|v| whole(v).and_then(|t| u32::try_from(t).ok())).collect()
 }
 
 /// Checks a prompt's length. An empty one begins a document, unless it goes on from a state.

@@ -1,6 +1,6 @@
 //! `/v1/responses`: conversations in the shape of OpenAI's newer API, which may go on from what the server keeps.
 
-use super::conversation::{Turn, content, role, say, think};
+use super::conversation::{Turn, content, effort, role, say, think};
 use super::items::Items;
 use super::options::Options;
 use super::{Usage, id, now};
@@ -28,10 +28,11 @@ pub async fn create(
         return Err(ApiError::field("truncation", "it must be disabled: no context is too long for this model"));
     }
     form(&mut f)?;
-    let options = Options::read(&app, &f)?;
+    let options = Options::read(&app, &f).map_err(|e| e.renamed("response_format", "text.format"))?;
     let max_tokens = f.whole("max_output_tokens", 1..=app.options.max_tokens)?.unwrap_or(app.options.max_tokens);
     let reasoning = Fields(f.object("reasoning")?.cloned().unwrap_or_default());
-    let think = think(&app, &f, &options, "reasoning.effort", reasoning.text("effort")?)?;
+    let word = reasoning.text("effort").map_err(|e| e.within("reasoning"))?;
+    let think = think(&f, &options, effort(&app, "reasoning.effort", word)?)?;
     let tools = Tools::openai(&f)?;
     let before = match f.text("previous_response_id")? {
         Some(_) if f.get("state").is_some() => {
@@ -42,7 +43,8 @@ pub async fn create(
     };
     let text = tools.as_ref().map(Tools::prompt);
     let told = f.get("state").is_some() || before.as_ref().is_some_and(|b| text.is_some() && b.tools == text);
-    let mut turn = Turn::new(&app, conversation(&f)?, think, tools.as_ref(), told, options)?;
+    let turn = Turn::new(&app, conversation(&f)?, think, tools.as_ref(), told, options);
+    let mut turn = turn.map_err(|e| e.renamed("messages", "input"))?;
     if let Some(before) = &before {
         turn.prompt = [&before.tokens[..], &turn.prompt].concat();
     }
@@ -62,7 +64,7 @@ pub async fn create(
     };
     match turn.options.stream {
         true => Ok(stream(work)),
-        false => Ok(Json(work.run(None).await?).into_response()),
+        false => Ok(Json(work.run(&mut Events::default()).await?).into_response()),
     }
 }
 
@@ -84,7 +86,7 @@ pub async fn delete(
 /// What `text.format` asks for as chat completions ask for it.
 fn form(f: &mut Fields) -> Result<(), ApiError> {
     let text = Fields(f.object("text")?.cloned().unwrap_or_default());
-    let Some(format) = text.object("format").map_err(|e| ApiError::field("text.format", e.message))? else {
+    let Some(format) = text.object("format").map_err(|e| e.within("text"))? else {
         return Ok(());
     };
     let format = match format.get("type").and_then(Value::as_str) {
@@ -201,9 +203,8 @@ struct Work {
 
 impl Work {
     /// The response; its events go to `to`.
-    async fn run(mut self, to: Option<&mut Events>) -> Result<Value, ApiError> {
-        let (mut items, mut unsent, mut finish) = (Items::default(), Events { to: None, sent: 0 }, None);
-        let to = to.unwrap_or(&mut unsent);
+    async fn run(mut self, to: &mut Events) -> Result<Value, ApiError> {
+        let (mut items, mut finish) = (Items::default(), None);
         for kind in ["response.created", "response.in_progress"] {
             to.send(kind, json!({ "response": self.head })).await;
         }
@@ -232,7 +233,8 @@ impl Work {
     }
 }
 
-/// Where numbered events go.
+/// Where numbered events go, if anywhere.
+#[derive(Default)]
 struct Events {
     to: Option<sse::Sender>,
     sent: usize,
@@ -258,7 +260,7 @@ impl Events {
 fn stream(work: Work) -> Response {
     sse::send(move |to| async move {
         let (mut events, mut failed) = (Events { to: Some(to), sent: 0 }, work.head.clone());
-        if let Err(error) = work.run(Some(&mut events)).await {
+        if let Err(error) = work.run(&mut events).await {
             failed["status"] = json!("failed");
             failed["error"] = json!({ "code": "server_error", "message": error.message });
             events.send("response.failed", json!({ "response": failed })).await;

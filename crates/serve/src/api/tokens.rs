@@ -11,10 +11,7 @@ use serde_json::{Value, json};
 /// The token ids of a text.
 pub async fn tokenize(State(app): State<App>, f: Fields) -> Result<Json<Value>, ApiError> {
     // vLLM's and llama.cpp's names for it.
-    let text = match f.text("prompt")? {
-        Some(text) => text,
-        None => f.text("content")?.ok_or_else(|| ApiError::field("prompt", "it is missing"))?,
-    };
+    let text = f.text("prompt")?.or(f.text("content")?).ok_or_else(|| ApiError::field("prompt", "it is missing"))?;
     let tokens = app.tokenizer.encode(text.as_bytes());
     Ok(Json(json!({ "count": tokens.len(), "tokens": tokens })))
 }

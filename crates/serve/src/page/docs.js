@@ -9,38 +9,41 @@ function make(parent, name, text) {
   return made;
 }
 
-/** A schema with what it refers to in its place. */
-function whole(schema) {
-  if (!schema.$ref) return schema;
-  const name = schema.$ref.split("/").pop();
-  return { title: name, ...spec.components.schemas[name], ...schema, $ref: undefined };
+/** A part of the document with what it refers to in its place. */
+function whole(part) {
+  if (!part.$ref) return part;
+  const path = part.$ref.split("/").slice(1);
+  return { title: path.at(-1), ...path.reduce((at, name) => at[name], spec), ...part, $ref: undefined };
 }
 
-/** The fields of an object: [name, schema, whether it must be there]. */
+/** The fields of an object, those that must be there first: [name, schema, whether it must be there]. */
 function fields(schema) {
   const { allOf = [], properties = {}, required = [] } = whole(schema);
   const own = Object.entries(properties).map(([name, of]) => [name, whole(of), required.includes(name)]);
-  return [...own, ...allOf.flatMap(fields)];
+  return [...own, ...allOf.flatMap(fields)].sort((a, b) => b[2] - a[2]);
 }
 
-/** A type in words. */
+/** A type in words. That it may be null goes without saying. */
 function type(schema) {
   const of = whole(schema);
-  if (of.oneOf) return of.oneOf.map(type).join(" or ");
-  if (of.enum) return of.enum.map((value) => JSON.stringify(value)).join(", ");
-  const names = [of.type ?? "anything"].flat().map((name) => {
+  const choices = of.oneOf ?? of.anyOf;
+  if (choices && !of.properties) return [...new Set(choices.map(type).filter(Boolean))].join(" or ");
+  if (of.enum) return of.enum.filter((value) => value !== null).map((value) => JSON.stringify(value)).join(", ");
+  const names = [of.type ?? "anything"].flat().filter((name) => name !== "null").map((name) => {
     if (name === "array") return `list of ${type(of.items ?? {})}`;
     return name === "object" && of.title ? of.title : name;
   });
   return names.join(" or ");
 }
 
-/** Objects within a schema that have fields: [what they are, schema]. */
+/** Objects within a schema that have fields: [what tells them apart, schema]. */
 function inner(schema) {
   const of = whole(schema);
-  if (of.oneOf) return of.oneOf.flatMap(inner);
+  const choices = of.oneOf ?? of.anyOf;
+  if (choices && !of.properties) return choices.flatMap(inner);
   if (of.items) return inner(of.items);
-  return fields(of).length ? [[of.properties?.type?.enum?.join(", ") ?? of.title ?? "object", of]] : [];
+  const kinds = (of.properties?.type ?? of.properties?.role)?.enum?.join(", ");
+  return fields(of).length ? [[kinds ?? of.title ?? "object", of]] : [];
 }
 
 function limits({ minimum, maximum, minLength, minItems, maxItems, pattern, default: usual }) {
@@ -57,6 +60,7 @@ function table(parent, caption, rows) {
   for (const name of ["Field", "Type", "Meaning"]) make(head, "th", name).scope = "col";
   const body = make(made, "tbody");
   for (const [name, schema, required] of rows) {
+    if (!type(schema)) continue; // Only null.
     const row = make(body, "tr");
     const field = make(row, "th");
     field.scope = "row";
@@ -66,18 +70,22 @@ function table(parent, caption, rows) {
     const about = make(row, "td");
     if (schema.description) make(about, "div", schema.description);
     if (limits(schema)) make(about, "div", limits(schema));
-    for (const [of, part] of inner(schema)) details(about, `Fields of ${of}`, part, `${name}: ${of}`);
+    if (!inner(schema).length) continue;
+    const more = make(make(body, "tr"), "td");
+    more.colSpan = 3;
+    more.className = "more";
+    for (const [of, part] of inner(schema)) details(more, `Fields of ${name}: ${of}`, part);
   }
 }
 
 /** Made when it is opened: schemas may be within themselves. */
-function details(parent, title, schema, caption) {
+function details(parent, title, schema) {
   const made = make(parent, "details");
   make(made, "summary", title);
   made.addEventListener("toggle", () => {
     if (made.children.length > 1) return;
     if (schema.description) make(made, "p", schema.description);
-    table(made, caption, fields(schema));
+    table(made, title, fields(schema));
   });
 }
 
@@ -108,12 +116,15 @@ function route(path, method, about) {
   make(section, "h3", "Example");
   make(section, "pre", command(method, path, body?.example)).tabIndex = 0;
   make(section, "h3", "Answers");
-  for (const [status, { description, content = {} }] of Object.entries(about.responses)) {
+  for (const [status, answer] of Object.entries(about.responses)) {
+    const { description, content = {} } = whole(answer);
     const line = make(section, "div");
     make(line, "code", status);
-    line.append(` ${description}${Object.keys(content).length ? `: ${Object.keys(content).join(" or ")}` : ""}`);
+    line.append(` ${description} (${Object.keys(content).join(" or ")})`);
+    // All errors of a route look alike.
+    if (Number(status) > 400) continue;
     for (const { schema } of Object.values(content)) {
-      for (const [of, part] of inner(schema)) details(line, `Fields of ${of}`, part, `${status}: ${of}`);
+      for (const [of, part] of inner(schema)) details(line, `Fields of ${of}`, part);
     }
   }
 }
