@@ -36,6 +36,7 @@ mod run;
 mod sequence;
 mod shared;
 mod snapshot;
+mod storage;
 mod store;
 mod tier;
 mod workers;
