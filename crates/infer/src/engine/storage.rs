@@ -199,63 +199,72 @@ impl Storage {
     pub fn save(&self, owner: &str, name: &str, mut named: Named, snapshot: &Arc<Snapshot>) -> Result<(), StateError> {
         let old = self.home().call(|t| t.name(owner, name))?;
         named.branched = old.as_ref().is_some_and(|old| old.key == named.key && old.branched);
-        let no_room = || {
-            StateError::Refused(format!("state {name}: there is no room for its {} bytes; delete others", named.bytes))
-        };
-        let (key, len) = (named.key, named.tokens.len());
         if self.is_shared() {
-            let bytes = snapshot.encode();
-            let item = Item { owner, key, len, logits: true, bytes: &bytes };
-            self.home().call(|t| t.put(&item).and_then(|()| t.put_name(owner, name, &named)))?;
-            if let (Some(redis), Some(_)) = (&self.redis, &self.objects) {
-                let _ = redis.call(|t| t.put(&item));
-            }
-            if let Some(old) = old.filter(|old| old.key != key) {
-                self.unshare(&old);
-            }
-            return Ok(());
+            return self.save_shared((owner, name), &named, old, snapshot);
         }
-        if let Some(disk) = &self.disk {
-            let kept = self.kept();
-            let written = kept.entries.get(&key).is_some_and(|e| e.disk.is_some());
-            let last = old.as_ref().map(|old| old.key).filter(|old| *old != key && kept.has_one_name(old));
-            drop(kept);
-            let bytes = if written { Vec::new() } else { snapshot.encode() };
-            let dropped = self.kept().make_room(bytes.len(), self.most_on_disk, last).ok_or_else(no_room)?;
-            // In this order nothing is lost whenever it ends.
-            disk.call(|t| {
-                if !written {
-                    t.put(&Item { owner, key, len, logits: true, bytes: &bytes })?;
-                }
-                t.put_name(owner, name, &named)?;
-                t.remove(&dropped)
-            })?;
-            let mut kept = self.kept();
+        let old = old.map(|old| old.key);
+        match &self.disk {
+            Some(disk) => self.save_on_disk(disk, (owner, name), &named, old, snapshot),
+            None => self.save_in_memory((owner, name), &named, old, snapshot),
+        }
+    }
+
+    fn save_shared(
+        &self, (owner, name): (&str, &str), named: &Named, old: Option<Named>, snapshot: &Snapshot,
+    ) -> Result<(), StateError> {
+        let bytes = snapshot.encode();
+        let item = Item { owner, key: named.key, len: named.tokens.len(), logits: true, bytes: &bytes };
+        self.home().call(|t| t.put(&item).and_then(|()| t.put_name(owner, name, named)))?;
+        if let (Some(redis), Some(_)) = (&self.redis, &self.objects) {
+            // The other servers get it sooner from there.
+            let _ = redis.call(|t| t.put(&item));
+        }
+        old.filter(|old| old.key != named.key).iter().for_each(|old| self.unshare(old));
+        Ok(())
+    }
+
+    fn save_on_disk(
+        &self, disk: &Guarded, (owner, name): (&str, &str), named: &Named, old: Option<Key>, snapshot: &Snapshot,
+    ) -> Result<(), StateError> {
+        let (key, len) = (named.key, named.tokens.len());
+        let kept = self.kept();
+        let written = kept.entries.get(&key).is_some_and(|e| e.disk.is_some());
+        let last = old.filter(|old| *old != key && kept.has_one_name(old));
+        drop(kept);
+        let bytes = if written { Vec::new() } else { snapshot.encode() };
+        let dropped =
+            self.kept().make_room(bytes.len(), self.most_on_disk, last).ok_or_else(|| no_room(name, named))?;
+        // In this order nothing is lost whenever it ends.
+        disk.call(|t| {
             if !written {
-                kept.reach_disk(key, len, true, bytes.len());
+                t.put(&Item { owner, key, len, logits: true, bytes: &bytes })?;
             }
-            kept.pin(key);
-            if let Some(old) = &old {
-                kept.unpin(&old.key);
-            }
-            return Ok(());
+            t.put_name(owner, name, named)?;
+            t.remove(&dropped)
+        })?;
+        let mut kept = self.kept();
+        if !written {
+            kept.reach_disk(key, len, true, bytes.len());
         }
+        kept.move_name(old, Some(key));
+        Ok(())
+    }
+
+    fn save_in_memory(
+        &self, (owner, name): (&str, &str), named: &Named, old: Option<Key>, snapshot: &Arc<Snapshot>,
+    ) -> Result<(), StateError> {
         let mut kept = self.kept();
         // There again if it was dropped meanwhile.
-        kept.insert(key, len, snapshot.clone());
-        kept.pin(key);
-        if let Some(old) = &old {
-            kept.unpin(&old.key);
-        }
+        kept.insert(named.key, named.tokens.len(), snapshot.clone());
+        kept.move_name(old, Some(named.key));
         kept.shrink(self.most).iter().for_each(|(key, ..)| kept.forget(key));
         if kept.bytes > self.most {
-            old.iter().for_each(|old| kept.pin(old.key));
-            kept.unpin(&key);
+            kept.move_name(Some(named.key), old);
             kept.shrink(self.most).iter().for_each(|(key, ..)| kept.forget(key));
-            return Err(no_room());
+            return Err(no_room(name, named));
         }
         drop(kept);
-        self.names.call(|t| t.put_name(owner, name, &named))
+        self.names.call(|t| t.put_name(owner, name, named))
     }
 
     pub fn branch(&self, owner: &str, from: &str, to: &str) -> Result<StateInfo, StateError> {
@@ -273,7 +282,7 @@ impl Storage {
             t.put_name(owner, to, &branch)
         })?;
         if !self.is_shared() {
-            self.kept().pin(branch.key);
+            self.kept().move_name(None, Some(branch.key));
         }
         Ok(StateInfo::new(to, branch.head()))
     }
@@ -283,7 +292,7 @@ impl Storage {
         self.home().call(|t| t.remove_name(owner, name))?;
         if self.is_shared() {
             self.unshare(&old);
-        } else if self.kept().unpin(&old.key) {
+        } else if self.kept().move_name(Some(old.key), None) {
             self.disk.as_ref().map_or(Ok(()), |disk| disk.call(|t| t.remove(&[old.key])))?;
             self.kept().forget(&old.key);
         }
@@ -295,9 +304,13 @@ impl Storage {
         if old.branched {
             return;
         }
-        self.kept().forget(&old.key);
-        for tier in self.shared() {
+        for tier in self.tiers() {
             let _ = tier.call(|t| t.remove(&[old.key]));
         }
+        self.kept().forget(&old.key);
     }
+}
+
+fn no_room(name: &str, named: &Named) -> StateError {
+    StateError::Refused(format!("state {name}: there is no room for its {} bytes; delete others", named.bytes))
 }

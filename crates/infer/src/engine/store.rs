@@ -239,6 +239,9 @@ impl StateStore {
             return Ok(Begin { initial: Some(initial.clone()), history: Vec::new() });
         }
         let named = self.store.named(owner, name)?;
+        if named.tokens.iter().any(|&t| t as usize >= self.form().vocab) {
+            return Err(StateError::Refused(format!("state {name} is damaged: it has tokens that the model hasn't")));
+        }
         let of = |hash| self.store.initial.values().find(|i| i.hash() == hash).cloned();
         let gone =
             || StateError::Refused(format!("state {name} began from an initial state that is not here any more"));
