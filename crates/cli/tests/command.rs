@@ -2,6 +2,7 @@
 
 mod common;
 
+use anser_formats::{Dtype, Source, write_pth};
 use common::{Folder, anser, fixture};
 use std::path::Path;
 
@@ -283,6 +284,30 @@ fn without_a_model_the_programs_own_one_writes_and_is_measured() {
     assert!(code == 0 && out.ends_with("100.00% of 3 pairs\n"), "{out}{err}");
     let (code, _, err) = anser(&f.0, &["eval", "pairs", "--model", &model, "nothing.jsonl"]);
     assert!(code == 1 && err.contains("nothing.jsonl"), "{err}");
+}
+
+#[test]
+fn a_tuned_initial_state_changes_what_is_written() {
+    let f = Folder::new("initial");
+    let names: Vec<String> = (0..7).map(|i| format!("blocks.{i}.att.time_state")).collect();
+    let write = |file: &str, values: &[f32]| {
+        let tensor = |name: &String| Source::new(name.as_str(), &[5, 64, 64], Dtype::F32, values);
+        write_pth(&f.0.join(file), &names.iter().map(tensor).collect::<Vec<_>>()).unwrap();
+    };
+    write("zeros.pth", &[0.0; 5 * 64 * 64]);
+    write("waves.pth", &(0..5 * 64 * 64).map(|i| (i as f32 * 0.37).sin() * 10.0).collect::<Vec<_>>());
+    let run = |more: &[&str]| {
+        let prompt =
+            ["generate", "--device", "cpu", "--temperature", "0", "--max-tokens", "12", "--prompt", "He took her by"];
+        anser(&f.0, &[&prompt[..], more].concat())
+    };
+    let plain = run(&[]);
+    assert_eq!(plain.0, 0, "{}", plain.2);
+    assert_eq!(run(&["--initial-state", "zeros.pth"]).1, plain.1);
+    let waves = run(&["--initial-state", "waves.pth", "--save-state", "s"]);
+    assert!(waves.0 == 0 && waves.1 != plain.1, "{}", waves.2);
+    let (code, _, err) = run(&["--initial-state", "waves.pth", "--load-state", "s"]);
+    assert!(code == 1 && err.contains("--initial-state"), "{err}");
 }
 
 /// What the real `torch.load` and `rwkv` package were shown to accept (`tools/rwkv_roundtrip.py`) is what is written today,

@@ -42,22 +42,20 @@ impl Kept {
     pub fn read(disk: &Disk) -> Result<Kept, redb::Error> {
         let mut kept = Kept::default();
         disk.stored()?.into_iter().for_each(|s| kept.reach_disk(s.key, s.len, s.logits, s.bytes));
-        disk.pinned()?.into_iter().for_each(|key| kept.pin(key));
+        disk.pinned()?.into_iter().for_each(|key| _ = kept.move_name(None, Some(key)));
         Ok(kept)
     }
 
-    /// Notes that a name stands for a snapshot.
-    pub fn pin(&mut self, key: Key) {
-        *self.pins.entry(key).or_default() += 1;
-    }
-
-    /// Notes that a name no longer does: whether it was the last.
-    pub fn unpin(&mut self, key: &Key) -> bool {
-        let Some(count) = self.pins.get_mut(key) else { return false };
+    /// Notes that a name stands for a snapshot, or for nothing, and no longer for another: whether that has no name any more.
+    pub fn move_name(&mut self, from: Option<Key>, to: Option<Key>) -> bool {
+        if let Some(key) = to {
+            *self.pins.entry(key).or_default() += 1;
+        }
+        let Some((key, count)) = from.and_then(|key| Some((key, self.pins.get_mut(&key)?))) else { return false };
         *count -= 1;
         let last = *count == 0;
         if last {
-            self.pins.remove(key);
+            self.pins.remove(&key);
         }
         last
     }

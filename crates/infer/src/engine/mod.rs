@@ -36,6 +36,7 @@ mod run;
 mod sequence;
 mod shared;
 mod snapshot;
+mod storage;
 mod store;
 mod tier;
 mod workers;
@@ -304,7 +305,7 @@ pub enum Refused {
 /// What an engine has done and is doing. Counts are since its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Sequences in the batch.
+    /// Sequences in the batch, and those whose states are on their way from elsewhere.
     pub running: usize,
     /// Requests that wait for a slot.
     pub waiting: usize,

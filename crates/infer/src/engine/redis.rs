@@ -1,11 +1,13 @@
 //! States that servers share in Redis, or in what speaks its protocol. Everything expires when it wasn't used for a while.
 //!
-//! Keys begin with `anser:` and a hash of the model: `state:KEY` is a snapshot, `name:OWNER:NAME` what a name stands for, `names:OWNER` the set of an owner's
-//! names, and `lengths:OWNER` after how many tokens there are snapshots, by the time when they were written.
+//! Keys begin with `anser:` and a hash of the model: `state:KEY` is a snapshot, `name:OWNER:NAME` what a name stands for, `names:OWNER` an owner's names by the
+//! time when they were last used, and `lengths:OWNER` after how many tokens there are snapshots, by the time when they were written.
 
 use super::store::{Key, hex};
 use super::tier::{Head, Item, Named, Tier, milliseconds};
-use redis::{Client, Cmd, Connection, FromRedisValue, IntoConnectionInfo, Pipeline, RedisResult, cmd, pipe};
+use redis::{
+    Client, Cmd, Connection, FromRedisValue, IntoConnectionInfo, Pipeline, RedisError, RedisResult, cmd, pipe,
+};
 use std::sync::Mutex;
 use std::time::{Duration, SystemTime};
 
@@ -53,8 +55,10 @@ impl Redis {
     }
 
     /// Reads a value, which then lasts as long again.
-    fn read(&self, at: String) -> Result<Option<Vec<u8>>, String> {
-        self.one(cmd("GETEX").arg(at).arg("EX").arg(self.expiry))
+    fn read(&self, at: String) -> Cmd {
+        let mut read = cmd("GETEX");
+        read.arg(at).arg("EX").arg(self.expiry);
+        read
     }
 
     fn one<T: FromRedisValue>(&self, cmd: &Cmd) -> Result<T, String> {
@@ -67,6 +71,10 @@ impl Redis {
 
     /// Asks over a connection. What is asked for may be asked twice: an idle connection may have been closed at the other end.
     fn ask<T>(&self, ask: impl Fn(&mut Connection) -> RedisResult<T>) -> Result<T, String> {
+        let reason = |e: RedisError| match e.is_timeout() {
+            true => format!("no answer within {} s", TIMEOUT.as_secs()),
+            false => e.to_string(),
+        };
         let idle = || self.idle.lock().unwrap_or_else(|e| e.into_inner());
         let old = idle().pop();
         let mut result = None;
@@ -85,7 +93,7 @@ impl Redis {
                     connection.set_write_timeout(Some(TIMEOUT))?;
                     Ok(connection)
                 };
-                let mut connection = connect().map_err(|e: redis::RedisError| e.to_string())?;
+                let mut connection = connect().map_err(reason)?;
                 (ask(&mut connection), connection)
             }
         };
@@ -93,13 +101,13 @@ impl Redis {
         if result.is_ok() {
             idle().push(connection);
         }
-        result.map_err(|e| e.to_string())
+        result.map_err(reason)
     }
 }
 
 impl Tier for Redis {
     fn get(&self, key: &Key) -> Result<Option<Vec<u8>>, String> {
-        self.read(self.at(key))
+        self.one(&self.read(self.at(key)))
     }
 
     fn put(&self, item: &Item<'_>) -> Result<(), String> {
@@ -123,12 +131,18 @@ impl Tier for Redis {
     }
 
     fn name(&self, owner: &str, name: &str) -> Result<Option<Named>, String> {
-        Ok(self.read(self.at_name(owner, name))?.and_then(|bytes| Named::decode(&bytes)))
+        let index = self.of("names", owner);
+        let mut all = pipe();
+        all.add_command(self.read(self.at_name(owner, name)));
+        all.cmd("ZADD").arg(&index).arg("XX").arg(milliseconds(SystemTime::now())).arg(name).ignore();
+        all.cmd("EXPIRE").arg(&index).arg(self.expiry).ignore();
+        let (bytes,): (Option<Vec<u8>>,) = self.all(&all)?;
+        Ok(bytes.and_then(|bytes| Named::decode(&bytes)))
     }
 
     fn names(&self, owner: &str) -> Result<Vec<(String, Head)>, String> {
         let index = self.of("names", owner);
-        let mut names: Vec<String> = self.one(cmd("SMEMBERS").arg(&index))?;
+        let mut names: Vec<String> = self.one(cmd("ZRANGE").arg(&index).arg(0).arg(-1))?;
         names.sort();
         let mut heads = pipe();
         for name in &names {
@@ -145,7 +159,12 @@ impl Tier for Redis {
         let mut all = pipe();
         all.atomic();
         all.cmd("SET").arg(self.at_name(owner, name)).arg(named.encode()).arg("EX").arg(self.expiry).ignore();
-        all.cmd("SADD").arg(&index).arg(name).ignore();
+        let now = milliseconds(SystemTime::now());
+        all.cmd("ZADD").arg(&index).arg(now).arg(name).ignore();
+        // Those that have expired.
+        let gone = now.saturating_sub(self.expiry as usize * 1000);
+        all.cmd("ZREMRANGEBYSCORE").arg(&index).arg("-inf").arg(format!("({gone}")).ignore();
+        all.cmd("EXPIRE").arg(&index).arg(self.expiry).ignore();
         self.all(&all)
     }
 
@@ -153,7 +172,7 @@ impl Tier for Redis {
         let mut all = pipe();
         all.atomic();
         all.cmd("UNLINK").arg(self.at_name(owner, name)).ignore();
-        all.cmd("SREM").arg(self.of("names", owner)).arg(name).ignore();
+        all.cmd("ZREM").arg(self.of("names", owner)).arg(name).ignore();
         self.all(&all)
     }
 

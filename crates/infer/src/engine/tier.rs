@@ -168,6 +168,7 @@ impl Guarded {
     pub fn call<T>(&self, ask: impl FnOnce(&dyn Tier) -> Result<T, String>) -> Result<T, StateError> {
         let unreachable =
             || StateError::Unreachable(format!("the states in {} cannot be reached now: try again later", self.label));
+        let mut tries_again = false;
         if let Some(outage) = &mut *self.health() {
             let now = Instant::now();
             if now < outage.again {
@@ -175,6 +176,7 @@ impl Guarded {
             }
             // The others don't try at the same time.
             outage.again = now + PAUSES[1];
+            tries_again = true;
         }
         let result = ask(&*self.tier);
         let mut health = self.health();
@@ -186,11 +188,16 @@ impl Guarded {
             }
             Err(why) => {
                 self.errors.fetch_add(1, Ordering::Relaxed);
-                if health.is_none() {
-                    eprintln!("states in {} cannot be reached; requests go on without: {why}", self.label);
+                let pause = match &*health {
+                    None => {
+                        eprintln!("states in {} cannot be reached; requests go on without: {why}", self.label);
+                        Some(PAUSES[0])
+                    }
+                    Some(outage) => tries_again.then(|| (outage.pause * 2).min(PAUSES[1])),
+                };
+                if let Some(pause) = pause {
+                    *health = Some(Outage { pause, again: Instant::now() + pause });
                 }
-                let pause = health.as_ref().map_or(PAUSES[0], |outage| (outage.pause * 2).min(PAUSES[1]));
-                *health = Some(Outage { pause, again: Instant::now() + pause });
             }
         }
         result.map_err(|_| unreachable())

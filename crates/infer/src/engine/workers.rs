@@ -1,3 +1,4 @@
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
@@ -19,7 +20,8 @@ impl<T: Send + Sync + 'static> Workers<T> {
             let next = move || queue.lock().unwrap_or_else(|e| e.into_inner()).recv();
             Builder::new().name(name.into()).spawn(move || {
                 while let Ok(job) = next() {
-                    job(&shared);
+                    // Its panic was printed, and concerns nobody else.
+                    let _ = catch_unwind(AssertUnwindSafe(|| job(&shared)));
                 }
             })
         };
