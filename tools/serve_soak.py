@@ -11,6 +11,7 @@ still, the 99th percentile of the time between tokens is below four times the me
 import argparse
 import asyncio
 import json
+import os
 import random
 import subprocess
 import sys
@@ -135,6 +136,12 @@ async def watch(soak, rng, until):
                   f"{soak.tokens} tokens, {kib / 1024:.1f} MiB", file=sys.stderr)
 
 
+def processor_seconds(pid):
+    with open(f"/proc/{pid}/stat") as f:
+        user, system = f.read().rsplit(")", 1)[1].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 async def metrics(soak):
     reader, writer = await asyncio.open_connection(soak.host, soak.port)
     writer.write(b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n")
@@ -153,11 +160,11 @@ async def run(soak, args):
     for body in soak.requests:
         soak.expected.append(await stream(soak, body))
     print(f"{len(soak.requests)} requests alone in {time.monotonic() - begin:.0f} s", file=sys.stderr)
-    begin = time.monotonic()
+    begin, used = time.monotonic(), processor_seconds(soak.pid)
     until = begin + 60 * args.minutes
     clients = (client(soak, i, random.Random(i), until) for i in range(args.streams))
     await asyncio.gather(watch(soak, random.Random(-1), until), *clients)
-    seconds = time.monotonic() - begin
+    seconds, used = time.monotonic() - begin, processor_seconds(soak.pid) - used
     for _ in range(100):
         # What was cut off last may be noticed a step later.
         counts = await metrics(soak)
@@ -183,6 +190,7 @@ async def run(soak, args):
         "cut_off": soak.killed,
         "failures": len(soak.failures),
         "tokens_per_second": round(soak.tokens / seconds, 1),
+        "cores_used": round(used / seconds, 2),
         "first_ms": {q: round(1e3 * quantile(soak.firsts, s), 1) for q, s in (("p50", 0.5), ("p99", 0.99), ("max", 1))},
         "between_ms": {q: round(1e3 * quantile(soak.gaps, s), 1) for q, s in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1))},
         "memory_mib": {"settled": round(settled / 2**20, 1), "least": round(min(warm) / 2**20, 1), "most": round(max(warm) / 2**20, 1)},

@@ -2,6 +2,7 @@ use crate::{Decoder, Error};
 use anser_model::{Model, State};
 use anser_ops::{Segment, Tape, Var};
 use anser_tensor::Context;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// What a step does for one sequence.
@@ -243,16 +244,20 @@ fn forward(ctx: &Context, model: &Model, state: &State, work: &[Work<'_>]) -> Re
     };
     let wanted: Vec<Range<usize>> = work.iter().zip(&segments).map(rows).collect();
     let (count, c) = (wanted.iter().map(ExactSizeIterator::len).sum(), hidden.cols());
-    let logits = if count == 0 {
-        Vec::new()
-    } else {
+    let logits = (count > 0).then(|| {
         let mut buf = ctx.alloc(count * c);
         let mut at = 0;
         for r in &wanted {
             buf.write_part(at * c, hidden.buf(), r.start * c, r.len() * c);
             at += r.len();
         }
-        model.logits(&mut tape, &Var::constant(count, c, buf)).to_vec()
+        model.logits(&mut tape, &Var::constant(count, c, buf))
+    });
+    // On a CPU they are copied once, to whom they belong.
+    let logits = match &logits {
+        None => Cow::Borrowed(&[][..]),
+        Some(logits) if ctx.cuda().is_none() => Cow::Borrowed(logits.data()),
+        Some(logits) => Cow::Owned(logits.to_vec()),
     };
     ctx.check()?;
     let mut rest = &logits[..];

@@ -88,13 +88,13 @@ impl Sequence {
 
     /// Chooses the next token.
     pub fn choose(&mut self) -> Result<(), String> {
-        if self.logits.iter().any(|l| !l.is_finite()) {
-            return Err(Error::NotFinite.to_string());
-        }
         let mut allowed;
         let logits = match &mut self.request.constraint {
             None => &self.logits,
             Some(constraint) => {
+                if self.logits.iter().any(|l| !l.is_finite()) {
+                    return Err(Error::NotFinite.to_string());
+                }
                 allowed = self.logits.clone();
                 constraint.mask(&mut allowed)?;
                 if allowed.iter().all(|&l| l == f32::NEG_INFINITY) {
