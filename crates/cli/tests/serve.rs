@@ -68,6 +68,66 @@ fn serves_until_it_is_told_to_end() {
     assert!(cfg!(not(unix)) || code == Some(130), "{code:?}");
 }
 
+#[test]
+fn a_text_is_as_probable_as_eval_says() {
+    let f = Folder::new("probable");
+    let pairs = [("The cats annoy Tim.", "The cats annoys Tim."), ("Mary hurts herself.", "Mary hurts himself.")];
+    let lines = pairs.map(|(good, bad)| json!({ "sentence_good": good, "sentence_bad": bad }).to_string() + "\n");
+    f.file("pairs.jsonl", lines.concat().as_bytes());
+    let model = format!("{}/../../models/anser-12m.safetensors", env!("CARGO_MANIFEST_DIR"));
+    let args =
+        ["eval", "pairs", "--each", "--json", "--device", "cpu", "--dtype", "f32", "--model", &model, "pairs.jsonl"];
+    let (code, out, err) = anser(&f.0, &args);
+    assert_eq!(code, 0, "{err}");
+    let scored: Value = serde_json::from_str(&out).unwrap();
+    let server = Server::start(&["--dtype", "f32"]);
+    for (i, (good, bad)) in pairs.iter().enumerate() {
+        for (j, text) in [good, bad].into_iter().enumerate() {
+            // As lm-evaluation-harness asks: the end of a document, the text, and one token more.
+            let mut ids = server.call("POST /tokenize", &json!({ "prompt": text })).unwrap()["tokens"].take();
+            ids.as_array_mut().unwrap().insert(0, json!(0));
+            let ask = json!({ "prompt": ids, "max_tokens": 1, "echo": true, "logprobs": 1, "temperature": 0 });
+            let said = server.call("POST /v1/completions", &ask).unwrap();
+            let each = said["choices"][0]["logprobs"]["token_logprobs"].as_array().unwrap();
+            let sum: f64 = each[1..each.len() - 1].iter().map(|l| l.as_f64().unwrap()).sum();
+            // To the bit.
+            assert_eq!(json!(sum), scored["files"][0]["log_likelihoods"][i][j], "{text}");
+        }
+    }
+}
+
+#[test]
+fn it_says_what_the_command_line_says() {
+    let (f, server) = (Folder::new("same"), Server::start(&[]));
+    let args = ["generate", "--device", "cpu", "--prompt", "He took her by the", "--max-tokens", "40", "--seed", "5"];
+    let (code, out, err) = anser(&f.0, &args);
+    assert_eq!(code, 0, "{err}");
+    let ask = json!({
+        "prompt": "He took her by the",
+        "max_tokens": 40,
+        "seed": 5,
+        "top_p": 0.7,
+        "penalty_decay": 0.996,
+        "sampler_order": "rwkv",
+    });
+    let written = server.call("POST /v1/completions", &ask).unwrap();
+    assert_eq!(format!("{}\n", written["choices"][0]["text"].as_str().unwrap()), out);
+
+    let args = ["chat", "--device", "cpu", "--json", "--temperature", "0", "--max-tokens", "24"];
+    let mut chat = assert_cmd::Command::cargo_bin("anser").unwrap();
+    let out = chat.args(args).write_stdin("Who are you?\nWhy?\n").output().unwrap();
+    let said: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let mut messages = Vec::new();
+    for turn in said["turns"].as_array().unwrap() {
+        messages.push(json!({ "role": "user", "content": turn["user"] }));
+        let ask = json!({ "messages": messages, "temperature": 0, "max_tokens": 24 });
+        let mut answer = server.call("POST /v1/chat/completions", &ask).unwrap()["choices"][0]["message"].take();
+        assert_eq!(answer["content"].as_str().unwrap().trim(), turn["assistant"], "{messages:?}");
+        messages.push(json!({ "role": "assistant", "content": answer["content"].take() }));
+    }
+    assert_eq!(messages.len(), 4);
+}
+
 const TALKS: usize = 4;
 const TURNS: usize = 24;
 

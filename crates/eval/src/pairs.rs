@@ -32,22 +32,27 @@ pub fn parse(text: &str) -> Result<Vec<Pair>, Error> {
     if pairs.is_empty() { Err(Error::Input("there are no pairs in it".into())) } else { Ok(pairs) }
 }
 
-/// Share of pairs whose right sentence is the more probable one as a whole, at the beginning of a document. Equals count half.
+/// Negative log-likelihoods of the right and the wrong sentence of each pair, as a whole and at the beginning of a document, in nats.
 ///
 /// # Errors
 /// When a token is outside the model's vocabulary, the model's logits are not finite, or the device fails.
-pub fn accuracy(ctx: &Context, model: &Model, tokenizer: &Tokenizer, pairs: &[Pair]) -> Result<f64, Error> {
+pub fn score(ctx: &Context, model: &Model, tokenizer: &Tokenizer, pairs: &[Pair]) -> Result<Vec<[f64; 2]>, Error> {
     let sentences: Vec<&str> = pairs.iter().flat_map(|p| [&p.sentence_good[..], &p.sentence_bad]).collect();
     let nats = nats(ctx, model, tokenizer, &sentences)?;
     if nats.iter().any(|n| !n.is_finite()) {
         return Err(crate::text::not_finite());
     }
-    let score = |n: &[f64; 2]| match n[0].total_cmp(&n[1]) {
+    Ok(nats.as_chunks::<2>().0.to_vec())
+}
+
+/// Share of pairs whose right sentence is the more probable one. Equals count half.
+pub fn accuracy(scores: &[[f64; 2]]) -> f64 {
+    let right = |n: &[f64; 2]| match n[0].total_cmp(&n[1]) {
         std::cmp::Ordering::Less => 1.0,
         std::cmp::Ordering::Equal => 0.5,
         std::cmp::Ordering::Greater => 0.0,
     };
-    Ok(nats.as_chunks::<2>().0.iter().map(score).sum::<f64>() / pairs.len() as f64)
+    scores.iter().map(right).sum::<f64>() / scores.len() as f64
 }
 
 /// Negative log-likelihood of each sentence after the end of another document, in nats.
@@ -119,17 +124,14 @@ mod tests {
         let pairs = parse(text).unwrap();
         assert_eq!(pairs.len(), 2);
         // Either is wrong in one of them.
-        assert_eq!(accuracy(&ctx, &model, &Tokenizer::bytes(), &pairs).unwrap(), 0.5);
-        let one = accuracy(&ctx, &model, &Tokenizer::bytes(), &pairs[..1]).unwrap();
+        let share = |pairs: &[Pair]| accuracy(&score(&ctx, &model, &Tokenizer::bytes(), pairs).unwrap());
+        assert_eq!(share(&pairs), 0.5);
+        let one = share(&pairs[..1]);
         assert!(one == 0.0 || one == 1.0);
-        assert_eq!(
-            accuracy(&ctx, &model, &Tokenizer::bytes(), &[Pair { sentence_bad: "a".into(), ..pairs[0].clone() }])
-                .unwrap(),
-            0.5
-        );
+        assert_eq!(share(&[Pair { sentence_bad: "a".into(), ..pairs[0].clone() }]), 0.5);
         let mut broken = model;
         broken.params_mut().values_mut().fill(f32::NAN);
-        assert!(accuracy(&ctx, &broken, &Tokenizer::bytes(), &pairs).is_err());
+        assert!(score(&ctx, &broken, &Tokenizer::bytes(), &pairs).is_err());
         assert!(parse("").is_err() && parse("{}").unwrap_err().to_string().starts_with("line 1: not a pair"));
     }
 }

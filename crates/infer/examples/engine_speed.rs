@@ -1,7 +1,7 @@
-//! Speed of the engine with a random model of 0.1B's dimensions in bf16 on the CPU: tokens a second that are written by so many requests at
+//! Speed of the engine with a random model of 0.1B's dimensions on the CPU: tokens a second that are written by so many requests at
 //! the same time, and how long those that write wait while a long prompt is read.
 //!
-//! `cargo run --release -p anser-infer --example engine_speed [requests ..]`
+//! `cargo run --release -p anser-infer --example engine_speed [bf16|int8|q4|..] [requests ..]`
 //!
 //! With `prefix` instead of numbers: how much sooner a prompt is answered that begins as another one did, and what a branch costs, with the model
 //! that comes with the program.
@@ -10,7 +10,7 @@ use anser_formats::Checkpoint;
 use anser_infer::engine::{Engine, EngineOptions, Event, Request, Start, Stream};
 use anser_infer::{Sampler, Sampling, Session};
 use anser_model::{Config, Init, Load, Model};
-use anser_tensor::{Context, DType, bench};
+use anser_tensor::{Context, DType, WeightType, bench};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -105,13 +105,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if std::env::args().nth(1).as_deref() == Some("prefix") {
         return prefixes();
     }
-    let mut counts: Vec<usize> = std::env::args().skip(1).map(|a| a.parse()).collect::<Result<_, _>>()?;
+    let mut args = std::env::args().skip(1).peekable();
+    let kept = match args.next_if(|a| a.parse::<usize>().is_err()).as_deref() {
+        Some("int8") => WeightType::Int8,
+        Some("q4") => WeightType::Q4,
+        Some(dtype) => dtype.parse::<DType>()?.into(),
+        None => DType::BF16.into(),
+    };
+    let mut counts: Vec<usize> = args.map(|a| a.parse()).collect::<Result<_, _>>()?;
     if counts.is_empty() {
         counts = vec![1, 8, 32];
     }
     let (ctx, config) = (Context::cpu(0), Config::new(12, 768, 65_536));
-    let model = Arc::new(Model::init(&ctx, &config, Init::Current, 1)?.packed(&ctx, DType::BF16));
-    println!("{} threads, memory {:.1} GB/s", ctx.threads().len(), bench::read_bandwidth(&ctx) / 1e9);
+    let model = Arc::new(Model::init(&ctx, &config, Init::Current, 1)?.packed(&ctx, kept));
+    println!("{kept}, {} threads, memory {:.1} GB/s", ctx.threads().len(), bench::read_bandwidth(&ctx) / 1e9);
     for greedy in [true, false] {
         let mut session = Session::new(&ctx, &model);
         session.feed(&request(0, 8, 1, greedy).prompt)?;

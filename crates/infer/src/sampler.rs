@@ -1,7 +1,9 @@
 use crate::Error;
 use anser_ops::choose::Cuts;
+use anser_tensor::{math, simd::vectorize};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 /// Where the temperature stands among the cuts (top-k, top-p, min-p), which follow the penalties.
@@ -91,23 +93,27 @@ impl Sampler {
     /// # Errors
     /// When a logit is NaN or infinite.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32, Error> {
-        if logits.is_empty() || logits.iter().any(|l| !l.is_finite()) {
+        if logits.is_empty() || !all_finite(logits) {
             return Err(Error::NotFinite);
         }
         let o = &self.options;
-        let mut logits = logits.to_vec();
+        let mut logits = Cow::Borrowed(logits);
         for (&token, bias) in &o.logit_bias {
-            if let Some(l) = logits.get_mut(token as usize) {
-                *l += bias;
+            if (token as usize) < logits.len() {
+                logits.to_mut()[token as usize] += bias;
             }
         }
-        for (&token, &count) in &self.counts {
-            if let Some(l) = logits.get_mut(token as usize) {
-                *l -= o.presence_penalty + o.frequency_penalty * count;
+        if o.presence_penalty != 0.0 || o.frequency_penalty != 0.0 {
+            for (&token, &count) in &self.counts {
+                if (token as usize) < logits.len() {
+                    logits.to_mut()[token as usize] -= o.presence_penalty + o.frequency_penalty * count;
+                }
             }
         }
-        let best = (0..logits.len()).fold(0, |b, i| if logits[i] > logits[b] { i } else { b });
-        let token = if o.temperature == 0.0 || o.top_k == 1 { best } else { self.draw(&logits, logits[best]) } as u32;
+        let max = largest(&logits);
+        let greedy = o.temperature == 0.0 || o.top_k == 1;
+        let best = || logits.iter().position(|l| *l == max).unwrap_or(0);
+        let token = if greedy { best() } else { self.draw(&logits, max) } as u32;
         self.counts.values_mut().for_each(|c| *c *= self.options.penalty_decay);
         *self.counts.entry(token).or_default() += 1.0;
         Ok(token)
@@ -142,19 +148,18 @@ impl Sampler {
     fn draw(&mut self, logits: &[f32], max: f32) -> usize {
         let (before, after) = self.powers();
         let o = &self.options;
-        let weights: Vec<f64> = logits.iter().map(|l| ((l - max) as f64 * before).exp()).collect();
-        let total: f64 = weights.iter().sum();
+        let (weights, total) = weigh(logits, max, before as f32);
         // Below 1e-7 of the maximum a token is out of reach of top-p < 1.
-        let floor = if o.top_p < 1.0 { (o.min_p as f64).max(1e-7) } else { o.min_p as f64 };
+        let floor = if o.top_p < 1.0 { o.min_p.max(1e-7) } else { o.min_p };
         let above = weights.into_iter().enumerate().filter(|(_, w)| *w >= floor);
-        let mut kept = Falling::new(above.map(|(i, w)| (w, i)).collect());
+        let mut kept = Falling::new(above.map(|(i, w)| (w, i as u32)).collect());
         if o.top_k > 0 {
             kept.truncate(o.top_k);
         }
         if o.top_p < 1.0 {
             let mut sum = 0.0;
             let reach = kept.position(|w| {
-                sum += w / total;
+                sum += f64::from(w) / total;
                 sum >= o.top_p as f64
             });
             if let Some(limit) = reach.map(|last| kept.tokens[last].0) {
@@ -162,30 +167,76 @@ impl Sampler {
                 kept.truncate(end.unwrap_or(usize::MAX));
             }
         }
-        let power = |w: f64| if after == 1.0 { w } else { w.powf(after) };
+        let power = |w: f32| if after == 1.0 { f64::from(w) } else { f64::from(w).powf(after) };
         let total: f64 = kept.tokens.iter().map(|(w, _)| power(*w)).sum();
         let mut left = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * total;
         let drawn = kept.position(|w| {
             left -= power(w);
             left < 0.0
         });
-        kept.get(drawn.unwrap_or(0)).map_or(0, |k| k.1)
+        kept.get(drawn.unwrap_or(0)).map_or(0, |k| k.1 as usize)
     }
+}
+
+/// Whether no logit is NaN or infinite; all are looked at, sixteen at a time, as there is nearly never one.
+fn all_finite(logits: &[f32]) -> bool {
+    vectorize(
+        #[inline(always)]
+        || logits.iter().fold(true, |all, l| all & l.is_finite()),
+    )
+}
+
+fn largest(logits: &[f32]) -> f32 {
+    vectorize(
+        #[inline(always)]
+        || {
+            let mut max = [f32::NEG_INFINITY; 16];
+            let chunks = logits.chunks_exact(16);
+            let rest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            for c in chunks {
+                for (m, &l) in max.iter_mut().zip(c) {
+                    *m = if l > *m { l } else { *m };
+                }
+            }
+            max.into_iter().fold(rest, f32::max)
+        },
+    )
+}
+
+/// exp((logit - max) x power) of each token, and their sum in sixteen parts.
+fn weigh(logits: &[f32], max: f32, power: f32) -> (Vec<f32>, f64) {
+    // The largest logit is to have the weight 1 at any power.
+    let power = power.min(f32::MAX);
+    let mut weights = vec![0.0; logits.len()];
+    let total = vectorize(
+        #[inline(always)]
+        || {
+            for (w, l) in weights.iter_mut().zip(logits) {
+                *w = math::exp((l - max) * power);
+            }
+            let mut parts = [0f32; 16];
+            for c in weights.chunks(16) {
+                parts.iter_mut().zip(c).for_each(|(p, w)| *p += w);
+            }
+            parts.iter().map(|&p| f64::from(p)).sum()
+        },
+    );
+    (weights, total)
 }
 
 /// Tokens with weights, from high to low, of equal ones the lower token first. As few are sorted as are looked at: of a vocabulary most are not.
 struct Falling {
-    tokens: Vec<(f64, usize)>,
+    tokens: Vec<(f32, u32)>,
     /// How many are in their places, the first ones.
     sorted: usize,
 }
 
 impl Falling {
-    fn new(tokens: Vec<(f64, usize)>) -> Falling {
+    fn new(tokens: Vec<(f32, u32)>) -> Falling {
         Falling { tokens, sorted: 0 }
     }
 
-    fn get(&mut self, i: usize) -> Option<(f64, usize)> {
+    fn get(&mut self, i: usize) -> Option<(f32, u32)> {
         if i >= self.sorted && i < self.tokens.len() {
             self.sort((4 * i).max(256));
         }
@@ -194,7 +245,7 @@ impl Falling {
 
     /// Brings the first `count` into their places.
     fn sort(&mut self, count: usize) {
-        let order = |a: &(f64, usize), b: &(f64, usize)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+        let order = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
         let count = count.min(self.tokens.len()) - self.sorted;
         let rest = &mut self.tokens[self.sorted..];
         if count < rest.len() {
@@ -205,7 +256,7 @@ impl Falling {
     }
 
     /// The first whose weight is so.
-    fn position(&mut self, mut is: impl FnMut(f64) -> bool) -> Option<usize> {
+    fn position(&mut self, mut is: impl FnMut(f32) -> bool) -> Option<usize> {
         (0..self.tokens.len()).find(|&i| self.get(i).is_some_and(|(w, _)| is(w)))
     }
 
@@ -277,7 +328,7 @@ mod tests {
     fn as_much_sorting_as_needed_changes_nothing() {
         let hash = |i: usize| ((i * 2_654_435_761) >> 7) % 997;
         for n in [1, 2, 255, 256, 257, 5000] {
-            let tokens: Vec<(f64, usize)> = (0..n).map(|i| (hash(i) as f64, i)).collect();
+            let tokens: Vec<(f32, u32)> = (0..n).map(|i| (hash(i) as f32, i as u32)).collect();
             let mut sorted = tokens.clone();
             sorted.sort_by(|a, b| b.0.total_cmp(&a.0));
             let mut falling = Falling::new(tokens.clone());

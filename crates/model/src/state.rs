@@ -84,6 +84,20 @@ impl State {
         }
     }
 
+    /// Overwrites a slot with one of another state.
+    ///
+    /// # Panics
+    /// If either doesn't exist.
+    pub fn put(&mut self, slot: usize, from: &State, other: usize) {
+        for ((_, to), from) in self.named_mut().zip(from.vars()) {
+            let cols = to.cols();
+            to.buf_mut().write_part(slot * cols, from.buf(), other * cols, cols);
+        }
+        for (to, from) in self.attention.iter_mut().zip(&from.attention) {
+            to.pasts[slot] = from.pasts[other].clone();
+        }
+    }
+
     /// The same values, cut off from where they came from: gradients stop here, and can be read here.
     pub fn detached(&self) -> State {
         self.map(Var::detached)

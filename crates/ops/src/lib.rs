@@ -39,6 +39,6 @@ pub use params::{Group, Param, ParamSet, ParamSpec};
 pub use segment::{Segment, batch};
 pub use tape::{Backward, GradSlot, Tape, Var, Written};
 
-pub use cross_entropy::{CrossEntropy, Loss};
+pub use cross_entropy::{CrossEntropy, Loss, log_sum_exp};
 pub use linear::Weight;
 pub use low_rank::{Activation, LowRank};

@@ -43,11 +43,19 @@ pub(crate) fn param_sums<const K: usize>(
     });
 }
 
-/// The arena that follows one, for segments to write their rows: a copy, or where they write every row nothing yet.
+/// The arena that follows one, for segments to write their rows: the other ones are copied.
 pub(crate) fn next_arena(ctx: &Context, arena: &Var, segments: &[Segment]) -> Buf {
     let mut left = vec![true; arena.rows()];
     segments.iter().filter_map(|s| s.state_out).for_each(|row| left[row] = false);
-    if left.contains(&true) { arena.buf().duplicate() } else { ctx.alloc_as(arena.buf().dtype(), arena.buf().len()) }
+    let mut next = ctx.alloc_as(arena.buf().dtype(), arena.buf().len());
+    let (cols, mut row) = (arena.cols(), 0);
+    for run in left.chunk_by(|a, b| a == b) {
+        if run[0] {
+            next.write_part(row * cols, arena.buf(), row * cols, run.len() * cols);
+        }
+        row += run.len();
+    }
+    next
 }
 
 /// f(0) + .. + f(n - 1) in sixteen partial sums: vectorised, in a fixed order.

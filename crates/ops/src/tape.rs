@@ -130,6 +130,14 @@ impl Var {
         &self.value
     }
 
+    /// The buffer for writing, a copy of it if somebody else holds it.
+    pub fn buf_mut(&mut self) -> &mut Buf {
+        if Arc::get_mut(&mut self.value).is_none() {
+            self.value = Arc::new(self.value.duplicate());
+        }
+        Arc::get_mut(&mut self.value).unwrap_or_else(|| unreachable!("nobody else has it yet"))
+    }
+
     /// Whether a gradient flows here.
     pub fn needs_grad(&self) -> bool {
         self.grad.is_some()

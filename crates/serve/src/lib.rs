@@ -134,6 +134,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/states/{name}/branch", post(api::states::branch))
         .route("/tokenize", post(api::tokens::tokenize))
         .route("/detokenize", post(api::tokens::detokenize))
+        .route("/tokenizer_info", get(api::tokens::info))
         .route("/metrics", get(api::models::metrics))
         .route_layer(middleware::from_fn_with_state(app.clone(), auth::check));
     let open = Router::new()

@@ -95,7 +95,13 @@ enum Task {
     Text(Files),
     /// Minimal pairs (BLiMP): how often the right sentence of two is the more probable one. A line of a file is an object with "sentence_good" and
     /// "sentence_bad"
-    Pairs(Files),
+    Pairs {
+        #[command(flatten)]
+        files: Files,
+        /// Adds the log-likelihoods of both sentences of every pair to the JSON, in nats
+        #[arg(long)]
+        each: bool,
+    },
 }
 
 /// A model and the files it is measured on.
@@ -165,11 +171,11 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             hidden(task, text.as_deref(), needles, &out, global)
         }
         Task::Text(files) => text(files, global),
-        Task::Pairs(files) => pairs(files, global),
+        Task::Pairs { files, each } => pairs(files, *each, global),
     }
 }
 
-fn pairs(of: &Files, global: &Global) -> anyhow::Result<()> {
+fn pairs(of: &Files, each: bool, global: &Global) -> anyhow::Result<()> {
     let ctx = global.context()?;
     let (model, tokenizer) = of.load(&ctx, global)?;
     let mut all = Vec::new();
@@ -177,15 +183,23 @@ fn pairs(of: &Files, global: &Global) -> anyhow::Result<()> {
         let name = path.display().to_string();
         let text = std::fs::read_to_string(path).with_context(|| name.clone())?;
         let pairs = pairs::parse(&text).with_context(|| name.clone())?;
-        all.push((name.clone(), pairs.len(), pairs::accuracy(&ctx, &model, &tokenizer, &pairs).with_context(|| name)?));
+        all.push((name.clone(), pairs::score(&ctx, &model, &tokenizer, &pairs).with_context(|| name)?));
     }
     // As BLiMP does, over all pairs.
-    let count: usize = all.iter().map(|(_, n, _)| n).sum();
-    let mean = all.iter().map(|(_, n, right)| *n as f64 * right).sum::<f64>() / count as f64;
-    let files: Vec<_> =
-        all.iter().map(|(name, n, right)| json!({ "file": name, "pairs": n, "accuracy": right })).collect();
+    let together: Vec<[f64; 2]> = all.iter().flat_map(|(_, scores)| scores).copied().collect();
+    let (count, mean) = (together.len(), pairs::accuracy(&together));
+    let file = |(name, scores): &(String, Vec<[f64; 2]>)| {
+        let mut json = json!({ "file": name, "pairs": scores.len(), "accuracy": pairs::accuracy(scores) });
+        if each {
+            json["log_likelihoods"] = scores.iter().map(|s| json!(s.map(|nats| -nats))).collect();
+        }
+        json
+    };
+    let files: Vec<_> = all.iter().map(file).collect();
     global.result(json!({ "accuracy": mean, "pairs": count, "files": files }), || {
-        let line = |(name, n, right): &(String, usize, f64)| format!("{name}: {:.1}% of {n}\n", 100.0 * right);
+        let line = |(name, scores): &(String, Vec<[f64; 2]>)| {
+            format!("{name}: {:.1}% of {}\n", 100.0 * pairs::accuracy(scores), scores.len())
+        };
         all.iter().map(line).collect::<String>() + &format!("{:.2}% of {count} pairs\n", 100.0 * mean)
     })
 }

@@ -3,6 +3,7 @@ use anser_model::{Model, State};
 use anser_ops::choose::{Cuts, Draw};
 use anser_ops::{Segment, Tape, Var};
 use anser_tensor::Context;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// What a step does for one sequence.
@@ -51,8 +52,8 @@ pub(super) struct Batch<'m> {
 }
 
 enum States<'m> {
-    /// For [`Model::forward`]: an arena, and where the state of each slot is. What joins and leaves is noted there and the arena made
-    /// anew before the next step, so that a step of many changes copies once and other steps copy nothing.
+    /// For [`Model::forward`]: an arena, and where the state of each slot is. Who joins waits for the next step and takes a free row then; the arena is
+    /// made anew only when it is too small, or much too large.
     Rows { arena: Option<State>, slots: Vec<Place> },
     /// On a GPU: slots of a decoder, of which the first ones are in use, each with its place in the last step if it had one.
     Slots { decoder: Box<Decoder<'m>>, used: Vec<Option<usize>> },
@@ -61,6 +62,51 @@ enum States<'m> {
 enum Place {
     Arena(usize),
     Apart(State),
+}
+
+/// Rows of an arena for so many sequences: in steps of an eighth, so that its size, and with it the memory that is used, seldom changes.
+fn capacity(sequences: usize) -> usize {
+    sequences.next_multiple_of((sequences / 8).max(1).next_power_of_two())
+}
+
+/// Brings all states into an arena, and says in which row each slot is.
+fn settle(ctx: &Context, empty: &State, arena: Option<State>, slots: &mut [Place]) -> (State, Vec<usize>) {
+    let wanted = capacity(slots.len());
+    let fits = |rows: usize| slots.len() <= rows && rows <= wanted + wanted / 4;
+    let mut arena = match arena {
+        Some(arena) if fits(arena.slots()) => arena,
+        old => {
+            let at = |p| match (p, &old) {
+                (&Place::Arena(row), Some(old)) => (old, row),
+                (Place::Apart(state), _) => (state, 0),
+                (Place::Arena(_), None) => (empty, 0),
+            };
+            let free = std::iter::repeat_n((empty, 0), wanted - slots.len());
+            let arena = State::gather(ctx, &slots.iter().map(at).chain(free).collect::<Vec<_>>());
+            slots.iter_mut().enumerate().for_each(|(i, p)| *p = Place::Arena(i));
+            arena
+        }
+    };
+    let mut free = vec![true; arena.slots()];
+    for p in slots.iter() {
+        if let Place::Arena(row) = p {
+            free[*row] = false;
+        }
+    }
+    let mut free = (0..arena.slots()).filter(|&row| free[row]);
+    let mut rows = Vec::with_capacity(slots.len());
+    for p in slots {
+        rows.push(match p {
+            Place::Arena(row) => *row,
+            Place::Apart(state) => {
+                let row = free.next().unwrap_or_else(|| unreachable!("there are as many rows as slots"));
+                arena.put(row, state, 0);
+                *p = Place::Arena(row);
+                row
+            }
+        });
+    }
+    (arena, rows)
 }
 
 impl<'m> Batch<'m> {
@@ -89,8 +135,13 @@ impl<'m> Batch<'m> {
     /// Takes the sequence in `slot` out; the last one takes its place.
     pub fn swap_remove(&mut self, slot: usize) -> Result<(), Error> {
         match &mut self.states {
-            States::Rows { slots, .. } => {
-                slots.swap_remove(slot);
+            States::Rows { arena, slots } => {
+                if let (Place::Arena(row), Some(arena)) = (slots.swap_remove(slot), arena)
+                    && arena.attention.iter().any(|a| a.pasts[row].len() > 0)
+                {
+                    // What its attention kept is memory.
+                    arena.put(row, &self.empty, 0);
+                }
             }
             States::Slots { decoder, used } => {
                 used.swap_remove(slot);
@@ -157,22 +208,10 @@ impl<'m> Batch<'m> {
         let (ctx, model) = (&self.ctx, self.model);
         match &mut self.states {
             States::Rows { arena, slots } => {
-                let whole = |a: &State| a.slots() == slots.len();
-                let in_place = slots.iter().enumerate().all(|(i, p)| matches!(p, Place::Arena(row) if *row == i));
-                let state = match arena.take() {
-                    Some(arena) if whole(&arena) && in_place => arena,
-                    old => {
-                        let at = |p| match (p, &old) {
-                            (&Place::Arena(row), Some(old)) => (old, row),
-                            (Place::Apart(state), _) => (state, 0),
-                            (Place::Arena(_), None) => (&self.empty, 0),
-                        };
-                        State::gather(ctx, &slots.iter().map(at).collect::<Vec<_>>())
-                    }
-                };
-                slots.iter_mut().enumerate().for_each(|(i, p)| *p = Place::Arena(i));
+                let (state, rows) = settle(ctx, &self.empty, arena.take(), slots);
+                let work: Vec<Work<'_>> = work.iter().map(|w| Work { slot: rows[w.slot], ..*w }).collect();
                 // A failure leaves the states as they were.
-                let result = forward(ctx, model, &state, work);
+                let result = forward(ctx, model, &state, &work);
                 let (outputs, state) = match result {
                     Ok((outputs, next)) => (Ok(outputs), next),
                     Err(e) => (Err(e), state),
@@ -237,16 +276,20 @@ fn forward(ctx: &Context, model: &Model, state: &State, work: &[Work<'_>]) -> Re
     };
     let wanted: Vec<Range<usize>> = work.iter().zip(&segments).map(rows).collect();
     let (count, c) = (wanted.iter().map(ExactSizeIterator::len).sum(), hidden.cols());
-    let logits = if count == 0 {
-        Vec::new()
-    } else {
+    let logits = (count > 0).then(|| {
         let mut buf = ctx.alloc(count * c);
         let mut at = 0;
         for r in &wanted {
             buf.write_part(at * c, hidden.buf(), r.start * c, r.len() * c);
             at += r.len();
         }
-        model.logits(&mut tape, &Var::constant(count, c, buf)).to_vec()
+        model.logits(&mut tape, &Var::constant(count, c, buf))
+    });
+    // On a CPU they are copied once, to whom they belong.
+    let logits = match &logits {
+        None => Cow::Borrowed(&[][..]),
+        Some(logits) if ctx.cuda().is_none() => Cow::Borrowed(logits.data()),
+        Some(logits) => Cow::Owned(logits.to_vec()),
     };
     ctx.check()?;
     let mut rest = &logits[..];

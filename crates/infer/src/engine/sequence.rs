@@ -3,6 +3,7 @@ use super::snapshot::Snapshot;
 use super::store::Prefix;
 use super::{End, Event, Request, TokenLogprob};
 use crate::{Error, InitialState, Sampler};
+use anser_ops::log_sum_exp;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
@@ -132,13 +133,13 @@ impl Sequence {
 
     /// The next token, from logits that are here.
     fn sample(&mut self) -> Result<u32, String> {
-        if self.logits.iter().any(|l| !l.is_finite()) {
-            return Err(Error::NotFinite.to_string());
-        }
         let mut allowed;
         let logits = match &mut self.request.constraint {
             None => &self.logits,
             Some(constraint) => {
+                if self.logits.iter().any(|l| !l.is_finite()) {
+                    return Err(Error::NotFinite.to_string());
+                }
                 allowed = self.logits.clone();
                 constraint.mask(&mut allowed)?;
                 if allowed.iter().all(|&l| l == f32::NEG_INFINITY) {
@@ -168,11 +169,10 @@ impl Sequence {
 
 /// The log probability of a token and the `count` best.
 fn logprob(token: u32, logits: &[f32], count: usize) -> TokenLogprob {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let total: f64 = logits.iter().map(|l| ((l - max) as f64).exp()).sum();
-    let of = |i: usize| ((logits[i] - max) as f64 - total.ln()) as f32;
-    let mut order: Vec<usize> = (0..logits.len()).collect();
-    let count = count.min(order.len());
+    let total = log_sum_exp(logits);
+    let of = |i: usize| (f64::from(logits[i]) - total) as f32;
+    let count = count.min(logits.len());
+    let mut order: Vec<usize> = if count == 0 { Vec::new() } else { (0..logits.len()).collect() };
     let by_logit = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
     if count > 0 && count < order.len() {
         order.select_nth_unstable_by(count - 1, by_logit);

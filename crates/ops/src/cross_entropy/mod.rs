@@ -68,25 +68,41 @@ impl Loss {
 const CHUNK: usize = 1 << 22;
 const L2WRAP: f64 = 1e-4;
 
+/// The largest logit of a row and the sum of exp(z - largest), in sixteen partial sums: vectorised, and in a fixed order.
+#[inline(always)]
+fn max_and_sum(z: &[f32]) -> (f32, f64) {
+    let mut max = f32::NEG_INFINITY;
+    for &v in z.iter() {
+        max = if v > max { v } else { max };
+    }
+    let mut parts = [0f32; 16];
+    let chunks = z.chunks_exact(16);
+    let rest: f32 = chunks.remainder().iter().map(|&v| math::exp(v - max)).sum();
+    for c in chunks {
+        for (p, &v) in parts.iter_mut().zip(c) {
+            *p += math::exp(v - max);
+        }
+    }
+    (max, parts.iter().map(|&p| p as f64).sum::<f64>() + rest as f64)
+}
+
+/// log(sum(exp(z))): the log probability of a token is its logit less this, by the arithmetic of [`Tape::cross_entropy`].
+pub fn log_sum_exp(z: &[f32]) -> f64 {
+    vectorize(
+        #[inline(always)]
+        || {
+            let (max, sum) = max_and_sum(z);
+            max as f64 + sum.ln()
+        },
+    )
+}
+
 /// Loss of one row and, with `grad`, its gradient in place of the logits.
 fn row(z: &mut [f32], target: usize, weight: f64, opts: CrossEntropy, grad: bool) -> f32 {
     vectorize(
         #[inline(always)]
         || {
-            let mut max = f32::NEG_INFINITY;
-            for &v in z.iter() {
-                max = if v > max { v } else { max };
-            }
-            // Sixteen partial sums: vectorised, and in a fixed order.
-            let mut parts = [0f32; 16];
-            let chunks = z.chunks_exact(16);
-            let rest: f32 = chunks.remainder().iter().map(|&v| math::exp(v - max)).sum();
-            for c in chunks {
-                for (p, &v) in parts.iter_mut().zip(c) {
-                    *p += math::exp(v - max);
-                }
-            }
-            let sum = parts.iter().map(|&p| p as f64).sum::<f64>() + rest as f64;
+            let (max, sum) = max_and_sum(z);
             let lse = max as f64 + sum.ln();
             let loss = (lse - z[target] as f64) as f32;
             if grad {

@@ -1,4 +1,4 @@
-//! `/tokenize` and `/detokenize`.
+//! `/tokenize`, `/detokenize` and `/tokenizer_info`.
 
 use super::options;
 use crate::App;
@@ -22,4 +22,16 @@ pub async fn detokenize(State(app): State<App>, f: Fields) -> Result<Json<Value>
     let bytes = app.tokenizer.decode(&options::token_list(&f, "tokens")?).map_err(|e| ApiError::field("tokens", e))?;
     let text = String::from_utf8_lossy(&bytes);
     Ok(Json(json!({ "prompt": text, "content": text })))
+}
+
+/// What the tokenizer is; lm-evaluation-harness asks before it uses the routes above. The end of a document is a token without a text.
+pub async fn info(State(app): State<App>) -> Json<Value> {
+    let (name, end) = (app.tokenizer.name(), app.tokenizer.end_of_document());
+    Json(json!({
+        "tokenizer": name,
+        "vocab_size": app.tokenizer.vocab_size(),
+        "eos_token_id": end,
+        "eos_token": null,
+        "bos_token": null,
+    }))
 }

@@ -41,7 +41,9 @@ export function show(parent, text) {
     if (fence) {
       const code = [];
       while (++i < lines.length && !lines[i].trim().startsWith(fence[1])) code.push(lines[i]);
-      element(element(all, "pre"), "code").textContent = code.join("\n");
+      const block = element(all, "pre");
+      block.tabIndex = 0; // Long lines are scrolled by keyboard too.
+      element(block, "code").textContent = code.join("\n");
     } else if (heading) {
       // Below the page's own headings.
       inline(element(all, `h${Math.min(heading[1].length + 2, 6)}`), heading[2]);
