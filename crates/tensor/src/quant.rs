@@ -1,10 +1,10 @@
-//! Weights of 8 or 4 bits, multiplied in integers.
+//! Weights of 8 or 4 bits (`codes.rs`), multiplied in integers.
 //!
-//! A weight is a code times the scale of its group: 64 inputs of an output with 8 bits, 32 with 4. Codes of 8 bits are -127 to 127; those of 4 bits
-//! stand for 16 values that lie closer where weights are frequent. Activations are rounded to 8 bits by the same groups, each row by itself. Sums over a
+//! Activations are rounded to 8 bits by the same groups, each row by itself. Sums over a
 //! group are exact integers, and groups are added in order by fused multiply-adds, so that an element of a product is the same to the bit
 //! on every path and for every number of rows.
 
+use crate::codes::{Code, VALUES};
 use crate::{Context, DisjointMut};
 use half::f16;
 
@@ -15,30 +15,9 @@ const BLOCK: usize = 256;
 /// Panels of one task.
 const TASK: usize = 8;
 
-/// What the codes of 4 bits stand for, times the scale: values with the least square error for normal weights, scaled so that the
-/// one farthest from zero in a group of 32 is the first.
-const VALUES: [i8; 16] = [-127, -101, -79, -61, -46, -32, -19, -7, 5, 17, 29, 42, 56, 72, 90, 112];
-/// The scales that are tried for a group of 4 bits, relative to that.
-const TRIED: [f32; 9] = [0.85, 0.8875, 0.925, 0.9625, 1.0, 1.0375, 1.075, 1.1125, 1.15];
-
-/// How weights are coded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Code {
-    Int8,
-    Q4,
-}
-
 impl Code {
-    /// Inputs of a group.
-    pub const fn group(self) -> usize {
-        match self {
-            Code::Int8 => 64,
-            Code::Q4 => 32,
-        }
-    }
-
     /// Bytes of a group of a panel: 16 scales in f16, then the codes.
-    pub const fn bytes(self) -> usize {
+    const fn bytes(self) -> usize {
         2 * NR
             + match self {
                 Code::Int8 => NR * self.group(),
@@ -61,6 +40,17 @@ pub(crate) struct Quantised {
 impl Quantised {
     /// Codes a matrix; `read(output, row)` gives the weights of an output. It is called from several threads.
     pub fn new(ctx: &Context, code: Code, n: usize, k: usize, read: impl Fn(usize, &mut [f32]) + Sync) -> Quantised {
+        Quantised::from_codes(ctx, code, n, k, |output, codes, scales| {
+            let mut row = vec![0.0; k];
+            read(output, &mut row);
+            code.encode(&row, codes, scales);
+        })
+    }
+
+    /// A matrix coded already: `read(output, codes, scales)` gives those of an output as [`Code::encode`] does. It is called from several threads.
+    pub fn from_codes(
+        ctx: &Context, code: Code, n: usize, k: usize, read: impl Fn(usize, &mut [u8], &mut [f16]) + Sync,
+    ) -> Quantised {
         let (groups, panels) = (k.div_ceil(code.group()), n.div_ceil(NR));
         let mut blocks = vec![0; panels * groups * code.bytes()];
         let shared = DisjointMut::new(&mut blocks);
@@ -68,12 +58,11 @@ impl Quantised {
         ctx.threads().run(panels, |p| {
             // SAFETY: each panel is filled by one task.
             let panel = unsafe { shared.get(p * size..(p + 1) * size) };
-            let mut row = vec![0.0; groups * code.group()];
+            let (mut codes, mut scales) = (vec![0; code.bytes_of(k)], vec![f16::ZERO; groups]);
             for i in 0..NR.min(n - p * NR) {
-                read(p * NR + i, &mut row[..k]);
-                for (block, weights) in panel.chunks_exact_mut(code.bytes()).zip(row.chunks_exact(code.group())) {
-                    put(code, block, i, weights);
-                }
+                read(p * NR + i, &mut codes, &mut scales);
+                let of = codes.chunks(code.bytes_of(code.group())).zip(&scales);
+                panel.chunks_exact_mut(code.bytes()).zip(of).for_each(|(b, (c, s))| place(code, b, i, c, *s));
             }
         });
         Quantised { code, n, k, groups, blocks }
@@ -92,10 +81,17 @@ impl Quantised {
     pub fn row(&self, i: usize, out: &mut [f32]) {
         let (size, group) = (self.code.bytes(), self.code.group());
         let panel = &self.blocks[i / NR * self.groups * size..][..self.groups * size];
-        let mut codes = [0; NR * 64];
+        let mut codes = [0; NR * 32];
         for (out, block) in out.chunks_mut(group).zip(panel.chunks_exact(size)) {
-            unpack_scalar(self.code, &block[2 * NR..], &mut codes[..NR * group]);
             let scale = scale(block, i % NR);
+            // A row of an embedding has 8 bits.
+            if self.code == Code::Int8 {
+                for (out, pair) in out.chunks_mut(2).zip(block[2 * NR..].chunks_exact(2 * NR)) {
+                    out.iter_mut().zip(&pair[2 * (i % NR)..]).for_each(|(o, c)| *o = f32::from(*c as i8) * scale);
+                }
+                continue;
+            }
+            unpack_scalar(self.code, &block[2 * NR..], &mut codes);
             let code = |j: usize| codes[j / 2 * 2 * NR + i % NR * 2 + j % 2];
             out.iter_mut().enumerate().for_each(|(j, o)| *o = f32::from(code(j)) * scale);
         }
@@ -209,79 +205,23 @@ fn scale(block: &[u8], output: usize) -> f32 {
     f16::from_le_bytes([block[2 * output], block[2 * output + 1]]).to_f32()
 }
 
-/// Codes a group of output `i` of a panel.
-fn put(code: Code, block: &mut [u8], i: usize, weights: &[f32]) {
+/// Puts the codes and the scale of a group of output `i` where a panel has them.
+fn place(code: Code, block: &mut [u8], i: usize, from: &[u8], scale: f16) {
     let (scales, codes) = block.split_at_mut(2 * NR);
-    let mut set = |scale: f16| scales[2 * i..2 * i + 2].copy_from_slice(&scale.to_le_bytes());
+    scales[2 * i..2 * i + 2].copy_from_slice(&scale.to_le_bytes());
     match code {
-        Code::Int8 => {
-            let largest = weights.iter().fold(0f32, |l, w| l.max(w.abs()));
-            let scale = rounded(largest / 127.0);
-            set(scale);
-            let inverse = scale.to_f32().recip();
-            for (j, w) in weights.iter().enumerate().filter(|_| inverse.is_finite()) {
-                codes[j / 2 * 2 * NR + 2 * i + j % 2] =
-                    (w * inverse).round_ties_even().clamp(-127.0, 127.0) as i8 as u8;
+        Code::Int8 => from.chunks(2).zip(codes.chunks_exact_mut(2 * NR)).for_each(|(from, codes)| {
+            codes[2 * i..2 * i + from.len()].copy_from_slice(from);
+        }),
+        Code::Q4 => from.chunks(2).zip(codes.chunks_exact_mut(2 * NR)).for_each(|(from, codes)| {
+            let from = u32::from(from[0]) | u32::from(*from.get(1).unwrap_or(&0)) << 8;
+            // Halves 0, 2, 1 and 3, each in a byte of its own.
+            let apart = from & 0x0f0f | (from & 0xf0f0) << 12;
+            for (to, code) in codes[i % 8 * 4..].iter_mut().zip(apart.to_le_bytes()) {
+                *to |= code << (i / 8 * 4);
             }
-        }
-        Code::Q4 => {
-            let (scale, of) = best(weights);
-            set(scale);
-            for (j, c) in of.into_iter().enumerate() {
-                let at = j / 4 * 2 * NR + i % 8 * 4 + [0, 2, 1, 3][j % 4];
-                codes[at] |= c << (i / 8 * 4);
-            }
-        }
+        }),
     }
-}
-
-/// The nearest number of type f16, the largest one instead of infinity.
-fn rounded(v: f32) -> f16 {
-    f16::from_f32(v.clamp(-65504.0, 65504.0))
-}
-
-/// For every whole number from -128 to 127 the code of the nearest value.
-static NEAREST: [u8; 256] = nearest();
-
-const fn nearest() -> [u8; 256] {
-    let (mut table, mut i, mut code) = ([0; 256], 0, 0);
-    while i < 256 {
-        let v = i as i32 - 128;
-        while code < 15 && 2 * v > VALUES[code] as i32 + VALUES[code + 1] as i32 {
-            code += 1;
-        }
-        table[i] = code as u8;
-        i += 1;
-    }
-    table
-}
-
-/// The scale and codes of 32 weights with the least square error among those tried, each scale then the best for its codes.
-fn best(weights: &[f32]) -> (f16, [u8; 32]) {
-    let largest = weights.iter().fold(0f32, |l, &w| if w.abs() > l.abs() { w } else { l });
-    let base = -largest / 127.0;
-    let mut found = (f32::INFINITY, f16::ZERO, [NEAREST[128]; 32]);
-    for factor in TRIED {
-        let inverse = (base * factor).recip();
-        if !inverse.is_finite() {
-            continue;
-        }
-        let mut codes = [0; 32];
-        let (mut wv, mut vv) = (0f32, 0f32);
-        for (c, w) in codes.iter_mut().zip(weights) {
-            *c = NEAREST[((w * inverse).round_ties_even().clamp(-128.0, 127.0) as i32 + 128) as usize];
-            let v = f32::from(VALUES[*c as usize]);
-            wv += w * v;
-            vv += v * v;
-        }
-        let scale = rounded(wv / vv);
-        let off = |(c, w): (&u8, &f32)| (w - scale.to_f32() * f32::from(VALUES[*c as usize])).powi(2);
-        let error = codes.iter().zip(weights).map(off).sum();
-        if error < found.0 {
-            found = (error, scale, codes);
-        }
-    }
-    (found.1, found.2)
 }
 
 /// A group's codes as i16 in the order of products, [group / 2][16][2], and its scales.
