@@ -270,6 +270,18 @@ fn without_a_model_the_programs_own_one_writes_and_is_measured() {
     };
     assert!(write("He took her by the").starts_with(" arm, and with a gesture"));
     assert!(write("    for i in 0..").contains("{"));
+    // Tokens read ahead change nothing, drawn ones either.
+    for sampling in [&["--temperature", "0"][..], &["--seed", "7", "--dtype", "int8"]] {
+        let with = |more: &[&str]| {
+            let text = "let a = read(&path)?;\nlet b = read(&path)?;\nlet c =";
+            let args =
+                [&["generate", "--device", "cpu", "--max-tokens", "60", "--prompt", text], sampling, more].concat();
+            let (code, out, err) = anser(&f.0, &args);
+            assert!(code == 0, "{err}");
+            out
+        };
+        assert_eq!(with(&["--speculate", "8"]), with(&[]));
+    }
 
     let model = format!("{}/../../models/anser-12m.safetensors", env!("CARGO_MANIFEST_DIR"));
     let pairs = [
@@ -439,13 +451,14 @@ fn weights_of_8_and_4_bits_predict_nearly_as_well() {
         assert!(0.0 < kl[0] && kl[0] < most && kl[0] < kl[1] && kl[1] <= kl[2], "{dtype}: {kl:?}");
         assert!((text["loss"].as_f64().unwrap() - coded).abs() < 1e-5);
         let of = |name: &str| v["report"]["tensors"][name].clone();
-        let (head, vector) = (of("head.weight"), of("blocks.0.att.x_r"));
-        let error = head["relative_error"].as_f64().unwrap();
+        let (matrix, vector) = (of("blocks.1.ffn.key.weight"), of("blocks.0.att.x_r"));
+        let error = matrix["relative_error"].as_f64().unwrap();
+        assert!(of("head.weight")["relative_error"].as_f64().unwrap() == 0.0);
         // The values were codes of 8 bits.
         assert!(if dtype == "q4" { (0.05..0.1).contains(&error) } else { error == 0.0 }, "{dtype}: {error}");
         assert_eq!((vector["dtype"].as_str(), vector["largest"].as_f64()), (Some("F32"), Some(0.0)));
     }
-    assert!(sizes[1] < 0.28 * sizes[0] && sizes[2] < 0.19 * sizes[0], "{sizes:?}");
+    assert!(sizes[1] < 0.28 * sizes[0] && sizes[2] < 0.2 * sizes[0], "{sizes:?}");
     // Without --dtype codes stay as they are.
     json(&["convert", "q4.safetensors", "again.safetensors"]);
     assert!(

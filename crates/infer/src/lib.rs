@@ -3,6 +3,7 @@
 pub mod chat;
 mod decoder;
 pub mod engine;
+mod lookup;
 mod sampler;
 mod session;
 mod text;

@@ -159,13 +159,14 @@ fn packed_layout(name: &str) -> Option<bool> {
 }
 
 /// How a tensor is kept in memory when matrices are kept in this type; `None` for a vector, which stays f32. With 8 and 4 bits the low-rank maps are f16: there is little of
-/// them, and all that a token's state becomes passes through. The embedding, of which a row is read, has 8 bits, as have matrices of 4 bits whose inputs make no whole groups.
+/// them. The embedding, of which a row is read, has 8 bits at least, and so has the head: a third of what 4 bits would change in the predictions is of that one matrix. So have
+/// matrices whose inputs make no whole groups of 4 bits.
 pub fn kept_as(kept: WeightType, name: &str, shape: &[usize]) -> Option<WeightType> {
     let in_out = packed_layout(name)?;
     let whole = shape.last().is_some_and(|k| k.is_multiple_of(Code::Q4.group()));
     Some(match kept {
         WeightType::Int8 | WeightType::Q4 if in_out => DType::F16.into(),
-        WeightType::Q4 if !whole || name.ends_with("emb.weight") => WeightType::Int8,
+        WeightType::Q4 if !whole || name.ends_with("emb.weight") || name.ends_with("head.weight") => WeightType::Int8,
         _ => kept,
     })
 }
