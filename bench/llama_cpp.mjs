@@ -4,7 +4,7 @@
 //   node bench/llama_cpp.mjs [--anser target/release/anser] [--threads 2] [--rounds 5] [--llama f16,Q8_0,Q4_K_M] [--folder DIR]
 //
 // Installs npm's node-llama-cpp with its prebuilt llama.cpp into a temporary folder (or DIR, which is kept), writes a 0.1B model there, lets `anser
-// convert` make GGUF files of it and llama.cpp's own quantiser the types that anser does not write. Every round runs the programs one after
+// convert` make GGUF files of it and llama.cpp's own quantiser (through python3) the types that anser does not write. Every round runs the programs one after
 // another, so that what else the machine does meets both; the table has medians. A prompt of 256 tokens, then 64 written one by one.
 
 import { execFileSync } from "node:child_process";
@@ -107,12 +107,32 @@ async function measure(path) {
 const run = (program, args) => execFileSync(program, args, { encoding: "utf8", stdio: ["ignore", "pipe", "pipe"], maxBuffer: 1 << 26 });
 const median = (all) => [...all].sort((a, b) => a - b)[all.length >> 1];
 
+// The package has no quantiser of its own, but its library has llama.cpp's; Python can call that.
+const QUANTISE = `
+import ctypes, glob, os, sys
+folder, source, target, kind = sys.argv[1:]
+for name in ("libggml-base*", "libggml.*", "libllama.*"):
+    for path in sorted(glob.glob(os.path.join(folder, name))):
+        library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+class Parameters(ctypes.Structure):  # begins with the number of threads and the type; the rest is the library's
+    _fields_ = [("threads", ctypes.c_int32), ("kind", ctypes.c_int32), ("rest", ctypes.c_uint8 * 504)]
+library.llama_backend_init()
+library.llama_model_quantize_default_params.restype = Parameters
+parameters = library.llama_model_quantize_default_params()
+parameters.kind = int(kind)
+sys.exit(library.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(parameters)))
+`;
+const KINDS = { Q4_0: 2, Q8_0: 7, Q4_K_M: 15, Q5_K_M: 17, Q6_K: 18 };
+
+// Whether there is a file of that type now.
 function quantise(from, to, type) {
-  // The package brings a quantiser or it does not; without one the type is left out.
-  const cli = join(folder, "node_modules/.bin/node-llama-cpp");
+  const libraries = join(folder, "node_modules/@node-llama-cpp/linux-x64/bins/linux-x64");
   try {
-    run(cli, ["quantize", from, to, type]);
-  } catch {}
+    run("python3", ["-c", QUANTISE, libraries, from, to, String(KINDS[type])]);
+  } catch (e) {
+    rmSync(to, { force: true });
+    console.error(String(e.stderr ?? e).split("\n").slice(-3).join("\n"));
+  }
   return existsSync(to);
 }
 
@@ -131,7 +151,7 @@ async function main() {
     if (!existsSync(file)) {
       if (["f16", "Q8_0"].includes(type)) run(anser, ["convert", source, file, "--dtype", type.toLowerCase()]);
       else if (!quantise(join(folder, `${size}-f16.gguf`), file, type)) {
-        console.error(`${type}: this package of llama.cpp has no quantiser; left out`);
+        console.error(`${type} is left out: llama.cpp's quantiser could not be called`);
         continue;
       }
     }

@@ -8,6 +8,9 @@ use crate::codes::{Code, VALUES};
 use crate::{Context, DisjointMut};
 use half::f16;
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
+
 const NR: usize = crate::gemm::NR;
 const MR: usize = crate::gemm::MR;
 /// Inputs whose codes are unpacked at a time.
@@ -123,7 +126,8 @@ impl Quantised {
         let (size, group) = (self.code.bytes(), self.code.group());
         let panel = &self.blocks[p * self.groups * size..][..self.groups * size];
         acc.fill([0.0; NR]);
-        if x.count() <= MR && few(self.code, panel, x, acc) {
+        // On ARM all rows go that way.
+        if (x.count() <= MR || cfg!(target_arch = "aarch64")) && few(self.code, panel, x, acc) {
             return;
         }
         let at_once = BLOCK / group;
@@ -430,7 +434,12 @@ unsafe fn tile_vnni<const M: usize>(
 }
 
 /// The product of a panel with all of up to 6 rows, unpacked in registers: whether this machine can.
+#[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(unused_variables))]
 fn few(code: Code, panel: &[u8], x: &Rows, acc: &mut [[f32; NR]]) -> bool {
+    #[cfg(target_arch = "aarch64")]
+    if neon::product(code, panel, x, acc) {
+        return true;
+    }
     #[cfg(target_arch = "x86_64")]
     if crate::simd::has_avx2() {
         assert!(panel.len() == x.groups * code.bytes() && acc.len() == x.count() && x.group == code.group());
