@@ -15,7 +15,7 @@ pub struct Global {
     /// CPU threads [default: as many as this process may use]
     #[arg(long, global = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Type of weights: f32, f16, bf16, on a CPU int8 and q4; for convert all but q4, and q8_0 [default: bf16; for convert the file's]
+    /// Type of weights: f32, f16, bf16, on a CPU int8 and q4; for convert q8_0 too [default: bf16; for convert the file's]
     #[arg(long = "dtype", global = true, value_name = "DTYPE")]
     pub stored: Option<Stored>,
     /// One JSON object on stdout, everything else on stderr
@@ -51,7 +51,7 @@ pub enum Stored {
     Float(DType),
     /// 8 bits and scales.
     Int8,
-    /// 4 bits and scales, in memory only.
+    /// 4 bits and scales.
     Q4,
     /// llama.cpp's 8 bits and scales.
     Q8_0,

@@ -2,6 +2,7 @@
 
 mod cmd;
 mod global;
+mod report;
 
 use clap::{Parser, Subcommand};
 use global::{Global, Interrupted};

@@ -271,6 +271,18 @@ fn without_a_model_the_programs_own_one_writes_and_is_measured() {
     };
     assert!(write("He took her by the").starts_with(" arm, and with a gesture"));
     assert!(write("    for i in 0..").contains("{"));
+    // Tokens read ahead change nothing, drawn ones either.
+    for sampling in [&["--temperature", "0"][..], &["--seed", "7", "--dtype", "int8"]] {
+        let with = |more: &[&str]| {
+            let text = "let a = read(&path)?;\nlet b = read(&path)?;\nlet c =";
+            let args =
+                [&["generate", "--device", "cpu", "--max-tokens", "60", "--prompt", text], sampling, more].concat();
+            let (code, out, err) = anser(&f.0, &args);
+            assert!(code == 0, "{err}");
+            out
+        };
+        assert_eq!(with(&["--speculate", "8"]), with(&[]));
+    }
 
     let model = format!("{}/../../models/anser-12m.safetensors", env!("CARGO_MANIFEST_DIR"));
     let pairs = [
@@ -410,9 +422,9 @@ fn inspect_names_formats_and_what_is_missing() {
     );
     for (args, why) in [
         (&["convert", "a.gguf", "b.pth", "--dtype", "q8_0"][..], "q8_0 is written as .gguf"),
-        (&["convert", "a.gguf", "b.gguf", "--dtype", "int8"], "int8 is written as .safetensors"),
+        (&["convert", "a.gguf", "b.gguf", "--dtype", "int8"], "int8 and q4 are written as .safetensors"),
         (&["generate", "--model", "a.gguf", "--dtype", "q8_0"], "--dtype q8_0 is a type for files"),
-        (&["convert", "a.gguf", "b.safetensors", "--dtype", "q4"], "--dtype q4 is a type of weights in memory"),
+        (&["convert", "a.gguf", "b.pth", "--dtype", "q4"], "int8 and q4 are written as .safetensors"),
         (&["convert", "a.gguf", "b.bin"], "must end in .gguf, .pth or .safetensors"),
     ] {
         let (code, _, err) = anser(&f.0, args);
@@ -436,14 +448,45 @@ fn weights_of_8_and_4_bits_predict_nearly_as_well() {
                 the fire and said nothing for a long while. ";
     std::fs::write(f.0.join("text.txt"), text.repeat(3)).unwrap();
     let model = format!("{}/../../models/anser-12m.safetensors", env!("CARGO_MANIFEST_DIR"));
-    let loss = |dtype: &str| {
-        let args = ["eval", "text", "--model", &model, "--device", "cpu", "--dtype", dtype, "--json", "text.txt"];
-        let (code, out, err) = anser(&f.0, &args);
+    let json = |args: &[&str]| -> serde_json::Value {
+        let (code, out, err) = anser(&f.0, &[&["--json", "--device", "cpu"], args].concat());
         assert_eq!(code, 0, "{err}");
-        let v: serde_json::Value = serde_json::from_str(&out).unwrap();
+        serde_json::from_str(&out).unwrap()
+    };
+    let loss = |model: &str, dtype: &str| {
+        let v = json(&["eval", "text", "--model", model, "--dtype", dtype, "text.txt"]);
         v[0]["prediction"]["loss"].as_f64().unwrap()
     };
-    let (exact, int8, q4) = (loss("f32"), loss("int8"), loss("q4"));
+    let (exact, int8, q4) = (loss(&model, "f32"), loss(&model, "int8"), loss(&model, "q4"));
     assert!(int8 != exact && (int8 - exact).abs() < 0.003 * exact, "int8 {int8}, f32 {exact}");
     assert!(q4 != int8 && (q4 - exact).abs() < 0.03 * exact, "q4 {q4}, f32 {exact}");
+    // A file of codes gives what coding at loading gives, and in other types its values.
+    let mut sizes = vec![json(&["convert", &model, "f32.safetensors", "--dtype", "f32"])["bytes"].as_f64().unwrap()];
+    for (dtype, coded) in [("int8", int8), ("q4", q4)] {
+        let file = format!("{dtype}.safetensors");
+        let v = json(&["convert", "f32.safetensors", &file, "--dtype", dtype, "--report", "--text", "text.txt"]);
+        sizes.push(v["bytes"].as_f64().unwrap());
+        assert_eq!(loss(&file, dtype), coded);
+        let values = loss(&file, "f32");
+        assert!((values - coded).abs() < 0.002 * coded && values != coded, "{dtype}: {values}, in its type {coded}");
+        let text = &v["report"]["text"];
+        assert_eq!(text["tokens"], json(&["eval", "text", "--model", &model, "text.txt"])[0]["prediction"]["tokens"]);
+        let most = if dtype == "q4" { 0.1 } else { 1e-3 };
+        let kl = ["kl_mean", "kl_p99", "kl_max"].map(|k| text[k].as_f64().unwrap());
+        assert!(0.0 < kl[0] && kl[0] < most && kl[0] < kl[1] && kl[1] <= kl[2], "{dtype}: {kl:?}");
+        assert!((text["loss"].as_f64().unwrap() - coded).abs() < 1e-5);
+        let of = |name: &str| v["report"]["tensors"][name].clone();
+        let (matrix, vector) = (of("blocks.1.ffn.key.weight"), of("blocks.0.att.x_r"));
+        let error = matrix["relative_error"].as_f64().unwrap();
+        assert!(of("head.weight")["relative_error"].as_f64().unwrap() == 0.0);
+        // The values were codes of 8 bits.
+        assert!(if dtype == "q4" { (0.05..0.1).contains(&error) } else { error == 0.0 }, "{dtype}: {error}");
+        assert_eq!((vector["dtype"].as_str(), vector["largest"].as_f64()), (Some("F32"), Some(0.0)));
+    }
+    assert!(sizes[1] < 0.28 * sizes[0] && sizes[2] < 0.2 * sizes[0], "{sizes:?}");
+    // Without --dtype codes stay as they are.
+    json(&["convert", "q4.safetensors", "again.safetensors"]);
+    assert!(
+        std::fs::read(f.0.join("q4.safetensors")).unwrap() == std::fs::read(f.0.join("again.safetensors")).unwrap()
+    );
 }

@@ -1,7 +1,7 @@
 //! How well a model predicts a text: cross entropy per token and bits per byte.
 
 use anser_model::{Model, State};
-use anser_ops::{CrossEntropy, Segment, Tape};
+use anser_ops::{CrossEntropy, Segment, Tape, batch};
 use anser_tensor::Context;
 use anser_tokenizer::Tokenizer;
 
@@ -76,6 +76,90 @@ pub fn predict(ctx: &Context, model: &Model, tokenizer: &Tokenizer, text: &[u8])
     })
 }
 
+/// How far a model's predictions are from those of the exact one.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct Divergence {
+    /// Tokens predicted.
+    pub tokens: usize,
+    /// Mean of the Kullback-Leibler divergence of the exact predictions from the model's, in nats.
+    pub kl_mean: f64,
+    /// What 99 of 100 tokens stay below.
+    pub kl_p99: f64,
+    /// The largest.
+    pub kl_max: f64,
+    /// Mean cross entropy of the exact model, nats per token.
+    pub exact_loss: f64,
+    /// That of the model.
+    pub loss: f64,
+}
+
+impl Divergence {
+    /// By how much the perplexity is higher, relative to the exact model's.
+    pub fn perplexity_change(&self) -> f64 {
+        (self.loss - self.exact_loss).exp_m1()
+    }
+}
+
+/// Compares the predictions of `other` with those of `exact`, token by token of a text that both read as one sequence.
+///
+/// # Errors
+/// As [`predict`].
+pub fn compare(
+    ctx: &Context, exact: &Model, other: &Model, tokenizer: &Tokenizer, text: &[u8],
+) -> Result<Divergence, crate::Error> {
+    /// Of each token there are two rows of logits in memory.
+    const PIECE: usize = 128;
+    let ids = tokenizer.encode(text);
+    if ids.len() < 2 {
+        return Err(crate::Error::Input("a text to predict needs at least two tokens".into()));
+    }
+    let mut states = [exact, other].map(|m| State::zeros(ctx, m.config(), 1));
+    let mut all = Vec::with_capacity(ids.len());
+    for first in (0..ids.len() - 1).step_by(PIECE) {
+        let tokens = &ids[first..ids.len().min(first + PIECE + 1)];
+        let (inputs, targets) = (&tokens[..tokens.len() - 1], &tokens[1..]);
+        let mut logits = Vec::new();
+        for (model, state) in [exact, other].into_iter().zip(&mut states) {
+            let mut tape = Tape::inference(ctx, model.params());
+            let (hidden, next) =
+                model.forward(&mut tape, inputs, &batch(1, inputs.len(), true).into(), state, false)?;
+            logits.push(model.logits(&mut tape, &hidden).to_vec());
+            *state = next;
+        }
+        let rows: Vec<_> = logits.iter().map(|l| l.chunks_exact(l.len() / inputs.len()).collect::<Vec<_>>()).collect();
+        all.extend(targets.iter().enumerate().map(|(i, &target)| differ(rows[0][i], rows[1][i], target as usize)));
+    }
+    ctx.check()?;
+    if all.iter().any(|d| d.iter().any(|v| !v.is_finite())) {
+        return Err(not_finite());
+    }
+    let mean = |i: usize| all.iter().map(|d| d[i]).sum::<f64>() / all.len() as f64;
+    let mut kl: Vec<f64> = all.iter().map(|d| d[0]).collect();
+    kl.sort_by(f64::total_cmp);
+    Ok(Divergence {
+        tokens: all.len(),
+        kl_mean: mean(0),
+        kl_p99: kl[(kl.len() * 99).div_ceil(100) - 1],
+        kl_max: kl[kl.len() - 1],
+        exact_loss: mean(1),
+        loss: mean(2),
+    })
+}
+
+/// The divergence of two rows of logits, and what each says of the target, all in nats.
+fn differ(exact: &[f32], other: &[f32], target: usize) -> [f64; 3] {
+    let normal = |logits: &[f32]| -> f64 {
+        let most = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        most + logits.iter().map(|l| (f64::from(*l) - most).exp()).sum::<f64>().ln()
+    };
+    let (p, q) = (normal(exact), normal(other));
+    let kl = |(a, b): (&f32, &f32)| {
+        let a = f64::from(*a) - p;
+        a.exp() * (a - (f64::from(*b) - q))
+    };
+    [exact.iter().zip(other).map(kl).sum(), p - f64::from(exact[target]), q - f64::from(other[target])]
+}
+
 /// What a model with a NaN somewhere is told.
 pub(crate) fn not_finite() -> crate::Error {
     crate::Error::Input(
@@ -87,6 +171,26 @@ pub(crate) fn not_finite() -> crate::Error {
 mod tests {
     use super::*;
     use anser_model::{Config, Init};
+
+    #[test]
+    fn divergence_of_rows_and_of_models() {
+        // Probabilities 1/2, 1/4, 1/4 and 1/4, 1/2, 1/4, of logits whose sums are anything.
+        let row = |p: [f32; 3], add: f32| p.map(|p| p.ln() + add);
+        let [kl, exact, loss] = differ(&row([0.5, 0.25, 0.25], 7.0), &row([0.25, 0.5, 0.25], -3.0), 1);
+        let ln2 = std::f64::consts::LN_2;
+        assert!([kl - 0.25 * ln2, exact - 2.0 * ln2, loss - ln2].iter().all(|d| d.abs() < 1e-6));
+        let ctx = Context::cpu(2);
+        let tokenizer = Tokenizer::from_name("bytes").unwrap();
+        let model = Model::init(&ctx, &Config::new(1, 64, tokenizer.vocab_size()), Init::Noise, 3).unwrap();
+        let text: Vec<u8> = (0..600u32).map(|i| (i * i % 251) as u8).collect();
+        let of = |other: &Model| compare(&ctx, &model, other, &tokenizer, &text).unwrap();
+        let same = of(&model);
+        assert_eq!((same.kl_max, same.loss, same.tokens), (0.0, same.exact_loss, tokenizer.encode(&text).len() - 1));
+        let whole = predict(&ctx, &model, &tokenizer, &text).unwrap();
+        assert!((same.loss - whole.loss).abs() < 1e-5);
+        let coded = of(&model.packed(&ctx, anser_tensor::WeightType::Q4));
+        assert!(0.0 < coded.kl_mean && coded.kl_mean < coded.kl_p99 && coded.kl_p99 < coded.kl_max);
+    }
 
     #[test]
     fn parts_and_pieces_predict_what_a_whole_pass_predicts() {

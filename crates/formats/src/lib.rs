@@ -5,9 +5,9 @@
 
 mod atomic;
 mod blocks;
+pub mod coded;
 pub mod gguf;
 mod huggingface;
-pub mod int8;
 pub mod llama;
 mod pickle;
 mod pth;
@@ -131,7 +131,7 @@ pub struct Checkpoint {
     path: PathBuf,
     maps: Vec<Bytes>,
     entries: BTreeMap<String, Entry>,
-    /// Scales of the matrices in 8 bits.
+    /// Scales of the matrices in 8 or 4 bits.
     scales: BTreeMap<String, Entry>,
     metadata: BTreeMap<String, String>,
     format: Format,
@@ -245,7 +245,7 @@ impl Checkpoint {
     /// Sees what is in the files under the official names.
     fn finish(mut self) -> Result<Checkpoint, Error> {
         let wrong = |reason| malformed(&self.path, reason);
-        self.scales = int8::scales(&mut self.entries, &self.metadata).map_err(wrong)?;
+        self.scales = coded::scales(&mut self.entries, &self.metadata).map_err(wrong)?;
         let entries = std::mem::take(&mut self.entries);
         (self.naming, self.entries) = match () {
             _ if self.format == Format::Gguf => {

@@ -1,4 +1,5 @@
-use crate::{Bytes, Entry, Error, blocks, int8};
+use crate::coded::{self, Coded};
+use crate::{Bytes, Entry, Error, blocks};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::fmt;
@@ -26,6 +27,8 @@ pub enum Dtype {
     U8,
     /// Truth value, one byte.
     Bool,
+    /// Two codes of 4 bits a byte, seen where a file has their scales ([`crate::coded`]).
+    Q4,
     /// llama.cpp's blocks of 32 or 256 values with common scales, in GGUF files; readers see floats.
     Q4_0,
     /// See [`Dtype::Q4_0`].
@@ -45,9 +48,10 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// Elements of a block, the unit in which values are stored: 1 but for llama.cpp's types.
+    /// Elements of a block, the unit in which values are stored: 1 but for types of 4 bits and llama.cpp's.
     pub fn block(self) -> usize {
         match self {
+            Dtype::Q4 => 2,
             Dtype::Q4_0 | Dtype::Q4_1 | Dtype::Q5_0 | Dtype::Q5_1 | Dtype::Q8_0 => 32,
             Dtype::Q4K | Dtype::Q5K | Dtype::Q6K => 256,
             _ => 1,
@@ -60,7 +64,7 @@ impl Dtype {
             Dtype::F64 | Dtype::I64 => 8,
             Dtype::F32 | Dtype::I32 => 4,
             Dtype::F16 | Dtype::BF16 | Dtype::I16 => 2,
-            Dtype::I8 | Dtype::U8 | Dtype::Bool => 1,
+            Dtype::I8 | Dtype::U8 | Dtype::Bool | Dtype::Q4 => 1,
             Dtype::Q4_0 => 18,
             Dtype::Q4_1 => 20,
             Dtype::Q5_0 => 22,
@@ -85,6 +89,7 @@ impl Dtype {
             Dtype::I8 => "I8",
             Dtype::U8 => "U8",
             Dtype::Bool => "BOOL",
+            Dtype::Q4 => "Q4",
             Dtype::Q4_0 => "Q4_0",
             Dtype::Q4_1 => "Q4_1",
             Dtype::Q5_0 => "Q5_0",
@@ -115,7 +120,7 @@ pub struct TensorView<'a> {
     pub(crate) name: &'a str,
     pub(crate) entry: &'a Entry,
     pub(crate) map: &'a Bytes,
-    /// Scales of a matrix in 8 bits.
+    /// Scales of a matrix in 8 or 4 bits.
     pub(crate) scale: Option<&'a [u8]>,
 }
 
@@ -139,6 +144,12 @@ impl<'a> TensorView<'a> {
     pub fn bytes(&self) -> Option<&'a [u8]> {
         let e = self.entry;
         e.strides.is_none().then(|| &self.map[e.start..e.start + e.elements() / e.dtype.block() * e.dtype.size()])
+    }
+
+    /// Codes and scales of a matrix in 8 or 4 bits.
+    pub fn coded(&self) -> Option<Coded<'a>> {
+        let &[_, inputs] = self.shape() else { return None };
+        Some(Coded::new(self.dtype(), inputs, self.bytes()?, self.scale?))
     }
 
     /// Number of elements.
@@ -183,9 +194,9 @@ impl<'a> TensorView<'a> {
                 }
             }
             Dtype::F16 => self.read(data, start, out, |b| f16::from_le_bytes(b).to_f32()),
-            Dtype::I8 => match self.scale {
-                Some(scale) => int8::read(data, scale, e.shape[1], start, out),
-                None => return Err(int8::missing(self.name)),
+            Dtype::I8 | Dtype::Q4 => match self.coded() {
+                Some(coded) => coded.read(start, out),
+                None => return Err(coded::missing(self.name)),
             },
             Dtype::I64 | Dtype::I32 | Dtype::I16 | Dtype::U8 | Dtype::Bool => {
                 return Err(self.error(format!("it holds {}; weights must be floating-point numbers", e.dtype)));
@@ -272,7 +283,7 @@ impl<'a> TensorView<'a> {
     }
 }
 
-/// A tensor to be written: f32 values given on demand, stored as `dtype` (F32, F16 or BF16, rounded to nearest even, whole numbers as I8, or in GGUF
+/// A tensor to be written: f32 values given on demand, stored as `dtype` (F32, F16 or BF16, rounded to nearest even, whole numbers as I8 or U8, or in GGUF
 /// Q8_0).
 pub struct Source<'a> {
     /// Name.
@@ -312,6 +323,7 @@ impl<'a> Source<'a> {
                 Dtype::F16 => piece.iter().for_each(|v| buffer.extend(f16::from_f32(*v).to_le_bytes())),
                 Dtype::BF16 => piece.iter().for_each(|v| buffer.extend(bf16::from_f32(*v).to_le_bytes())),
                 Dtype::I8 => buffer.extend(piece.iter().map(|v| *v as i8 as u8)),
+                Dtype::U8 => buffer.extend(piece.iter().map(|v| *v as u8)),
                 Dtype::Q8_0 => blocks::write_q8_0(piece, &mut buffer),
                 other => {
                     let reason = format!("cannot be written as {other}: use F32, F16 or BF16");

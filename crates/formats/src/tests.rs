@@ -344,41 +344,81 @@ proptest::proptest! {
     }
 }
 
+/// Codes of 8 or 4 bits that differ everywhere, whatever the values, and scales.
+fn some_codes(dtype: Dtype, values: usize) -> coded::Codes {
+    let byte =
+        |i: usize| if dtype == Dtype::I8 { ((i * 37 % 255) as i32 - 127) as i8 as u8 } else { (i * 89 % 256) as u8 };
+    let (bytes, scales) =
+        if dtype == Dtype::I8 { (values, 2 * values.div_ceil(100)) } else { (values / 2, values / 32) };
+    ((0..bytes).map(byte).collect(), (0..scales).map(|i| half::f16::from_f32(0.25 * (i as f32 - 1.5))).collect())
+}
+
 #[test]
-fn matrices_in_8_bits_are_one_tensor_with_values() {
-    let folder = std::env::temp_dir().join(format!("anser-int8-{}", std::process::id()));
+fn coded_matrices_are_one_tensor_with_values() {
+    let folder = std::env::temp_dir().join(format!("anser-coded-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
-    let (plain, small) = (folder.join("a.safetensors"), folder.join("b.safetensors"));
-    // Groups of 64 and a shorter one; a row of zeros.
-    let values: Vec<f32> =
-        (0..3 * 100).map(|i| if i < 100 { 0.0 } else { ((i * 37 % 101) as f32 - 50.0) * 0.01 }).collect();
-    write_safetensors(&plain, &[Source::new("head.weight", &[3, 100], Dtype::F32, &values)], &BTreeMap::new()).unwrap();
-    let ckpt = Checkpoint::open(&plain).unwrap();
-    let view = ckpt.get("head.weight").unwrap();
-    assert!(int8::is_large("head.weight", view.shape()) && !int8::is_large("blocks.0.att.w1", &[100, 64]));
-    let metadata = BTreeMap::from([(int8::INT8.to_string(), "64".to_string())]);
-    write_safetensors(&small, &int8::sources(view), &metadata).unwrap();
-    let ckpt = Checkpoint::open(&small).unwrap();
-    assert_eq!(ckpt.names().collect::<Vec<_>>(), ["head.weight"]);
-    let view = ckpt.get("head.weight").unwrap();
-    let back = view.to_f32_vec().unwrap();
-    assert!(back.iter().zip(&values).all(|(b, v)| (b - v).abs() <= 0.5 / 127.0 * 0.51 && (*v != 0.0 || *b == 0.0)));
-    let e = int8::error(&values, 100);
-    assert!(e > 1e-4 && e < 5e-3, "{e}");
-    let mut part = [0.0; 70];
-    view.read_f32_from(150, &mut part).unwrap();
-    assert_eq!(part, back[150..220]);
-    // Rounding what was rounded changes nothing.
-    let again = folder.join("c.safetensors");
-    write_safetensors(&again, &int8::sources(view), &metadata).unwrap();
-    assert_eq!(std::fs::read(&small).unwrap(), std::fs::read(&again).unwrap());
-    // Without the word in the metadata it is a matrix of whole numbers, and no weight.
-    write_safetensors(&again, &int8::sources(view), &BTreeMap::new()).unwrap();
-    let e = Checkpoint::open(&again).unwrap().get("head.weight").unwrap().to_f32_vec().unwrap_err().to_string();
-    assert!(e.contains("head.weight") && e.contains("I8"), "{e}");
-    write_safetensors(&again, &int8::sources(view)[..1], &metadata).unwrap();
-    let e = Checkpoint::open(&again).err().unwrap().to_string();
-    assert!(e.contains("head.weight.scale is missing"), "{e}");
+    let [plain, small, again] = ["a", "b", "c"].map(|n| folder.join(format!("{n}.safetensors")));
+    // With 8 bits groups of 64 and a shorter one.
+    for (dtype, inputs, key, group) in [(Dtype::I8, 100, "anser.int8", 64), (Dtype::Q4, 96, "anser.q4", 32)] {
+        let values = vec![1.0; 3 * inputs];
+        let source = Source::new("head.weight", &[3, inputs], Dtype::F32, &values);
+        write_safetensors(&plain, &[source], &BTreeMap::new()).unwrap();
+        let ckpt = Checkpoint::open(&plain).unwrap();
+        let sources = |t, dtype| coded::sources(t, dtype, move |v| some_codes(dtype, v.len())).unwrap();
+        let metadata: BTreeMap<_, _> = coded::metadata(&[dtype]).collect();
+        assert_eq!(metadata, BTreeMap::from([(key.to_string(), group.to_string())]));
+        write_safetensors(&small, &sources(ckpt.get("head.weight").unwrap(), dtype), &metadata).unwrap();
+        let ckpt = Checkpoint::open(&small).unwrap();
+        assert_eq!(ckpt.names().collect::<Vec<_>>(), ["head.weight"]);
+        let view = ckpt.get("head.weight").unwrap();
+        assert_eq!((view.dtype(), view.shape()), (dtype, &[3, inputs][..]));
+        let (codes, scales) = some_codes(dtype, 3 * inputs);
+        let want = |i: usize| {
+            let code = match dtype {
+                Dtype::I8 => codes[i] as i8,
+                _ => coded::VALUES[usize::from(codes[i / 2] >> (i % 2 * 4) & 15)],
+            };
+            f32::from(code) * scales[i / inputs * inputs.div_ceil(group) + i % inputs / group].to_f32()
+        };
+        let back = view.to_f32_vec().unwrap();
+        assert!(back.iter().enumerate().all(|(i, b)| *b == want(i)));
+        let mut part = [0.0; 71];
+        view.read_f32_from(151, &mut part).unwrap();
+        assert_eq!(part, back[151..222]);
+        let (row, of) = view.coded().unwrap().row(2);
+        assert!(codes.ends_with(row) && row.len() == codes.len() / 3 && of.len() == scales.len() / 3);
+        // What is coded so already is copied.
+        write_safetensors(&again, &sources(view, dtype), &metadata).unwrap();
+        assert_eq!(std::fs::read(&small).unwrap(), std::fs::read(&again).unwrap());
+        // Without the word in the metadata it is a matrix of whole numbers, and no weight.
+        write_safetensors(&again, &sources(view, dtype), &BTreeMap::new()).unwrap();
+        let e = Checkpoint::open(&again).unwrap().get("head.weight").unwrap().to_f32_vec().unwrap_err().to_string();
+        assert!(e.contains("head.weight") && e.contains("floating-point"), "{e}");
+        let other = BTreeMap::from([(key.to_string(), "16".to_string())]);
+        write_safetensors(&again, &sources(view, dtype), &other).unwrap();
+        let e = Checkpoint::open(&again).err().unwrap().to_string();
+        assert!(e.contains("groups of 16"), "{e}");
+        write_safetensors(&again, &sources(view, dtype)[..1], &metadata).unwrap();
+        let e = Checkpoint::open(&again).err().unwrap().to_string();
+        assert!(e.contains("head.weight.scale is missing"), "{e}");
+        assert!(
+            coded::sources(
+                TensorView { entry: &Entry { shape: vec![3 * inputs], ..view.entry.clone() }, ..view },
+                dtype,
+                |_| unreachable!()
+            )
+            .is_err()
+        );
+    }
+    // 40 inputs would end within a group.
+    let metadata: BTreeMap<_, _> = coded::metadata(&[Dtype::Q4]).collect();
+    let ones = [1.0; 60];
+    let wrong = [
+        Source::new("a.weight", &[3, 20], Dtype::U8, &ones),
+        Source::new("a.weight.scale", &[3, 2], Dtype::F16, &ones[..6]),
+    ];
+    write_safetensors(&again, &wrong, &metadata).unwrap();
+    assert!(Checkpoint::open(&again).err().unwrap().to_string().contains("multiple of 32"));
     std::fs::remove_dir_all(folder).unwrap();
 }
 

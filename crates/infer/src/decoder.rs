@@ -221,7 +221,7 @@ impl<'m> Decoder<'m> {
         let mut state = self.state(slot)?;
         let mut logits = Vec::new();
         for piece in tokens.chunks(piece(&self.ctx)) {
-            (logits, state) = read(&self.ctx, self.model, piece, &state)?;
+            (logits, state) = read(&self.ctx, self.model, piece, 1, &state)?;
         }
         self.set_state(slot, &state)?;
         if logits.is_empty() { Err(Error::Empty) } else { Ok(logits) }

@@ -4,6 +4,7 @@ pub mod chat;
 mod decoder;
 pub mod engine;
 mod initial;
+mod lookup;
 mod sampler;
 mod session;
 mod text;

@@ -1,3 +1,4 @@
+use crate::lookup::Lookup;
 use crate::{Decoder, Error, InitialState};
 use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
 use anser_model::{Cache, Model, State};
@@ -7,8 +8,11 @@ use anser_tensor::{Buf, Context};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 const FORMAT: &str = "anser.state";
+/// Tokens after the state at most that are read again beside a guess.
+const MOST_PENDING: usize = 8;
 
 /// One sequence being read and written: the recurrent state after its tokens and the logits for the next.
 pub struct Session<'m> {
@@ -18,13 +22,38 @@ pub struct Session<'m> {
     logits: Vec<f32>,
     /// On a GPU single tokens go through here; while it is there its slot 0 holds the state.
     decoder: Option<Decoder<'m>>,
+    /// Where guesses come from, if there are any.
+    lookup: Option<Lookup>,
+    /// Tokens that `state` is not after yet, and what was read beyond them.
+    pending: Vec<u32>,
+    ahead: Option<Ahead>,
+}
+
+/// Guessed tokens that were read after the pending ones: the next comes true when it is fed.
+#[derive(Clone)]
+struct Ahead {
+    tokens: Vec<u32>,
+    /// How many have come true.
+    taken: usize,
+    /// Logits after each, [tokens, vocabulary].
+    logits: Arc<Vec<f32>>,
+    /// The state after all.
+    state: State,
 }
 
 impl<'m> Session<'m> {
     /// An empty session.
     pub fn new(ctx: &Context, model: &'m Model) -> Session<'m> {
         let state = State::zeros(ctx, model.config(), 1);
-        Session { ctx: ctx.clone(), model, state, logits: Vec::new(), decoder: None }
+        let (logits, pending) = (Vec::new(), Vec::new());
+        Session { ctx: ctx.clone(), model, state, logits, decoder: None, lookup: None, pending, ahead: None }
+    }
+
+    /// The session, reading up to `guesses` tokens ahead whenever one is fed alone: those that followed the last three where they stood before. On a CPU a
+    /// few tokens at once take little longer than one, and those guessed right are then there already. Logits stay the same to the bit. On a GPU nothing is guessed.
+    pub fn guessing(mut self, guesses: usize) -> Session<'m> {
+        self.lookup = (guesses > 0 && self.ctx.cuda().is_none()).then(|| Lookup::new(guesses));
+        self
     }
 
     /// The session with a bound on what attention keeps of it, before it reads anything.
@@ -54,7 +83,7 @@ impl<'m> Session<'m> {
 
     /// Tokens that attention keeps now.
     pub fn cached(&self) -> usize {
-        self.state.attention.first().map_or(0, |a| a.pasts[0].len())
+        self.state.attention.first().map_or(0, |a| a.pasts[0].len() + self.pending.len())
     }
 
     /// Bytes of the state.
@@ -69,6 +98,9 @@ impl<'m> Session<'m> {
     /// When a token is outside the vocabulary; the session is then as before that piece.
     pub fn feed(&mut self, tokens: &[u32]) -> Result<(), Error> {
         if let &[token] = tokens {
+            if self.lookup.is_some() {
+                return self.feed_guessing(token);
+            }
             if self.decoder.is_none()
                 && let Some(mut decoder) = Decoder::new(&self.ctx, self.model, 1)?
             {
@@ -80,14 +112,71 @@ impl<'m> Session<'m> {
                 return Ok(());
             }
         }
-        self.state = self.state();
+        self.settle()?;
         self.decoder = None;
         let mut rest = tokens;
         while !rest.is_empty() {
             let now;
             (now, rest) = rest.split_at(rest.len().min(piece(&self.ctx)).min(self.state.room(0)));
-            (self.logits, self.state) = read(&self.ctx, self.model, now, &self.state)?;
+            (self.logits, self.state) = read(&self.ctx, self.model, now, 1, &self.state)?;
+            self.lookup.iter_mut().for_each(|l| now.iter().for_each(|&t| l.push(t)));
         }
+        Ok(())
+    }
+
+    /// Reads a token: if it was guessed, what came of it is there.
+    fn feed_guessing(&mut self, token: u32) -> Result<(), Error> {
+        let vocab = self.model.config().vocab_size;
+        let lookup = self.lookup.get_or_insert_with(|| Lookup::new(1));
+        if let Some(ahead) = &mut self.ahead {
+            let hit = ahead.tokens[ahead.taken] == token;
+            if hit {
+                self.logits = ahead.logits[ahead.taken * vocab..][..vocab].to_vec();
+                ahead.taken += 1;
+                self.pending.push(token);
+                lookup.push(token);
+            }
+            if ahead.taken == ahead.tokens.len() {
+                self.state = ahead.state.clone();
+                self.pending.clear();
+            }
+            if !hit || ahead.taken == ahead.tokens.len() {
+                lookup.learn(ahead.taken, ahead.tokens.len());
+                self.ahead = None;
+                // What attention has seen of a wrong guess makes room.
+                self.state.attention.iter().for_each(|a| a.pasts.iter().for_each(Past::reclaim));
+            }
+            if hit {
+                return Ok(());
+            }
+        }
+        // What is pending is read once more, beside the next guess; alone if there is much of it. There is room for one token more, as there was for a guess.
+        if self.pending.len() >= MOST_PENDING {
+            self.settle()?;
+        }
+        let mut now = [&self.pending[..], &[token]].concat();
+        let lookup = self.lookup.get_or_insert_with(|| Lookup::new(1));
+        let guess = lookup.guess(token, self.state.room(0) - now.len());
+        now.extend(&guess);
+        let (mut logits, next) = read(&self.ctx, self.model, &now, 1 + guess.len(), &self.state)?;
+        lookup.push(token);
+        let after = logits.split_off(vocab);
+        self.logits = logits;
+        if guess.is_empty() {
+            self.state = next;
+            self.pending.clear();
+        } else {
+            self.pending.push(token);
+            self.ahead = Some(Ahead { tokens: guess, taken: 0, logits: Arc::new(after), state: next });
+        }
+        Ok(())
+    }
+
+    /// Brings the state to where the session is.
+    fn settle(&mut self) -> Result<(), Error> {
+        self.state = self.state()?;
+        self.pending.clear();
+        self.ahead = None;
         Ok(())
     }
 
@@ -100,14 +189,29 @@ impl<'m> Session<'m> {
     }
 
     /// The state, from wherever it is.
-    pub(crate) fn state(&self) -> State {
-        self.decoder.as_ref().and_then(|d| d.state(0).ok()).unwrap_or_else(|| self.state.clone())
+    pub(crate) fn state(&self) -> Result<State, Error> {
+        if let Some(decoder) = &self.decoder {
+            return decoder.state(0);
+        }
+        if self.pending.is_empty() {
+            return Ok(self.state.clone());
+        }
+        Ok(read(&self.ctx, self.model, &self.pending, 0, &self.state)?.1)
     }
 
     /// A second session that goes on from here.
     pub fn fork(&self) -> Session<'m> {
-        let (ctx, logits) = (self.ctx.clone(), self.logits.clone());
-        Session { ctx, model: self.model, state: self.state(), logits, decoder: None }
+        let state = self.decoder.as_ref().and_then(|d| d.state(0).ok()).unwrap_or_else(|| self.state.clone());
+        Session {
+            ctx: self.ctx.clone(),
+            model: self.model,
+            state,
+            logits: self.logits.clone(),
+            decoder: None,
+            lookup: self.lookup.clone(),
+            pending: self.pending.clone(),
+            ahead: self.ahead.clone(),
+        }
     }
 
     /// Writes the session to a file: everything that is needed to go on later.
@@ -115,7 +219,7 @@ impl<'m> Session<'m> {
     /// # Errors
     /// When writing fails.
     pub fn save(&self, path: &Path) -> Result<(), Error> {
-        let mut state = self.state();
+        let mut state = self.state()?;
         let mut tensors: Vec<(String, usize, Vec<f32>)> =
             state.named_mut().map(|(name, v)| (name, v.rows(), v.to_vec())).collect();
         for (j, a) in state.attention.iter().enumerate() {
@@ -200,13 +304,19 @@ pub(crate) fn piece(ctx: &Context) -> usize {
     if ctx.cuda().is_some() { 4096 } else { 256 }
 }
 
-/// Reads a piece of a prompt, going on from a state of one slot: the logits after it and the next state. The host waits for the GPU only at the end.
-pub(crate) fn read(ctx: &Context, model: &Model, piece: &[u32], state: &State) -> Result<(Vec<f32>, State), Error> {
+/// Reads a piece of a prompt, going on from a state of one slot: the logits after its last `rows` tokens and the next state. The host waits for the GPU only at the end.
+pub(crate) fn read(
+    ctx: &Context, model: &Model, piece: &[u32], rows: usize, state: &State,
+) -> Result<(Vec<f32>, State), Error> {
     let mut tape = Tape::inference(ctx, model.params());
     let segments = batch(1, piece.len(), true).into();
     let (hidden, next) = model.forward(&mut tape, piece, &segments, state, false)?;
+    if rows == 0 {
+        ctx.check()?;
+        return Ok((Vec::new(), next));
+    }
     let c = hidden.cols();
-    let last = Var::constant(1, c, hidden.buf().part((piece.len() - 1) * c, c));
+    let last = Var::constant(rows, c, hidden.buf().part((piece.len() - rows) * c, rows * c));
     let logits = model.logits(&mut tape, &last).to_vec();
     ctx.check()?;
     Ok((logits, next))
@@ -230,6 +340,7 @@ fn past_name(j: usize, i: usize) -> String {
 mod tests {
     use super::*;
     use anser_model::{Config, Eviction, Hybrid, Init};
+    use anser_tensor::{DType, WeightType};
 
     #[test]
     fn pieces_forks_and_files_go_on_bitwise() {
@@ -248,16 +359,70 @@ mod tests {
         }
     }
 
+    /// A model in which something passes through attention: its output projections would begin as zeros.
+    fn model(ctx: &Context, config: &Config) -> Model {
+        let mut model = Model::init(ctx, config, Init::Noise, 1).unwrap();
+        let specs = model.params().specs().to_vec();
+        for s in specs.iter().filter(|s| s.name.ends_with("att.output.weight")) {
+            let wave = |j: usize| ((s.range.start + j) as f32 * 0.7).sin() * 0.1;
+            model.params_mut().values_mut()[s.range.clone()].iter_mut().enumerate().for_each(|(j, v)| *v = wave(j));
+        }
+        model
+    }
+
+    #[test]
+    fn guessing_changes_nothing_but_time() {
+        let ctx = Context::cpu(2);
+        let plain = Config::new(2, 64, 40);
+        let hybrid = Config { hybrid: Some(Hybrid { layers: 1, chunk: 8, topk: 2 }), ..plain.clone() };
+        let bound = Cache::new(64, Eviction::Error, false);
+        for (config, cache) in [(&plain, None), (&hybrid, None), (&hybrid, Some(bound))] {
+            let trained = model(&ctx, config);
+            for kept in [DType::F32.into(), DType::BF16.into(), WeightType::Int8, WeightType::Q4] {
+                let model = trained.packed(&ctx, kept);
+                let session = |guesses: usize| {
+                    let s = Session::new(&ctx, &model);
+                    if let Some(c) = cache { s.bounded(c).unwrap() } else { s }.guessing(guesses)
+                };
+                // Twelve tokens again and again, with others now and then, from where a guess may be wrong.
+                let token = |i: u32| if i % 29 < 2 { i * 7 % 40 } else { i % 12 };
+                let fed: Vec<u32> = (0..220).map(token).collect();
+                let mut right = 0;
+                for guesses in [1, 3, 8] {
+                    let (mut s, mut plain) = (session(guesses), session(0));
+                    for half in [&fed[..20], &fed[20..]] {
+                        s.feed(&half[..10]).unwrap();
+                        plain.feed(&half[..10]).unwrap();
+                        for (i, &t) in half[10..].iter().enumerate() {
+                            let (mut fork, before) = (s.fork(), s.ahead.as_ref().map_or(0, |a| a.taken));
+                            s.feed(&[t]).unwrap();
+                            plain.feed(&[t]).unwrap();
+                            right += usize::from(s.ahead.as_ref().is_some_and(|a| a.taken > before));
+                            assert!(s.logits().unwrap() == plain.logits().unwrap(), "{config:?} {kept} {guesses} {i}");
+                            assert_eq!(s.cached(), plain.cached());
+                            if i % 40 == 7 {
+                                fork.feed(&[t, 5]).unwrap();
+                                let mut other = plain.fork();
+                                other.feed(&[5]).unwrap();
+                                assert!(fork.logits().unwrap() == other.logits().unwrap());
+                                let all =
+                                    |s: &Session<'_>| s.state().unwrap().vars().map(|v| v.to_vec()).collect::<Vec<_>>();
+                                assert!(all(&s) == all(&plain));
+                            }
+                            if i % 40 == 9 {
+                                assert!(s.feed(&[40]).is_err());
+                            }
+                        }
+                    }
+                }
+                assert!(right > 100, "{right}");
+            }
+        }
+    }
+
     fn go_on(config: &Config, cache: Option<Cache>) {
         let ctx = Context::cpu(2);
-        let mut model = Model::init(&ctx, config, Init::Current, 1).unwrap();
-        // Output projections begin as zeros, so that nothing would pass through attention.
-        let specs = model.params().specs().to_vec();
-        for (i, s) in specs.iter().enumerate().filter(|(_, s)| s.name.ends_with("att.output.weight")) {
-            let at = s.range.clone();
-            let wave = |j: usize| ((i + j) as f32 * 0.7).sin() * 0.1;
-            model.params_mut().values_mut()[at].iter_mut().enumerate().for_each(|(j, v)| *v = wave(j));
-        }
+        let model = model(&ctx, config);
         let tokens: Vec<u32> = (0..600).map(|i| i * 7 % 300).collect();
         let session = || match cache {
             Some(cache) => Session::new(&ctx, &model).bounded(cache).unwrap(),

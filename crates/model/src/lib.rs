@@ -21,7 +21,7 @@ pub use config::{Architecture, Config, Hybrid, LoraDims, PRESETS};
 pub use decode::{DecodeStep, Part};
 pub use expand::Expansion;
 pub use init::Init;
-pub use load::Load;
+pub use load::{Load, kept_as};
 pub use rwkv7::Model;
 pub use state::{AttentionState, LayerState, State};
 

@@ -5,10 +5,12 @@ use crate::hybrid::HybridBlock;
 use crate::rwkv7::{Block, ChannelMix, Norm, Rwkv7Block, TimeMix};
 use crate::transformer::TransformerBlock;
 use crate::{Architecture, Config, Error, Hybrid, LoraDims, Model};
+use anser_formats::coded::NO_CODE;
 use anser_formats::{CONFIG_JSON, Checkpoint, Dtype, TensorView};
 use anser_ops::attention::Chunks;
 use anser_ops::{Activation, LowRank, Param, ParamSet, Weight};
-use anser_tensor::{Context, DType, DeviceMatrix, DisjointMut, Packed, WeightType, memory};
+use anser_tensor::{Code, Context, DType, DeviceMatrix, DisjointMut, Packed, WeightType, memory};
+use half::f16;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,8 +20,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub enum Load {
     /// f32 master weights in the parameter arena.
     Train,
-    /// Matrices packed for inference in this type, or on a GPU in the type of activations; vectors stay f32. With 8 and 4 bits the embedding and the low-rank
-    /// maps, of which little is read, stay f16.
+    /// Matrices packed for inference in this type ([`kept_as`]), or on a GPU in the type of activations; vectors stay f32.
     Inference(WeightType),
 }
 
@@ -157,6 +158,19 @@ fn packed_layout(name: &str) -> Option<bool> {
     }
 }
 
+/// How a tensor is kept in memory when matrices are kept in this type; `None` for a vector, which stays f32. With 8 and 4 bits the low-rank maps are f16: there is little of
+/// them. The embedding, of which a row is read, has 8 bits at least, and so has the head: a third of what 4 bits would change in the predictions is of that one matrix. So have
+/// matrices whose inputs make no whole groups of 4 bits.
+pub fn kept_as(kept: WeightType, name: &str, shape: &[usize]) -> Option<WeightType> {
+    let in_out = packed_layout(name)?;
+    let whole = shape.last().is_some_and(|k| k.is_multiple_of(Code::Q4.group()));
+    Some(match kept {
+        WeightType::Int8 | WeightType::Q4 if in_out => DType::F16.into(),
+        WeightType::Q4 if !whole || name.ends_with("emb.weight") || name.ends_with("head.weight") => WeightType::Int8,
+        _ => kept,
+    })
+}
+
 impl Model {
     /// Loads a checkpoint with the official tensor names. Tensors the model doesn't use are ignored.
     ///
@@ -217,13 +231,28 @@ impl Model {
                 let bad = AtomicUsize::new(usize::MAX);
                 // An element type that is no float shows at once; after that reading cannot fail.
                 t.read_f32_from(0, &mut [])?;
-                let weight = pack(ctx, of_matrix(kept, name, in_out), shape, in_out, |start, out| {
-                    let read = t.read_f32_from(start, out);
-                    let found = out.iter().position(|v| !v.is_finite()).map(|i| start + i);
-                    if let Some(i) = read.map_or(Some(start), |()| found) {
-                        bad.fetch_min(i, Ordering::Relaxed);
+                let kept = kept_as(kept, name, shape).unwrap_or(kept);
+                let weight = match t.coded().and_then(|c| Some((c, code(c.dtype)?))) {
+                    Some((coded, (code, as_coded))) if as_coded == kept => {
+                        Packed::from_codes(ctx, code, shape[0], shape[1], |o, codes, scales| {
+                            let (of, with) = coded.row(o);
+                            codes.copy_from_slice(of);
+                            scales.iter_mut().zip(with).for_each(|(s, b)| *s = f16::from_le_bytes(*b));
+                            let scale = scales.iter().position(|s| !s.is_finite()).map(|g| g * code.group());
+                            let no_code = || codes.iter().position(|c| code == Code::Int8 && *c == NO_CODE);
+                            if let Some(i) = scale.or_else(no_code) {
+                                bad.fetch_min(o * shape[1] + i, Ordering::Relaxed);
+                            }
+                        })
                     }
-                });
+                    _ => pack(ctx, kept, shape, in_out, |start, out| {
+                        let read = t.read_f32_from(start, out);
+                        let found = out.iter().position(|v| !v.is_finite()).map(|i| start + i);
+                        if let Some(i) = read.map_or(Some(start), |()| found) {
+                            bad.fetch_min(i, Ordering::Relaxed);
+                        }
+                    }),
+                };
                 t.release();
                 if bad.load(Ordering::Relaxed) < t.elements() {
                     return Err(not_finite(name, bad.into_inner()));
@@ -268,10 +297,8 @@ impl Model {
             if let Some(in_out) = packed_layout(name).filter(|_| ctx.cuda().is_none()) {
                 let m = from(name);
                 let copy = |start: usize, out: &mut [f32]| out.copy_from_slice(&m[start..start + out.len()]);
-                weights.insert(
-                    name.clone(),
-                    Weight::Packed(Arc::new(pack(ctx, of_matrix(kept, name, in_out), shape, in_out, copy))),
-                );
+                let kept = kept_as(kept, name, shape).unwrap_or(kept);
+                weights.insert(name.clone(), Weight::Packed(Arc::new(pack(ctx, kept, shape, in_out, copy))));
             }
         }
         list.retain(|(name, ..)| packed_layout(name).is_none());
@@ -331,7 +358,7 @@ impl Model {
             if let Some(in_out) = packed_layout(name).filter(|_| ctx.cuda().is_none()) {
                 let m = filled(name, shape);
                 let copy = |start: usize, out: &mut [f32]| out.copy_from_slice(&m[start..start + out.len()]);
-                let weight = pack(ctx, of_matrix(kept, name, in_out), shape, in_out, copy);
+                let weight = pack(ctx, kept_as(kept, name, shape).unwrap_or(kept), shape, in_out, copy);
                 weights.insert(name.clone(), Weight::Packed(Arc::new(weight)));
             }
         }
@@ -431,6 +458,15 @@ pub(crate) const STACK: [&str; 7] =
 
 /// Elements that one thread converts at a time.
 const PIECE: usize = 1 << 15;
+
+/// The code of a coded matrix in a file, and the type of weights that it gives in memory.
+fn code(file: Dtype) -> Option<(Code, WeightType)> {
+    match file {
+        Dtype::I8 => Some((Code::Int8, WeightType::Int8)),
+        Dtype::Q4 => Some((Code::Q4, WeightType::Q4)),
+        _ => None,
+    }
+}
 
 /// Whether a file's type is the type of activations.
 fn same(file: Dtype, dtype: DType) -> bool {
@@ -562,14 +598,6 @@ fn not_finite(name: &str, element: usize) -> Error {
     Error::Checkpoint(format!(
         "tensor {name} is not finite at element {element}: the file is damaged or the training run diverged"
     ))
-}
-
-/// How a matrix is kept.
-fn of_matrix(kept: WeightType, name: &str, in_out: bool) -> WeightType {
-    match kept {
-        WeightType::Int8 | WeightType::Q4 if in_out || name.ends_with("emb.weight") => DType::F16.into(),
-        _ => kept,
-    }
 }
 
 /// Packs a matrix stored [out, in] or, with `in_out`, [in, out]; see [`Packed::new`].

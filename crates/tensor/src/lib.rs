@@ -6,6 +6,7 @@
 
 pub mod bench;
 mod buf;
+mod codes;
 mod context;
 pub mod cuda;
 mod dtype;
@@ -21,6 +22,7 @@ pub mod simd;
 mod threads;
 
 pub use buf::{Buf, MemoryStats};
+pub use codes::Code;
 pub use context::{Context, Device};
 pub use dtype::{DType, WeightType};
 pub use matrix::DeviceMatrix;

@@ -3,8 +3,8 @@
 
 use crate::gemm::{MR, Scratch, pack, tile};
 use crate::lines::Lines;
-use crate::quant::{Code, Quantised};
-use crate::{Context, DType, DisjointMut, WeightType};
+use crate::quant::Quantised;
+use crate::{Code, Context, DType, DisjointMut, WeightType};
 use half::{bf16, f16};
 
 const NR: usize = crate::gemm::NR;
@@ -80,6 +80,14 @@ impl Packed {
             WeightType::Q4 => coded(Code::Q4, &read),
         };
         Packed { n, k, data }
+    }
+
+    /// A matrix of n outputs and k inputs that is coded already: `read(output, codes, scales)` gives those of an output as
+    /// [`Code::encode`] does. It is called from several threads.
+    pub fn from_codes(
+        ctx: &Context, code: Code, n: usize, k: usize, read: impl Fn(usize, &mut [u8], &mut [f16]) + Sync,
+    ) -> Packed {
+        Packed { n, k, data: Data::Coded(Quantised::from_codes(ctx, code, n, k, read)) }
     }
 
     /// Outputs.

@@ -63,6 +63,14 @@ impl GrowingRows {
         self.append_with(ctx, count, |to, at| to.write_part(at, from, first * self.cols, count * self.cols))
     }
 
+    /// Forgets rows that were appended to these ones, if nobody has them any more: going on from here again costs no copy then.
+    pub fn reclaim(&self) {
+        let mut store = self.store.write().unwrap_or_else(PoisonError::into_inner);
+        if Arc::strong_count(&self.store) == 1 {
+            store.taken = self.len;
+        }
+    }
+
     /// These rows and then `count` that `write(buffer, first element)` writes.
     pub fn append_with(&self, ctx: &Context, count: usize, write: impl FnOnce(&mut Buf, usize)) -> GrowingRows {
         let (cols, end) = (self.cols, self.len + count);
@@ -109,5 +117,11 @@ mod tests {
         assert_eq!(three.to_vec(), [1.0, -1.0, 2.0, -2.0, 3.0, -3.0]);
         assert_eq!((&four.to_vec()[6..], &other.to_vec()[6..]), (&[4.0, -4.0][..], &[5.0, -5.0][..]));
         assert_eq!(four.bytes(), 4 * 2 * 4);
+        // Once nobody has the fourth row its room is free again.
+        three.reclaim();
+        assert!(!Arc::ptr_eq(&three.store, &three.append(&ctx, &row(5.0), 0, 1).store));
+        drop(four);
+        three.reclaim();
+        assert!(Arc::ptr_eq(&three.store, &three.append(&ctx, &row(5.0), 0, 1).store));
     }
 }

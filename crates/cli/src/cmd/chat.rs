@@ -79,7 +79,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             }
             "/new" => fresh().map(|s| session = s),
             "/save" => session.save(Path::new(rest.trim())).map_err(Into::into),
-            "/load" => Session::load(&ctx, &model, Path::new(rest.trim())).map(|s| session = s).map_err(Into::into),
+            "/load" => args.common.source.session(&ctx, &model, Some(Path::new(rest.trim()))).map(|s| session = s),
             "/think" => rest.trim().parse().map(|t| think = t).map_err(anyhow::Error::msg),
             "/retry" => match last.take() {
                 Some((before, text)) => {

@@ -1,27 +1,30 @@
 use crate::global::{Chunks, Global, Stored};
+use crate::report::Report;
 use anser_formats::gguf::{Value, write_gguf};
-use anser_formats::{CONFIG_JSON, Checkpoint, Dtype, Format, Source, int8, llama, write_pth, write_safetensors};
-use anser_model::{Architecture, Config};
-use anser_tensor::DType;
+use anser_formats::{
+    CONFIG_JSON, Checkpoint, Dtype, Format, Source, TensorView, coded, llama, write_pth, write_safetensors,
+};
+use anser_model::{Architecture, Config, kept_as};
+use anser_tensor::{Code, Context, DType, DisjointMut, WeightType};
 use anser_tokenizer::Tokenizer;
-use anyhow::ensure;
+use anyhow::{bail, ensure};
 use serde_json::json;
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-const Q4_IN_FILES: &str =
-    "--dtype q4 is a type of weights in memory, made when a file is loaded: convert to int8 or 16 bits";
-
-/// Rewrites a checkpoint as .pth, .safetensors or .gguf (told by OUT's name), with --dtype in another type; int8 and, in .gguf, q8_0 take half the room of f16
+/// Rewrites a checkpoint as .pth, .safetensors or .gguf (told by OUT's name), with --dtype in another type; int8 and, in .gguf, q8_0 take half the room of f16,
+/// q4 a little more than a quarter
 #[derive(clap::Args)]
 pub struct Args {
     /// Checkpoint to read: .pth, .safetensors, .st, .gguf or a Hugging Face folder
     input: PathBuf,
     /// File to write
     out: PathBuf,
-    /// With --dtype int8: says for every matrix how much rounding changes it
+    /// Says how much was lost: of every tensor, and of the predictions on a text, beside those of the input in f32
     #[arg(long)]
     report: bool,
+    /// The text of the report, a text or .jsonl file (also .xz, .zst, .gz) [default: the first 16 kB of the bundled text]
+    #[arg(long, value_name = "FILE", requires = "report")]
+    text: Option<PathBuf>,
     #[command(flatten)]
     chunks: Chunks,
 }
@@ -32,69 +35,110 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     ensure!(!(same && args.out.exists()), "{}: input and output are the same file; name another", args.out.display());
     let ckpt = Checkpoint::open(&args.input)?;
     let config = args.chunks.apply(Config::from_checkpoint(&ckpt)?)?;
-    if args.out.extension().is_some_and(|e| e == "gguf") {
-        return to_gguf(args, &ckpt, &config, global);
+    let ctx = global.exact_context()?;
+    let tensors = match args.out.extension().and_then(|e| e.to_str()) {
+        Some("gguf") => to_gguf(args, &ckpt, &config, global)?,
+        Some("pth" | "safetensors") => to_official(args, &ckpt, &config, &ctx, global)?,
+        _ => bail!("{}: the name must end in .gguf, .pth or .safetensors", args.out.display()),
+    };
+    let bytes = std::fs::metadata(&args.out)?.len();
+    let mut json = json!({ "out": args.out, "tensors": tensors, "bytes": bytes });
+    let mut text = format!("{}: {tensors} tensors, {bytes} bytes\n", args.out.display());
+    if args.report {
+        let report = Report::new(&ctx, &ckpt, &config, &args.out, args.text.as_deref(), global)?;
+        json["report"] = report.json();
+        text = format!("{report}{text}");
     }
-    let known = args.out.extension().is_some_and(|e| e == "pth" || e == "safetensors");
-    ensure!(known, "{}: the name must end in .gguf, .pth or .safetensors", args.out.display());
-    let mut sources = Vec::new();
-    let mut report = Vec::new();
-    let (mut small, to_int8) = (false, matches!(global.stored, Some(Stored::Int8)));
-    ensure!(!args.report || to_int8, "--report needs --dtype int8");
+    global.result(json, || text)
+}
+
+/// Writes a .pth or .safetensors file: the number of its tensors.
+fn to_official(
+    args: &Args, ckpt: &Checkpoint, config: &Config, ctx: &Context, global: &Global,
+) -> anyhow::Result<usize> {
+    let (mut sources, mut types) = (Vec::new(), Vec::new());
     for name in ckpt.names() {
         let Some(t) = ckpt.get(name) else { continue };
         let dtype = match global.stored {
-            Some(Stored::Float(DType::F32)) => Dtype::F32,
-            Some(Stored::Float(DType::F16)) => Dtype::F16,
-            Some(Stored::Float(DType::BF16)) => Dtype::BF16,
-            Some(Stored::Int8) if int8::is_large(name, t.shape()) => Dtype::I8,
-            Some(Stored::Int8) => Dtype::F16,
-            Some(Stored::Q8_0) => anyhow::bail!("{}: q8_0 is written as .gguf", args.out.display()),
-            Some(Stored::Q4) => anyhow::bail!(Q4_IN_FILES),
-            // What has no other file's blocks has 16 bits.
-            None if t.dtype().block() != 1 => Dtype::F16,
-            None => t.dtype(),
+            Some(Stored::Float(dtype)) => of_float(dtype),
+            Some(Stored::Int8) => of_coded(WeightType::Int8, &t),
+            Some(Stored::Q4) => of_coded(WeightType::Q4, &t),
+            Some(Stored::Q8_0) => bail!("{}: q8_0 is written as .gguf", args.out.display()),
+            None if t.coded().is_some() => t.dtype(),
+            None => in_floats(&t),
         };
-        if dtype == Dtype::I8 {
-            small = true;
-            if args.report {
-                report.push((name, int8::error(&t.to_f32_vec()?, t.shape()[1])));
-                t.release();
+        let code = match dtype {
+            Dtype::I8 => Code::Int8,
+            Dtype::Q4 => Code::Q4,
+            _ => {
+                let values = move || {
+                    let values = t.to_f32_vec()?;
+                    t.release();
+                    Ok(values.into())
+                };
+                sources.push(Source { name: name.into(), shape: t.shape().into(), dtype, values: Box::new(values) });
+                continue;
             }
-            sources.extend(int8::sources(t));
-            continue;
-        }
-        let values = move || {
-            let values = t.to_f32_vec()?;
-            t.release();
-            Ok(values.into())
         };
-        sources.push(Source { name: name.into(), shape: t.shape().into(), dtype, values: Box::new(values) });
+        types.push(dtype);
+        let inputs = t.shape().last().copied().unwrap_or(0);
+        sources.extend(coded::sources(t, dtype, move |values| encode(ctx, code, inputs, values))?);
     }
-    write(&args.out, &ckpt, &config, &sources, small, global)?;
-    let bytes = std::fs::metadata(&args.out)?.len();
-    let errors: BTreeMap<&str, f64> = report.iter().copied().collect();
-    let mut json = json!({ "out": args.out, "tensors": sources.len(), "bytes": bytes });
-    if args.report {
-        json["relative_error"] = json!(errors);
-    }
-    global.result(json, || {
-        let line = |(name, e): (&&str, &f64)| format!("{name}: relative error {e:.2e}\n");
-        let lines: String = errors.iter().map(line).collect();
-        format!("{lines}{}: {} tensors, {bytes} bytes\n", args.out.display(), sources.len())
-    })
+    write(&args.out, ckpt, config, &sources, &types, global)?;
+    Ok(sources.len())
 }
 
-/// Writes a .pth or .safetensors file, told by its name, of tensors made from those of `from`; `small`: some are int8.
+fn of_float(dtype: DType) -> Dtype {
+    match dtype {
+        DType::F32 => Dtype::F32,
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::BF16,
+    }
+}
+
+/// The type of a tensor in a file whose matrices are coded: the one it has in memory, so that loading is copying and gives the same bits as coding there. Vectors keep theirs.
+fn of_coded(kept: WeightType, t: &TensorView<'_>) -> Dtype {
+    match kept_as(kept, t.name(), t.shape()) {
+        Some(WeightType::Int8) => Dtype::I8,
+        Some(WeightType::Q4) => Dtype::Q4,
+        Some(WeightType::Float(dtype)) => of_float(dtype),
+        None => in_floats(t),
+    }
+}
+
+/// The type of a tensor that is no longer coded: what has blocks or codes gets 16 bits.
+fn in_floats(t: &TensorView<'_>) -> Dtype {
+    if t.dtype().block() != 1 || t.coded().is_some() { Dtype::F16 } else { t.dtype() }
+}
+
+/// Codes and scales of a matrix, in the layout of files.
+fn encode(ctx: &Context, code: Code, inputs: usize, values: &[f32]) -> coded::Codes {
+    let (rows, bytes, groups) =
+        (values.len().checked_div(inputs).unwrap_or(0), code.bytes_of(inputs), inputs.div_ceil(code.group()));
+    let (mut codes, mut scales) = (vec![0; rows * bytes], vec![Default::default(); rows * groups]);
+    {
+        let (codes, scales) = (DisjointMut::new(&mut codes), DisjointMut::new(&mut scales));
+        ctx.threads().run(rows, |r| {
+            // SAFETY: each row is coded by one task.
+            let (codes, scales) =
+                unsafe { (codes.get(r * bytes..(r + 1) * bytes), scales.get(r * groups..(r + 1) * groups)) };
+            code.encode(&values[r * inputs..(r + 1) * inputs], codes, scales);
+        });
+    }
+    (codes, scales)
+}
+
+/// Writes a .pth or .safetensors file, told by its name, of tensors made from those of `from`, some of which are coded
+/// as these types.
 pub fn write(
-    out: &Path, from: &Checkpoint, config: &Config, sources: &[Source<'_>], small: bool, global: &Global,
+    out: &Path, from: &Checkpoint, config: &Config, sources: &[Source<'_>], codes: &[Dtype], global: &Global,
 ) -> anyhow::Result<()> {
     let name = out.display();
     match out.extension().and_then(|e| e.to_str()) {
-        Some("pth") if config.double_rate || config.architecture != Architecture::Rwkv7 => anyhow::bail!(
+        Some("pth") if config.double_rate || config.architecture != Architecture::Rwkv7 => bail!(
             "{name}: a .pth file cannot say that a model is a Transformer or has the doubled in-context rate; write .safetensors"
         ),
-        Some("pth") if small => anyhow::bail!("{name}: int8 is written as .safetensors"),
+        Some("pth") if !codes.is_empty() => bail!("{name}: int8 and q4 are written as .safetensors"),
         Some("pth") => {
             if let Some(h) = config.hybrid {
                 let (chunk, topk) = (h.chunk, h.topk);
@@ -107,40 +151,36 @@ pub fn write(
             let mut metadata = from.metadata().clone();
             metadata.remove(CONFIG_JSON);
             metadata.retain(|key, _| from.format() != Format::Gguf || key.starts_with("anser."));
-            metadata.remove(int8::INT8);
+            metadata.retain(|key, _| !coded::is_key(key));
             if config.hybrid.is_some() {
                 metadata.extend([config.description()]);
             }
-            if small {
-                metadata.insert(int8::INT8.into(), int8::GROUP.to_string());
-            }
+            metadata.extend(coded::metadata(codes));
             Ok(write_safetensors(out, sources, &metadata)?)
         }
-        _ => anyhow::bail!("{name}: the name must end in .pth or .safetensors"),
+        _ => bail!("{name}: the name must end in .pth or .safetensors"),
     }
 }
 
-/// Writes what llama.cpp loads.
-fn to_gguf(args: &Args, ckpt: &Checkpoint, config: &Config, global: &Global) -> anyhow::Result<()> {
+/// Writes what llama.cpp loads: the number of its tensors.
+fn to_gguf(args: &Args, ckpt: &Checkpoint, config: &Config, global: &Global) -> anyhow::Result<usize> {
     let out = args.out.display();
     ensure!(
         config.architecture == Architecture::Rwkv7 && !config.double_rate && config.hybrid.is_none(),
         "{out}: llama.cpp has no RWKV-X, no Transformer of this kind and no doubled in-context rate; write .safetensors"
     );
     let dtype = match global.stored {
-        Some(Stored::Float(DType::F32)) => Some(Dtype::F32),
-        Some(Stored::Float(DType::F16)) => Some(Dtype::F16),
-        Some(Stored::Float(DType::BF16)) => Some(Dtype::BF16),
+        Some(Stored::Float(dtype)) => Some(of_float(dtype)),
         Some(Stored::Q8_0) => Some(Dtype::Q8_0),
-        Some(Stored::Q4) => anyhow::bail!(Q4_IN_FILES),
-        Some(Stored::Int8) => anyhow::bail!("{out}: int8 is written as .safetensors; a .gguf file has q8_0"),
+        Some(Stored::Int8 | Stored::Q4) => {
+            bail!("{out}: int8 and q4 are written as .safetensors; a .gguf file has q8_0")
+        }
         None => None,
     };
-    ensure!(!args.report, "--report needs --dtype int8");
     let (sources, mut metadata) = llama::from_official(ckpt, dtype)?;
     let mut text = |key: &str, value: &str| metadata.push((key.into(), Value::Text(value.into())));
     text("general.name", &args.out.file_stem().unwrap_or_default().to_string_lossy());
-    for (key, value) in ckpt.metadata().iter().filter(|(key, _)| key.starts_with("anser.") && *key != int8::INT8) {
+    for (key, value) in ckpt.metadata().iter().filter(|(key, _)| key.starts_with("anser.") && !coded::is_key(key)) {
         text(key, value);
     }
     let name = ckpt.metadata().get("anser.tokenizer").map_or("world", String::as_str);
@@ -154,7 +194,5 @@ fn to_gguf(args: &Args, ckpt: &Checkpoint, config: &Config, global: &Global) -> 
     let end_of_turn = (name == "world").then_some(261);
     metadata.extend(llama::tokenizer(tokens, config.vocab_size, end_of_turn));
     write_gguf(&args.out, &sources, &metadata)?;
-    let bytes = std::fs::metadata(&args.out)?.len();
-    let json = json!({ "out": args.out, "tensors": sources.len(), "bytes": bytes });
-    global.result(json, || format!("{out}: {} tensors, {bytes} bytes\n", sources.len()))
+    Ok(sources.len())
 }

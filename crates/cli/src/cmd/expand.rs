@@ -37,7 +37,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let how = if args.init == "copy" { Expansion::Copy } else { Expansion::Identity };
     let (config, sources) = hybrid.expand(&ckpt, how)?;
     global.remarks(&config);
-    convert::write(&args.out, &ckpt, &config, &sources, false, global)?;
+    convert::write(&args.out, &ckpt, &config, &sources, &[], global)?;
     let Hybrid { layers, chunk, topk } = hybrid;
     let json = json!({ "out": args.out, "attention": layers, "chunk": chunk, "topk": topk, "parameters": config.parameters() });
     global.result(json, || {

@@ -52,6 +52,9 @@ pub struct Source {
     chunks: Chunks,
     #[command(flatten)]
     bound: Bound,
+    /// On a CPU: tokens read ahead at most, guessed where the text repeats itself, as quotations and edited code do; the output stays the same
+    #[arg(long, value_name = "TOKENS", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=64))]
+    speculate: u8,
 }
 
 /// What `generate` and `chat` share: the model and how tokens are chosen.
@@ -165,12 +168,13 @@ impl Source {
 
     /// A new session, or one that goes on from a state file, which says its own bound.
     pub fn session<'m>(&self, ctx: &Context, model: &'m Model, state: Option<&Path>) -> anyhow::Result<Session<'m>> {
-        match (state, self.bound()) {
-            (Some(path), None) => Ok(Session::load(ctx, model, path)?),
+        let session = match (state, self.bound()) {
+            (Some(path), None) => Session::load(ctx, model, path)?,
             (Some(_), Some(_)) => bail!("--cache: a state file says what it keeps; leave --cache out"),
-            (None, Some(cache)) => Ok(Session::new(ctx, model).bounded(cache)?),
-            (None, None) => Ok(Session::new(ctx, model)),
-        }
+            (None, Some(cache)) => Session::new(ctx, model).bounded(cache)?,
+            (None, None) => Session::new(ctx, model),
+        };
+        Ok(session.guessing(self.speculate.into()))
     }
 }
 

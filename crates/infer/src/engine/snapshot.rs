@@ -134,7 +134,7 @@ mod tests {
                 session = session.bounded(bound).unwrap();
             }
             session.feed(&(0..30).map(|i| i * 7 % 20).collect::<Vec<_>>()).unwrap();
-            let snapshot = Snapshot::new(&session.state(), session.logits().unwrap().to_vec());
+            let snapshot = Snapshot::new(&session.state().unwrap(), session.logits().unwrap().to_vec());
             let bytes = snapshot.encode();
             let back = Snapshot::decode(&form, &bytes).unwrap();
             assert!(back.values == snapshot.values && back.logits == snapshot.logits);

@@ -86,6 +86,11 @@ impl Past {
         Past { heads: self.heads, keys, values, means, notes: self.notes.iter().map(gather).collect() }
     }
 
+    /// Forgets what was appended to it, where nobody has that any more ([`GrowingRows::reclaim`]).
+    pub fn reclaim(&self) {
+        self.rows().chain([&self.means]).for_each(GrowingRows::reclaim);
+    }
+
     /// Keys, values and means for reading.
     pub(super) fn read(&self) -> [Guard<'_>; 3] {
         [&self.keys, &self.values, &self.means].map(GrowingRows::read)

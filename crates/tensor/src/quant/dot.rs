@@ -1,7 +1,8 @@
 //! Products of coded weights with rounded activations, by instruction set. All give the same bits.
 
+use super::NR;
 use super::rows::Tile;
-use super::{NR, VALUES};
+use crate::codes::VALUES;
 use half::f16;
 
 /// Groups of a panel of 16 outputs.
@@ -91,6 +92,10 @@ pub(super) fn dot(panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]]) {
             };
         }
         with!(1 2 3 4 5 6 7 8 9 10 11 12);
+        return;
+    }
+    #[cfg(target_arch = "aarch64")]
+    if super::neon::dot(panel, x, acc) {
         return;
     }
     scalar(panel, x, acc);

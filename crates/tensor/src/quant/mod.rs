@@ -1,13 +1,15 @@
-//! Weights of 8 or 4 bits, multiplied in integers.
+//! Weights of 8 or 4 bits (`codes.rs`), multiplied in integers.
 //!
-//! A weight is a code times the scale of its group: 64 inputs of an output with 8 bits, 32 with 4. Codes of 8 bits are -127 to 127; those of 4 bits
-//! stand for 16 values that lie closer where weights are frequent. Activations are rounded to 8 bits by the same groups, each row by itself. Sums over a
+//! Activations are rounded to 8 bits by the same groups, each row by itself. Sums over a
 //! group are exact integers, and groups are added in order by fused multiply-adds, so that an element of a product is the same to the bit
 //! on every path and for every number of rows.
 
 mod dot;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod rows;
 
+use crate::codes::{Code, VALUES};
 use crate::lines::Lines;
 use crate::{Context, DisjointMut};
 use dot::{Panel, dot};
@@ -20,28 +22,7 @@ const BLOCK: usize = 512;
 /// Panels of one task.
 const TASK: usize = 8;
 
-/// What the codes of 4 bits stand for, times the scale: values with the least square error for normal weights, scaled so that the
-/// one farthest from zero in a group of 32 is the first.
-const VALUES: [i8; 16] = [-127, -101, -79, -61, -46, -32, -19, -7, 5, 17, 29, 42, 56, 72, 90, 112];
-/// The scales that are tried for a group of 4 bits, relative to that.
-const TRIED: [f32; 9] = [0.85, 0.8875, 0.925, 0.9625, 1.0, 1.0375, 1.075, 1.1125, 1.15];
-
-/// How weights are coded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Code {
-    Int8,
-    Q4,
-}
-
 impl Code {
-    /// Inputs of a group.
-    pub const fn group(self) -> usize {
-        match self {
-            Code::Int8 => 64,
-            Code::Q4 => 32,
-        }
-    }
-
     /// Bytes of the codes of a group of a panel.
     const fn bytes(self) -> usize {
         match self {
@@ -66,6 +47,17 @@ pub(crate) struct Quantised {
 impl Quantised {
     /// Codes a matrix; `read(output, row)` gives the weights of an output. It is called from several threads.
     pub fn new(ctx: &Context, code: Code, n: usize, k: usize, read: impl Fn(usize, &mut [f32]) + Sync) -> Quantised {
+        Quantised::from_codes(ctx, code, n, k, |output, codes, scales| {
+            let mut row = vec![0.0; k];
+            read(output, &mut row);
+            code.encode(&row, codes, scales);
+        })
+    }
+
+    /// A matrix coded already: `read(output, codes, scales)` gives those of an output as [`Code::encode`] does. It is called from several threads.
+    pub fn from_codes(
+        ctx: &Context, code: Code, n: usize, k: usize, read: impl Fn(usize, &mut [u8], &mut [f16]) + Sync,
+    ) -> Quantised {
         let (groups, panels) = (k.div_ceil(code.group()), n.div_ceil(NR));
         let mut codes = Lines::zeros(panels * groups * code.bytes());
         let mut scales = vec![f16::ZERO; panels * groups * NR];
@@ -76,11 +68,12 @@ impl Quantised {
             let (codes, scales) = unsafe {
                 (all.get(here.start * code.bytes()..here.end * code.bytes()), of.get(here.start * NR..here.end * NR))
             };
-            let mut row = vec![0.0; groups * code.group()];
+            let (mut row, mut of_row) = (vec![0; code.bytes_of(k)], vec![f16::ZERO; groups]);
             for i in 0..NR.min(n - p * NR) {
-                read(p * NR + i, &mut row[..k]);
-                for (g, weights) in row.chunks_exact(code.group()).enumerate() {
-                    scales[g * NR + i] = put(code, &mut codes[g * code.bytes()..][..code.bytes()], i, weights);
+                read(p * NR + i, &mut row, &mut of_row);
+                for (g, from) in row.chunks(code.bytes_of(code.group())).enumerate() {
+                    place(code, &mut codes[g * code.bytes()..][..code.bytes()], i, from);
+                    scales[g * NR + i] = of_row[g];
                 }
             }
         });
@@ -172,76 +165,20 @@ fn value(code: Code, codes: &[u8], i: usize, j: usize) -> i8 {
     }
 }
 
-/// Codes a group of output `i` of a panel; its scale.
-fn put(code: Code, codes: &mut [u8], i: usize, weights: &[f32]) -> f16 {
+/// Puts the codes of a group of output `i` where a panel has them.
+fn place(code: Code, codes: &mut [u8], i: usize, from: &[u8]) {
     match code {
-        Code::Int8 => {
-            let largest = weights.iter().fold(0f32, |l, w| l.max(w.abs()));
-            let scale = rounded(largest / 127.0);
-            let inverse = scale.to_f32().recip();
-            for (j, w) in weights.iter().enumerate().filter(|_| inverse.is_finite()) {
-                codes[j / 4 * 4 * NR + 4 * i + j % 4] =
-                    (w * inverse).round_ties_even().clamp(-127.0, 127.0) as i8 as u8;
+        Code::Int8 => from.chunks(4).zip(codes.chunks_exact_mut(4 * NR)).for_each(|(from, codes)| {
+            codes[4 * i..4 * i + from.len()].copy_from_slice(from);
+        }),
+        Code::Q4 => from.chunks(2).zip(codes.chunks_exact_mut(2 * NR)).for_each(|(from, codes)| {
+            for (j, byte) in from.iter().enumerate() {
+                let at = i % 8 * 4 + 2 * j;
+                codes[at] |= (byte & 15) << (i / 8 * 4);
+                codes[at + 1] |= (byte >> 4) << (i / 8 * 4);
             }
-            scale
-        }
-        Code::Q4 => {
-            let (scale, of) = best(weights);
-            for (j, c) in of.into_iter().enumerate() {
-                codes[j / 4 * 2 * NR + i % 8 * 4 + j % 4] |= c << (i / 8 * 4);
-            }
-            scale
-        }
+        }),
     }
-}
-
-/// The nearest number of type f16, the largest one instead of infinity.
-fn rounded(v: f32) -> f16 {
-    f16::from_f32(v.clamp(-65504.0, 65504.0))
-}
-
-/// For every whole number from -128 to 127 the code of the nearest value.
-static NEAREST: [u8; 256] = nearest();
-
-const fn nearest() -> [u8; 256] {
-    let (mut table, mut i, mut code) = ([0; 256], 0, 0);
-    while i < 256 {
-        let v = i as i32 - 128;
-        while code < 15 && 2 * v > VALUES[code] as i32 + VALUES[code + 1] as i32 {
-            code += 1;
-        }
-        table[i] = code as u8;
-        i += 1;
-    }
-    table
-}
-
-/// The scale and codes of 32 weights with the least square error among those tried, each scale then the best for its codes.
-fn best(weights: &[f32]) -> (f16, [u8; 32]) {
-    let largest = weights.iter().fold(0f32, |l, &w| if w.abs() > l.abs() { w } else { l });
-    let base = -largest / 127.0;
-    let mut found = (f32::INFINITY, f16::ZERO, [NEAREST[128]; 32]);
-    for factor in TRIED {
-        let inverse = (base * factor).recip();
-        if !inverse.is_finite() {
-            continue;
-        }
-        let mut codes = [0; 32];
-        let (mut wv, mut vv) = (0f32, 0f32);
-        for (c, w) in codes.iter_mut().zip(weights) {
-            *c = NEAREST[((w * inverse).round_ties_even().clamp(-128.0, 127.0) as i32 + 128) as usize];
-            let v = f32::from(VALUES[*c as usize]);
-            wv += w * v;
-            vv += v * v;
-        }
-        let scale = rounded(wv / vv);
-        let off = |(c, w): (&u8, &f32)| (w - scale.to_f32() * f32::from(VALUES[*c as usize])).powi(2);
-        let error = codes.iter().zip(weights).map(off).sum();
-        if error < found.0 {
-            found = (error, scale, codes);
-        }
-    }
-    (found.1, found.2)
 }
 
 #[cfg(test)]

@@ -1,0 +1,79 @@
+//! Products on ARM, by the instruction that adds four products of 8 bits to a sum (`sdot`, ARMv8.2's dot products).
+
+use super::NR;
+use super::dot::Panel;
+use super::rows::Tile;
+use crate::codes::VALUES;
+use std::arch::aarch64::*;
+use std::arch::asm;
+
+/// As [`super::dot::dot`], which has checked lengths, for up to 6 rows: whether this machine can.
+pub(super) fn dot(panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]]) -> bool {
+    if !std::arch::is_aarch64_feature_detected!("dotprod") {
+        return false;
+    }
+    macro_rules! with {
+        ($($m:literal)*) => {
+            match acc.len() {
+                // SAFETY: the feature is there, and lengths were checked.
+                $($m => unsafe { rows::<$m>(panel, x, acc) },)*
+                _ => return false,
+            }
+        };
+    }
+    with!(1 2 3 4 5 6);
+    true
+}
+
+/// # Safety
+/// Dot products are there; acc has M rows, and x the panel's groups of as many.
+#[target_feature(enable = "neon,dotprod")]
+unsafe fn rows<const M: usize>(panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]]) {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        let (table, low) = (vld1q_s8(VALUES.as_ptr()), vdupq_n_u8(15));
+        let (mut from, mut codes, mut scales) = (panel.codes.as_ptr(), x.codes.as_ptr(), x.scales.as_ptr());
+        for of in panel.scales.chunks_exact(NR) {
+            let mut sums = [[vdupq_n_s32(0); 4]; M];
+            for _ in 0..panel.group / 4 {
+                // Each of four outputs, of each four inputs.
+                let weights = if panel.nibbles {
+                    let (a, b) = (vld1q_u8(from), vld1q_u8(from.add(16)));
+                    from = from.add(32);
+                    [vandq_u8(a, low), vandq_u8(b, low), vshrq_n_u8::<4>(a), vshrq_n_u8::<4>(b)]
+                        .map(|codes| vqtbl1q_s8(table, codes))
+                } else {
+                    let weights = std::array::from_fn(|i| vld1q_s8(from.add(16 * i).cast()));
+                    from = from.add(64);
+                    weights
+                };
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let four = vdupq_n_s32(codes.add(4 * r).cast::<i32>().read_unaligned());
+                    sums.iter_mut().zip(weights).for_each(|(sum, w)| *sum = add(*sum, w, four));
+                }
+                codes = codes.add(4 * M);
+            }
+            let of: [f32; NR] = std::array::from_fn(|i| of[i].to_f32());
+            for (r, (acc, sums)) in acc.iter_mut().zip(sums).enumerate() {
+                let of_row = vdupq_n_f32(*scales.add(r));
+                for (i, sum) in sums.into_iter().enumerate() {
+                    let (to, scale) = (acc.as_mut_ptr().add(4 * i), vld1q_f32(of.as_ptr().add(4 * i)));
+                    vst1q_f32(to, vfmaq_f32(vld1q_f32(to), vcvtq_f32_s32(sum), vmulq_f32(scale, of_row)));
+                }
+            }
+            scales = scales.add(M);
+        }
+    }
+}
+
+/// `sum` and in each lane the four products of `a` and `b` there. The intrinsic of that name is not stable yet.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+fn add(mut sum: int32x4_t, a: int8x16_t, b: int32x4_t) -> int32x4_t {
+    // SAFETY: the instruction is there, and changes this register alone.
+    unsafe {
+        asm!("sdot {sum:v}.4s, {a:v}.16b, {b:v}.16b", sum = inout(vreg) sum, a = in(vreg) a, b = in(vreg) b,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    sum
+}
