@@ -203,11 +203,12 @@ impl<'m> Batch<'m> {
         }
     }
 
-    /// Reads tokens of some sequences, each at most once: what they want, in their order.
-    pub fn step(&mut self, work: &[Work<'_>]) -> Result<Vec<Output>, Error> {
+    /// Reads tokens of some sequences, each at most once: what they want, in their order. `meanwhile` is done while a GPU is at work, or before.
+    pub fn step(&mut self, work: &[Work<'_>], meanwhile: impl FnOnce()) -> Result<Vec<Output>, Error> {
         let (ctx, model) = (&self.ctx, self.model);
         match &mut self.states {
             States::Rows { arena, slots } => {
+                meanwhile();
                 let (state, rows) = settle(ctx, &self.empty, arena.take(), slots);
                 let work: Vec<Work<'_>> = work.iter().map(|w| Work { slot: rows[w.slot], ..*w }).collect();
                 // A failure leaves the states as they were.
@@ -227,6 +228,7 @@ impl<'m> Batch<'m> {
                 single.sort_by_key(|&i| work[i].wants.token.is_some());
                 let inputs: Vec<(usize, u32)> = single.iter().map(|&i| (work[i].slot, work[i].tokens[0])).collect();
                 decoder.feed(&inputs)?;
+                meanwhile();
                 used.fill(None);
                 single.iter().enumerate().for_each(|(at, &i)| used[work[i].slot] = Some(at));
                 let draw = |(row, &i): (usize, &usize)| work[i].wants.token.map(|from| Draw { row, from });
@@ -241,11 +243,16 @@ impl<'m> Batch<'m> {
                     let each = logits.chunks_exact(model.config().vocab_size);
                     here.iter().zip(each).for_each(|(&i, logits)| outputs[i].logits = logits.to_vec());
                 }
-                for i in others {
-                    let (state, slot) = (decoder.state(work[i].slot)?, work[i].slot);
-                    let (mut output, next) = forward(ctx, model, &state, &[Work { slot: 0, ..work[i] }])?;
-                    decoder.set_state(slot, &next)?;
-                    outputs[i] = output.pop().unwrap_or_default();
+                if !others.is_empty() {
+                    let states = others.iter().map(|&i| decoder.state(work[i].slot)).collect::<Result<Vec<_>, _>>()?;
+                    let state = State::gather(ctx, &states.iter().map(|s| (s, 0)).collect::<Vec<_>>());
+                    let here: Vec<Work<'_>> =
+                        others.iter().enumerate().map(|(slot, &i)| Work { slot, ..work[i] }).collect();
+                    let (done, next) = forward(ctx, model, &state, &here)?;
+                    for (at, (i, output)) in others.into_iter().zip(done).enumerate() {
+                        decoder.set_state(work[i].slot, &State::gather(ctx, &[(&next, at)]))?;
+                        outputs[i] = output;
+                    }
                 }
                 ctx.check()?;
                 Ok(outputs)

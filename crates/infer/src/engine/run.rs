@@ -176,6 +176,7 @@ impl Runner<'_> {
             initial,
             logits: Vec::new(),
             chosen: None,
+            said: None,
             cached: 0,
             prompt_logprobs: Vec::new(),
             hidden: None,
@@ -215,11 +216,17 @@ impl Runner<'_> {
     fn step(&mut self) {
         self.take_leave();
         let lengths = self.plan();
-        if lengths.iter().any(|&n| n > 0) {
+        let said = |s: &mut Sequence| s.said.take().map(|event| (s.to.clone(), event));
+        let said: Vec<_> = self.running.iter_mut().filter_map(said).collect();
+        // Thousands of tokens a second: they are told of while a GPU is at work.
+        let tell = || said.into_iter().for_each(|(to, event)| drop(to.try_send(event)));
+        if lengths.iter().all(|&n| n == 0) {
+            tell();
+        } else {
             let (all, choosing) = (lengths.iter().zip(&mut self.running).enumerate(), self.batch.chooses());
             let work: Vec<Work<'_>> =
                 all.filter(|(_, (n, _))| **n > 0).map(|(slot, (n, s))| s.work(slot, *n, choosing)).collect();
-            let outputs = match self.batch.step(&work) {
+            let outputs = match self.batch.step(&work, tell) {
                 Ok(outputs) => outputs,
                 Err(e) => return self.fail(&e),
             };

@@ -28,6 +28,8 @@ pub(super) struct Sequence {
     pub logits: Vec<f32>,
     /// The next token if a GPU has chosen it, as in [`Output`].
     pub chosen: Option<Option<u32>>,
+    /// The last token, until the client is told of it.
+    pub said: Option<Event>,
     /// Tokens of the prompt that were not read.
     pub cached: usize,
     pub prompt_logprobs: Vec<TokenLogprob>,
@@ -120,7 +122,7 @@ impl Sequence {
             None => TokenLogprob { token, logprob: f32::NAN, best: Vec::new() },
         };
         self.tokens.push(token);
-        let _ = self.to.try_send(Event::Token(written));
+        self.said = Some(Event::Token(written));
         if let Some(constraint) = &mut self.request.constraint
             && constraint.accept(token)?
         {
@@ -162,8 +164,11 @@ impl Sequence {
         }
     }
 
-    pub fn end(self, end: End) {
-        let _ = self.to.try_send(Event::End(end));
+    pub fn end(mut self, end: End) {
+        let last = self.said.take();
+        for event in last.into_iter().chain([Event::End(end)]) {
+            let _ = self.to.try_send(event);
+        }
     }
 }
 
