@@ -1,4 +1,5 @@
-//! Attention on a GPU: in f32 on CUDA cores, and in 16 bits with heads of 64 or 128 on tensor cores.
+//! Attention on a GPU: in f32 on CUDA cores, and in 16 bits with heads of 64 or 128 on tensor cores; on Hopper, with heads of 64 and chunks of at least 128, by
+//! kernels of its own.
 //!
 //! The kernels work on groups of heads, so that what is between them (lists, and partial results of a row for each of its k chunks) stays
 //! below a bound that counts no data.
@@ -7,19 +8,24 @@ use super::Chunks;
 use crate::gpu::{int, kernel, table};
 use anser_tensor::cuda::{Arg, Cuda, DevicePtr, Module};
 use anser_tensor::{Buf, Context, DType};
+use std::ops::Range;
 
 static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 
 /// Queries of a block that is about queries alone.
 const QUERIES: usize = 128;
-/// Keys of a tile going back to keys.
+/// Keys of a tile going back to keys; on Hopper.
 const KEYS: usize = 64;
+const HOPPER_KEYS: usize = 128;
 /// Chunks that are counted, and those that are scored, at a time.
 const WINDOW: usize = 8192;
 const AT_ONCE: usize = 32;
 /// Longest run of rows that is counted together, and longest part of a list that one block takes.
-const RUN: usize = 256;
+const RUN: usize = 128;
 const PIECE: usize = 2048;
+/// On Hopper, where blocks take pieces as they can: as many times tiles of keys are enough, within these bounds.
+const HOPPER_PIECES: usize = 528;
+const HOPPER_PIECE: Range<usize> = 512..4096;
 /// Bytes between kernels that a group of heads may take: one head may take more.
 pub(super) const BETWEEN: usize = 1 << 30;
 
@@ -53,6 +59,8 @@ pub(super) struct Plan {
     most_chunks: usize,
     run: usize,
     piece: usize,
+    /// Whether the kernels for Hopper do it.
+    hopper: bool,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -90,9 +98,19 @@ impl Plan {
     ) -> Plan {
         let k = chunks.top - 1;
         assert!(rows * 4 * chunks.top < 1 << 31, "{rows} rows of {} chunks are too many for one call", chunks.top);
-        let run = (rows / 64).next_power_of_two().clamp(64, RUN);
+        let run = (rows / 128).next_power_of_two().clamp(64, RUN);
         let piece = (rows * k / 64).next_multiple_of(64).clamp(64, PIECE);
         let tile = tile(n);
+        let capability = ctx.cuda().map(|g| g.info().capability);
+        let hopper = capability == Some((9, 0)) && ctx.dtype() != DType::F32 && n == 64 && chunks.size >= HOPPER_KEYS;
+        let keys = if hopper { HOPPER_KEYS } else { KEYS };
+        let piece = if hopper {
+            let most = (rows * k * heads * chunks.size.div_ceil(keys) / HOPPER_PIECES)
+                .clamp(HOPPER_PIECE.start, HOPPER_PIECE.end);
+            most.next_multiple_of(64)
+        } else {
+            piece
+        };
         let (mut all, mut most_chunks, mut words) = (Totals::default(), 0, Vec::new());
         for s in list {
             let count = (s.past + s.len).div_ceil(chunks.size);
@@ -121,12 +139,12 @@ impl Plan {
             all.counts += runs * count;
             all.runs += runs;
             all.tiles += s.len.div_ceil(tile) + lists;
-            all.pieces += (count + s.len * k / piece) * chunks.size.div_ceil(KEYS);
+            all.pieces += (count + s.len * k / piece) * chunks.size.div_ceil(keys);
             all.queries += s.len.div_ceil(QUERIES);
             most_chunks = most_chunks.max(count);
         }
         let sequences = table(ctx, &words);
-        Plan { rows, heads, n, chunks, between, sequences, count: list.len(), all, most_chunks, run, piece }
+        Plan { rows, heads, n, chunks, between, sequences, count: list.len(), all, most_chunks, run, piece, hopper }
     }
 
     /// The same as the kernels have it, for a group of heads.
@@ -141,13 +159,17 @@ impl Plan {
             pair(self.all.counts, self.run),
             pair(self.piece, self.pieces()),
             pair(self.all.tiles, self.together()),
-            pair(self.bits(), 0),
+            pair(self.bits(), self.key_tile()),
         ]
     }
 
     /// Pieces of lists of a head.
     fn pieces(&self) -> usize {
-        self.all.pieces / self.chunks.size.div_ceil(KEYS)
+        self.all.pieces / self.chunks.size.div_ceil(self.key_tile())
+    }
+
+    fn key_tile(&self) -> usize {
+        if self.hopper { HOPPER_KEYS } else { KEYS }
     }
 
     /// Bits of an entry that are the row; the slot is above them, the sign stays free.
@@ -155,9 +177,9 @@ impl Plan {
         (usize::BITS - self.rows.leading_zeros()) as usize
     }
 
-    /// Tiles that a block of queries takes, one after the other, so that those of short chunks begin while others end.
+    /// Tiles that a block of queries takes, one after the other, so that those of short chunks begin while others end; on Hopper, those it takes at a time.
     fn together(&self) -> usize {
-        (512 / self.chunks.size).clamp(1, 4)
+        if self.hopper { (1024 / self.chunks.size).clamp(1, 8) } else { (512 / self.chunks.size).clamp(1, 4) }
     }
 
     fn picks(&self) -> usize {
@@ -271,6 +293,10 @@ pub(super) fn forward(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, picks: &B
     let attend = |group: Group, lists: Option<&Lists>, out: DevicePtr, lse: DevicePtr| {
         let words = plan.words(group);
         let [l, e] = addresses(lists);
+        if plan.hopper {
+            let args = [Arg::Struct(&words), q.ptr().into(), out.into(), lse.into()];
+            return hopper(ctx, gpu, "attend", plan.all.tiles * group.len, 3 * 128 + 4 * 2 * 128, [l, e], &args);
+        }
         let args = [Arg::Struct(&words), q.ptr().into(), l, e, out.into(), lse.into()];
         let grid = [plan.all.tiles.div_ceil(plan.together()), group.len, 1];
         gpu.launch_with(&KERNELS, &name("chunk_attend"), grid, [128, 1, 1], bytes, &args);
@@ -289,6 +315,17 @@ pub(super) fn forward(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, picks: &B
         let args = [Arg::Struct(&words), p, o, l, y.ptr().into(), lse.into()];
         gpu.launch(&KERNELS, &name("chunk_merge"), grid, [128, 1, 1], &args);
     }
+}
+
+/// Launches a kernel for Hopper on `work` pieces of work: a block a multiprocessor, with `rows` rows of shared memory for heads of tiles and steps. The
+/// kernel takes the lists and a counter of pieces first.
+fn hopper(ctx: &Context, gpu: &Cuda, name: &str, work: usize, rows: usize, [l, e]: [Arg<'_>; 2], args: &[Arg<'_>]) {
+    let counter = ctx.alloc_f32(1);
+    gpu.clear(counter.ptr(), 4);
+    let args = [&[l, e, counter.ptr().into()], args].concat();
+    let grid = [work.min(gpu.info().multiprocessors as usize), 1, 1];
+    let name = kernel(ctx, &format!("chunk_hopper_{name}"));
+    gpu.launch_with(&KERNELS, &name, grid, [384, 1, 1], shared(rows, 64), &args);
 }
 
 /// dq, dk, dv [rows, heads x N] of sequences without a past.
@@ -322,6 +359,10 @@ pub(super) fn backward(
         let lists = lists(ctx, gpu, plan, group, picks);
         let [l, e] = addresses(lists.as_ref());
         let attend = |out: Arg<'_>| {
+            if plan.hopper {
+                let work = plan.all.tiles * group.len;
+                return hopper(ctx, gpu, "dq", work, 2 * 2 * 128 + 8 * 2 * 64, [l, e], &[head, q, dy, s, out]);
+            }
             let bytes = shared(2 * tile(n) + 4 * step(n), n);
             let grid = [plan.all.tiles.div_ceil(plan.together()), group.len, 1];
             gpu.launch_with(&KERNELS, &name("chunk_dq"), grid, [128, 1, 1], bytes, &[head, q, dy, s, l, e, out]);
@@ -335,10 +376,15 @@ pub(super) fn backward(
             gpu.launch(&KERNELS, &name("chunk_merge_dq"), grid, [128, 1, 1], &[head, p, parts.ptr().into(), dq]);
         }
         let sums = ctx.alloc_f32(group.len * sums);
-        let bytes = shared(2 * KEYS + 4 * step(n), n) + 2 * step(n) * 8;
-        let args = [head, q, dy, s, l, e, sums.ptr().into(), dk, dv];
-        let grid = [plan.all.pieces, group.len, 1];
-        gpu.launch_with(&KERNELS, &name("chunk_dkv"), grid, [2 * KEYS, 1, 1], bytes, &args);
+        if plan.hopper {
+            let args = [head, q, dy, s, sums.ptr().into(), dk, dv];
+            hopper(ctx, gpu, "dkv", plan.all.pieces * group.len, 2 * 2 * 128 + 8 * 2 * 64, [l, e], &args);
+        } else {
+            let bytes = shared(2 * KEYS + 4 * step(n), n) + 2 * step(n) * 8;
+            let args = [head, q, dy, s, l, e, sums.ptr().into(), dk, dv];
+            let grid = [plan.all.pieces, group.len, 1];
+            gpu.launch_with(&KERNELS, &name("chunk_dkv"), grid, [2 * KEYS, 1, 1], bytes, &args);
+        }
         if slots > 1 {
             let grid = [plan.all.chunks * plan.chunks.size.div_ceil(16), group.len, 1];
             let args = [head, l, sums.ptr().into(), dk, dv];

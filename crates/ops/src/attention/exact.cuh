@@ -114,8 +114,8 @@ template <class T>
 __device__ void exact_keys(const Plan& p, const T* q, const T* dy, const float2* stats, const List* lists, const int* entries, T* dk, T* dv, int n) {
     const Sequence& s = sequence_of<&Sequence::chunk_base>(p, blockIdx.x);
     const int c = int(blockIdx.x) - s.chunk_base, lane = threadIdx.x & 31, end = min((c + 1) * p.size, s.len);
-    const List list = p.slots > 1 ? lists_of(p, s, lists)[c] : List{0, 0, 0, 0};
-    const int* chosen = p.slots > 1 ? entries_of(p, s, entries) + list.first : nullptr;
+    const List list = p.slots > 1 ? lists_of(p, s, lists, blockIdx.y)[c] : List{0, 0, 0, 0};
+    const int* chosen = p.slots > 1 ? entries_of(p, s, entries, blockIdx.y) + list.first : nullptr;
     for (int key = c * p.size + (threadIdx.x >> 5); key < end; key += 4) {
         float sk[E] = {}, sv[E] = {};
         for (int i = key - end; i < list.size; i += 32) {

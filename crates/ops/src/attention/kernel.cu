@@ -5,6 +5,7 @@
 #include "exact.cuh"
 #include "select.cuh"
 #include "tensor.cuh"
+#include "hopper_back.cuh"
 
 using namespace chunks;
 
@@ -77,3 +78,25 @@ FOR_EACH_TYPE(EXACT)
     extern "C" __global__ void __launch_bounds__(128) chunk_split_##name(Plan p, T* parts, int n) { split(p, parts, n); }            \
     HEAD(T, name, 64) HEAD(T, name, 128)
 TENSOR(bf16, bf16) TENSOR(f16, f16)
+
+// On other chips than Hopper these do nothing.
+#ifdef ANSER_HOPPER
+#define ON_HOPPER(...) __VA_ARGS__
+#else
+#define ON_HOPPER(...)
+#endif
+#define HOPPER(T, name)                                                                                                             \
+    extern "C" __global__ void __launch_bounds__(384, 1)                                                                            \
+        chunk_hopper_attend_##name(const List* lists, const int* entries, int* counter, Plan p, const T* q, T* out, float* lse) {    \
+        ON_HOPPER(hopper::attend<T>(p, q, lists, entries, counter, out, lse);)                                                      \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(384, 1) chunk_hopper_dq_##name(                                                    \
+        const List* lists, const int* entries, int* counter, Plan p, const T* q, const T* dy, const float2* stats, T* out) {        \
+        ON_HOPPER(hopper::back_queries<T>(p, q, dy, stats, lists, entries, counter, out);)                                          \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(384, 1)                                                                            \
+        chunk_hopper_dkv_##name(const List* lists, const int* entries, int* counter, Plan p, const T* q, const T* dy,               \
+                                const float2* stats, float* parts, T* dk, T* dv) {                                                  \
+        ON_HOPPER(hopper::back_keys<T>(p, q, dy, stats, lists, entries, counter, parts, dk, dv);)                                   \
+    }
+HOPPER(bf16, bf16) HOPPER(f16, f16)

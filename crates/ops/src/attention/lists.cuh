@@ -46,13 +46,7 @@ __device__ void count(const Plan& p, const int* picks, int* counts, int* seen) {
 __device__ void total(const Plan& p, int* counts, List* lists) {
     __shared__ int sums[32][32];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunk = blockIdx.x * 32 + lane;
-    int low = 0, high = p.count - 1; // lanes differ: each searches for itself
-    while (low < high) {
-        const int mid = (low + high + 1) / 2;
-        if (p.sequences[mid].chunk_base <= chunk) low = mid;
-        else high = mid - 1;
-    }
-    const Sequence& s = p.sequences[low];
+    const Sequence& s = sequence_of<&Sequence::chunk_base, true>(p, chunk); // lanes differ: each searches for itself
     const int runs = chunk < p.chunks ? (s.len + p.run - 1) / p.run : 0, part = (runs + 31) / 32, from = warp * part, to = min(from + part, runs);
     int* all = counts_of(p, s, counts, 0) + chunk - s.chunk_base;
     int sum = 0;
@@ -78,7 +72,7 @@ __device__ void total(const Plan& p, int* counts, List* lists) {
 // Sums over the chunks before; a block of 8 warps a sequence.
 __device__ void scan(const Plan& p, List* lists, int tile) {
     const Sequence& s = p.sequences[blockIdx.x];
-    List* all = const_cast<List*>(lists_of(p, s, lists));
+    List* all = const_cast<List*>(lists_of(p, s, lists, blockIdx.y));
     __shared__ int sums[3][8];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     int before[3] = {0, 0, 0};
@@ -112,9 +106,9 @@ __device__ void scan(const Plan& p, List* lists, int tile) {
 // A warp a run: the picks of a row are different chunks, so that lanes never meet.
 __device__ void fill(const Plan& p, const int* picks, int* counts, const List* lists, int* entries, int* next) {
     const Run r = run_of(p);
-    const List* all = lists_of(p, r.s, lists);
+    const List* all = lists_of(p, r.s, lists, blockIdx.y);
     const int* before = counts_of(p, r.s, counts, r.number);
-    int* to = entries_of(p, r.s, entries);
+    int* to = entries_of(p, r.s, entries, blockIdx.y);
     const int lane = threadIdx.x, k = p.slots - 1;
     for (int low = 0; low < r.s.chunks; low += WINDOW) {
         const int n = min(WINDOW, r.s.chunks - low);

@@ -27,7 +27,7 @@ struct Plan {
     int piece;               // longest part of a list that one block takes backward
     int pieces;              // most such parts of a head
     int tiles, together;     // tiles of a head, and how many of them a block takes
-    int bits, unused;        // bits of an entry that are the row
+    int bits, key_tile;      // bits of an entry that are the row; keys of a tile backward
 };
 
 // The queries that chose a chunk: their place in the sequence's entries, how many, and the numbers of the first tile and piece.
@@ -49,20 +49,34 @@ template <class Key> __device__ __forceinline__ int last_up_to(int n, int x, Key
     }
     return low;
 }
-template <int Sequence::*BASE> __device__ __forceinline__ const Sequence& sequence_of(const Plan& p, int x) {
-    return p.sequences[last_up_to(p.count, x, [&](int i) { return p.sequences[i].*BASE; })];
+// The same by one thread.
+template <class Key> __device__ __forceinline__ int last_up_to_alone(int n, int x, Key key) {
+    int low = 0;
+    for (int high = n - 1; low < high;) {
+        const int mid = (low + high + 1) / 2;
+        if (key(mid) <= x) low = mid;
+        else high = mid - 1;
+    }
+    return low;
+}
+template <bool ALONE, class Key> __device__ __forceinline__ int find_last(int n, int x, Key key) {
+    return ALONE ? last_up_to_alone(n, x, key) : last_up_to(n, x, key);
+}
+template <int Sequence::*BASE, bool ALONE = false> __device__ __forceinline__ const Sequence& sequence_of(const Plan& p, int x) {
+    return p.sequences[find_last<ALONE>(p.count, x, [&](int i) { return p.sequences[i].*BASE; })];
 }
 
-__device__ __forceinline__ const List* lists_of(const Plan& p, const Sequence& s, const List* lists) {
-    return lists + size_t(blockIdx.y) * p.chunks + s.chunk_base;
+// `y` is a head of the group.
+__device__ __forceinline__ const List* lists_of(const Plan& p, const Sequence& s, const List* lists, int y) {
+    return lists + size_t(y) * p.chunks + s.chunk_base;
 }
 // An entry is a row and, in the bits above it, the slot of its pick.
 __device__ __forceinline__ int entry_of(const Plan& p, int row, int slot) { return slot << p.bits | row; }
 __device__ __forceinline__ int row_in(const Plan& p, int entry) { return entry & ((1 << p.bits) - 1); }
 __device__ __forceinline__ int slot_in(const Plan& p, int entry) { return entry >> p.bits; }
 // Entries of a sequence.
-template <class Int> __device__ __forceinline__ Int* entries_of(const Plan& p, const Sequence& s, Int* entries) {
-    return entries + (size_t(blockIdx.y) * p.rows + s.first_row) * (p.slots - 1);
+template <class Int> __device__ __forceinline__ Int* entries_of(const Plan& p, const Sequence& s, Int* entries, int y) {
+    return entries + (size_t(y) * p.rows + s.first_row) * (p.slots - 1);
 }
 
 // Where the vector of a row of a head is in a matrix [rows, heads N].

@@ -22,17 +22,19 @@ struct Tile {
     int row, position;         // which then are the first query's
     int count;                 // of queries
     int from, to;              // keys
+    int y;                     // head of the group
 
     // The entry of row r; -1 past the end.
     __device__ __forceinline__ int entry(const Plan& p, int r) const {
         return r >= count ? -1 : entries ? entries[r] : entry_of(p, row + r, p.slots - 1);
     }
 };
-// Tile `index` of the head; by a warp.
-template <int M> __device__ __forceinline__ Tile tile_of(const Plan& p, const List* lists, const int* entries, int index) {
+// Tile `index` of head `y` of the group; by a warp, or by a thread alone.
+template <int M, bool ALONE = false> __device__ __forceinline__ Tile tile_of(const Plan& p, const List* lists, const int* entries, int index, int y) {
     Tile t = {};
+    t.y = y;
     if (index >= p.tiles) return t;
-    const Sequence& s = sequence_of<&Sequence::tile_base>(p, index);
+    const Sequence& s = sequence_of<&Sequence::tile_base, ALONE>(p, index);
     t.keys = s.keys;
     t.values = s.values;
     int number = index - s.tile_base;
@@ -46,11 +48,11 @@ template <int M> __device__ __forceinline__ Tile tile_of(const Plan& p, const Li
         return t;
     }
     number -= own;
-    const List* all = lists_of(p, s, lists);
-    const int c = last_up_to(s.chunks, number, [&](int i) { return all[i].tile; });
+    const List* all = lists_of(p, s, lists, y);
+    const int c = find_last<ALONE>(s.chunks, number, [&](int i) { return all[i].tile; });
     const List list = all[c];
     const int begin = (number - list.tile) * M;
-    t.entries = entries_of(p, s, entries) + list.first + begin;
+    t.entries = entries_of(p, s, entries, y) + list.first + begin;
     t.count = max(0, min(M, list.size - begin));
     t.from = c * p.size;
     t.to = t.from + p.size;
@@ -115,7 +117,7 @@ __device__ __forceinline__ void each_tile(const Plan& p, const List* lists, cons
     __shared__ int entry[4][M];
     const int head = p.first + blockIdx.y, warp = threadIdx.x / 32;
     if (warp < p.together) {
-        const Tile t = tile_of<M>(p, lists, entries, blockIdx.x * p.together + warp);
+        const Tile t = tile_of<M>(p, lists, entries, blockIdx.x * p.together + warp, blockIdx.y);
         if (threadIdx.x % 32 == 0) tiles[warp] = t;
     }
     __syncthreads();
@@ -414,14 +416,14 @@ __device__ __forceinline__ void back_keys(const Plan& p, const T* q, const T* dy
     float2* stat_stages = reinterpret_cast<float2*>(stages + 2 * STAGE);
     const Sequence& s = sequence_of<&Sequence::piece_base>(p, blockIdx.x);
     const int tiles = (p.size + K - 1) / K, local = int(blockIdx.x) - s.piece_base, number = local / tiles;
-    const List* all = p.slots > 1 ? lists_of(p, s, lists) : nullptr;
+    const List* all = p.slots > 1 ? lists_of(p, s, lists, blockIdx.y) : nullptr;
     const int chunk = all ? last_up_to(s.chunks, number, [&](int i) { return all[i].piece; }) : number;
     const List list = all ? all[chunk] : List{0, 0, 0, chunk};
     const int pieces = max(1, (list.size + p.piece - 1) / p.piece), piece = number - list.piece;
     const int first = chunk * p.size + local % tiles * K, end = min((chunk + 1) * p.size, s.len);
     if (piece >= pieces || chunk >= s.chunks || first >= end) return;
     const int head = p.first + blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x / 32 * 16;
-    const int* chosen = all ? entries_of(p, s, entries) + list.first : nullptr;
+    const int* chosen = all ? entries_of(p, s, entries, blockIdx.y) + list.first : nullptr;
     const int from = piece * p.piece, to = min(list.size, from + p.piece);
     const int own = piece == 0 ? (end - first + Q - 1) / Q : 0, steps = own + (to - from + Q - 1) / Q;
 
@@ -517,8 +519,8 @@ __device__ __forceinline__ void back_keys(const Plan& p, const T* q, const T* dy
 template <class T, int N> __device__ __forceinline__ void add_pieces(const Plan& p, const List* lists, const float* parts, T* dk, T* dv) {
     const int blocks = (p.size + 15) / 16;
     const Sequence& s = sequence_of<&Sequence::chunk_base>(p, blockIdx.x / blocks);
-    const int chunk = int(blockIdx.x) / blocks - s.chunk_base, tiles = (p.size + KEY_TILE - 1) / KEY_TILE;
-    const List list = lists_of(p, s, lists)[chunk];
+    const int chunk = int(blockIdx.x) / blocks - s.chunk_base, tiles = (p.size + p.key_tile - 1) / p.key_tile;
+    const List list = lists_of(p, s, lists, blockIdx.y)[chunk];
     const int pieces = (list.size + p.piece - 1) / p.piece, i = threadIdx.x / (N / 8) + int(blockIdx.x) % blocks * 16, col = threadIdx.x % (N / 8) * 8;
     if (pieces < 2 || i >= p.size || chunk * p.size + i >= s.len) return;
     for (int which = 0; which < 2; which++) {
