@@ -22,6 +22,13 @@ fn median(mut x: Vec<f64>) -> f64 {
     x[x.len() / 2]
 }
 
+/// Seconds that this process has had of all cores (Linux): what other work on the machine takes doesn't count.
+fn processor_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let ticks = stat.rsplit(") ").next().into_iter().flat_map(|s| s.split(' ')).skip(11).take(2);
+    ticks.filter_map(|t| t.parse::<f64>().ok()).sum::<f64>() / 100.0
+}
+
 fn request(i: usize, prompt: usize, max_tokens: usize, greedy: bool) -> Request {
     let prompt = (0..prompt).map(|t| ((t * 7919 + i * 104_729) % 65_000) as u32 + 1).collect();
     let sampling = Sampling { temperature: if greedy { 0.0 } else { 1.0 }, ..Sampling::default() };
@@ -148,8 +155,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 }
                 Ok::<f64, Box<dyn std::error::Error>>((n * (TOKENS - 1)) as f64 / (last - start).as_secs_f64())
             };
+            let used = processor_seconds();
             let rates = (0..RUNS).map(rate).collect::<Result<_, _>>()?;
-            println!("greedy {greedy}: {n} requests {:.1} tokens/s", median(rates));
+            let each = (RUNS * n * TOKENS) as f64 / (processor_seconds() - used);
+            println!("greedy {greedy}: {n} requests {:.1} tokens/s, {each:.1} a core-second", median(rates));
         }
     }
     let engine = Engine::start(ctx, model, EngineOptions::default())?;
