@@ -240,7 +240,7 @@ pub fn decode_batch(
         gpu.tune_products("");
     }
     let config = Config::preset(preset)?;
-    let model = Model::noise(ctx, &config, 1)?;
+    let model = Model::noise(ctx, &config, ctx.dtype(), 1)?;
     let vocab = config.vocab_size as u32;
     let mut decoder = Decoder::with_states(ctx, &model, batch, state)?
         .ok_or_else(|| crate::Error::Input("decoding in batches needs --device cuda and --dtype f16 or bf16".into()))?;
@@ -294,7 +294,7 @@ pub fn decode_batch(
 /// When there is no such size.
 pub fn decode(ctx: &Context, preset: &str, kept: WeightType, tokens: usize) -> Result<Decode, crate::Error> {
     let config = Config::preset(preset)?;
-    let model = Model::init(ctx, &config, Init::Current, 1)?.packed(ctx, kept);
+    let model = Model::noise(ctx, &config, kept, 1)?;
     let mut session = Session::new(ctx, &model);
     let prompt: Vec<u32> = (0..256).map(|i| i * 37 % 60000).collect();
     session.feed(&prompt)?;
@@ -338,14 +338,6 @@ pub fn tokenize(tokenizer: &Tokenizer) -> Tokenize {
     Tokenize { bytes_per_second: text.len() as f64 / seconds, bytes: text.len(), tokens }
 }
 
-/// A model for inference whose matrices are noise, in `dtype` on the CPU, in the type of activations on a GPU.
-pub(crate) fn noise(ctx: &Context, config: &Config, kept: WeightType) -> Result<Model, crate::Error> {
-    Ok(match ctx.cuda() {
-        Some(_) => Model::noise(ctx, config, 1)?,
-        None => Model::init(ctx, config, Init::Noise, 1)?.packed(ctx, kept),
-    })
-}
-
 /// Decoding around one position of a long sequence.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 pub struct Position {
@@ -368,7 +360,7 @@ pub fn flat(
     ctx: &Context, config: &Config, kept: WeightType, cache: Option<Cache>, tokens: usize, stop: &AtomicBool,
     on: &mut dyn FnMut(&Position),
 ) -> Result<Vec<Position>, crate::Error> {
-    let model = noise(ctx, config, kept)?;
+    let model = Model::noise(ctx, config, kept, 1)?;
     let mut session = Session::new(ctx, &model);
     if let Some(cache) = cache {
         session = session.bounded(cache)?;

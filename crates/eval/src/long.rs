@@ -1,7 +1,7 @@
 //! How time and memory grow with the length of a sequence: for a hybrid (RWKV-X, arXiv 2504.21463, section 4.4), the same with dense
 //! attention, and RWKV-7 alone with as many blocks.
 
-use crate::bench::{median, noise};
+use crate::bench::median;
 use anser_infer::Session;
 use anser_model::{Cache, Config, Hybrid, Model};
 use anser_ops::attention::Chunks;
@@ -93,7 +93,7 @@ impl Long {
             cache.validate(&self.config)?;
         }
         let variants = self.models();
-        let model = |(_, config, _): &(_, Config, _)| noise(ctx, config, self.kept);
+        let model = |(_, config, _): &(_, Config, _)| Model::noise(ctx, config, self.kept, 1);
         let models = variants.iter().map(model).collect::<Result<Vec<Model>, _>>()?;
         let tokens: Vec<u32> = (0..STRETCH).map(|i| (i * 7919 % self.config.vocab_size) as u32).collect();
         let mut readers = Vec::new();

@@ -233,7 +233,7 @@ impl Model {
                 t.read_f32_from(0, &mut [])?;
                 let kept = kept_as(kept, name, shape).unwrap_or(kept);
                 let weight = match t.coded().and_then(|c| Some((c, code(c.dtype)?))) {
-                    Some((coded, (code, as_coded))) if as_coded == kept => {
+                    Some((coded, (code, as_coded))) if as_coded == kept && t.shape() == &shape[..] => {
                         Packed::from_codes(ctx, code, shape[0], shape[1], |o, codes, scales| {
                             let (of, with) = coded.row(o);
                             codes.copy_from_slice(of);
@@ -316,11 +316,13 @@ impl Model {
         Model::build(config, params, &HashMap::new())
     }
 
-    /// A model for a GPU in the type of activations whose matrices are noise of the usual size: for measurements, made in seconds at any size.
+    /// A model for inference whose matrices are noise of the usual size: for measurements, made in seconds at any size. On a GPU they are kept in the type
+    /// of activations, elsewhere as `kept` says.
     ///
     /// # Errors
     /// When the configuration is impossible, or device memory runs out.
-    pub fn noise(ctx: &Context, config: &Config, seed: u64) -> Result<Model, Error> {
+    pub fn noise(ctx: &Context, config: &Config, kept: impl Into<WeightType>, seed: u64) -> Result<Model, Error> {
+        let kept = kept.into();
         config.validate()?;
         let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let mut next = move || {
@@ -338,13 +340,28 @@ impl Model {
                 piece.iter_mut().zip(&table[at..]).for_each(|(o, v)| *o = v * scale);
             }
         };
-        let weights = to_device(ctx, config, |name, shape, out| {
+        let filled = |name: &str, shape: &[usize]| {
             let mut m = vec![0.0; shape.iter().product()];
             fill(name, shape, &mut m);
-            encode(ctx, out, |start, values| values.copy_from_slice(&m[start..start + values.len()]));
-            Ok(())
-        })?;
+            m
+        };
+        let mut weights = HashMap::new();
         let mut list = config.tensors();
+        if ctx.cuda().is_some() {
+            weights = to_device(ctx, config, |name, shape, out| {
+                let m = filled(name, shape);
+                encode(ctx, out, |start, values| values.copy_from_slice(&m[start..start + values.len()]));
+                Ok(())
+            })?;
+        }
+        for (name, shape, _) in &list {
+            if let Some(in_out) = packed_layout(name).filter(|_| ctx.cuda().is_none()) {
+                let m = filled(name, shape);
+                let copy = |start: usize, out: &mut [f32]| out.copy_from_slice(&m[start..start + out.len()]);
+                let weight = pack(ctx, kept_as(kept, name, shape).unwrap_or(kept), shape, in_out, copy);
+                weights.insert(name.clone(), Weight::Packed(Arc::new(weight)));
+            }
+        }
         list.retain(|(name, ..)| packed_layout(name).is_none());
         let (mut params, handles) = ParamSet::new(list);
         for &p in &handles {

@@ -33,10 +33,12 @@
 
 mod chunk;
 mod cuda;
+mod panels;
 
 use crate::rows::next_arena;
 use crate::{Segment, Tape, Var};
 use anser_tensor::{Buf, Context, DisjointMut, math, simd::vectorize};
+use panels::{LANES, Panel, from_panels, to_panels};
 use std::sync::Arc;
 
 #[cfg(test)]
@@ -96,35 +98,6 @@ fn decay<const N: usize>(w: &[f32; N]) -> [f32; N] {
         d[j] = math::exp(-BOUND * math::sigmoid(w[j]));
     }
     d
-}
-
-/// Lanes of a panel.
-const LANES: usize = 16;
-
-/// Sixteen rows of a head's state with the value index innermost: [key][16 values]. Rows never mix, so that a panel goes
-/// through many tokens in the first-level cache, and no sum runs across lanes.
-type Panel<const N: usize> = [[f32; LANES]; N];
-
-/// A head's state [value][key] in panels.
-fn to_panels<const N: usize>(rows: &[f32], panels: &mut [Panel<N>]) {
-    for (rows, panel) in as_rows::<N>(rows).as_chunks::<LANES>().0.iter().zip(panels) {
-        for (j, lanes) in panel.iter_mut().enumerate() {
-            for l in 0..LANES {
-                lanes[l] = rows[l][j];
-            }
-        }
-    }
-}
-
-/// Panels as a head's state [value][key].
-fn from_panels<const N: usize>(panels: &[Panel<N>], rows: &mut [f32]) {
-    for (rows, panel) in rows.as_chunks_mut::<N>().0.as_chunks_mut::<LANES>().0.iter_mut().zip(panels) {
-        for (j, lanes) in panel.iter().enumerate() {
-            for l in 0..LANES {
-                rows[l][j] = lanes[l];
-            }
-        }
-    }
 }
 
 /// One panel, the rows from `at` on, through the tokens of a block from `first` on: `d` are their decays; y and u go to `y` and `us`.
