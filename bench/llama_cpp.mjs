@@ -159,8 +159,12 @@ async function main() {
       JSON.parse(run(process.execPath, [process.argv[1], "--measure", file, "--folder", folder, "--threads", threads]).trim().split("\n").pop()) });
   }
   const own = ["f16", "int8", "q4"].map((dtype) => ({ name: `anser ${dtype}`, prefill: [], decode: [], once: () => {
-    const r = JSON.parse(run(anser, ["bench", "decode", "--preset", size, "--dtype", dtype, "--threads", threads, "--tokens", WRITTEN, "--device", "cpu", "--json"]));
-    return { prefill: r.prefill_256_tokens_per_second, decode: r.decode_tokens_per_second };
+    const args = ["--model", source, "--dtype", dtype, "--threads", String(threads), "--device", "cpu", "--json"];
+    // A token a word; the end of a document, which would stop it, is banned.
+    const text = ["--prompt", " the".repeat(PROMPT), "--max-tokens", String(WRITTEN), "--temperature", "0", "--logit-bias", "0=-inf"];
+    const r = JSON.parse(run(anser, ["generate", ...args, ...text]));
+    if (r.prompt_tokens != PROMPT || r.tokens != WRITTEN) throw new Error(`${r.prompt_tokens} tokens read, ${r.tokens} written`);
+    return { prefill: r.prefill_tokens_per_second, decode: r.decode_tokens_per_second };
   } }));
   const load = [];
   for (let round = 0; round < rounds; round++) {
@@ -168,6 +172,7 @@ async function main() {
     for (let i = 0; i < Math.max(own.length, others.length); i++) {
       for (const program of [own[i], others[i]].filter(Boolean)) {
         const r = program.once();
+        console.error(`${program.name}: prompt ${r.prefill.toFixed(0)}, writing ${r.decode.toFixed(1)}`);
         (program.prefill.push(r.prefill), program.decode.push(r.decode));
       }
     }

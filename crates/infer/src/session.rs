@@ -98,8 +98,10 @@ impl<'m> Session<'m> {
     /// When a token is outside the vocabulary; the session is then as before that piece.
     pub fn feed(&mut self, tokens: &[u32]) -> Result<(), Error> {
         if let &[token] = tokens {
-            if self.lookup.is_some() {
-                return self.feed_guessing(token);
+            if let Some(mut lookup) = self.lookup.take() {
+                let result = self.feed_guessing(token, &mut lookup);
+                self.lookup = Some(lookup);
+                return result;
             }
             if self.decoder.is_none()
                 && let Some(mut decoder) = Decoder::new(&self.ctx, self.model, 1)?
@@ -125,9 +127,8 @@ impl<'m> Session<'m> {
     }
 
     /// Reads a token: if it was guessed, what came of it is there.
-    fn feed_guessing(&mut self, token: u32) -> Result<(), Error> {
+    fn feed_guessing(&mut self, token: u32, lookup: &mut Lookup) -> Result<(), Error> {
         let vocab = self.model.config().vocab_size;
-        let lookup = self.lookup.get_or_insert_with(|| Lookup::new(1));
         if let Some(ahead) = &mut self.ahead {
             let hit = ahead.tokens[ahead.taken] == token;
             if hit {
@@ -155,7 +156,6 @@ impl<'m> Session<'m> {
             self.settle()?;
         }
         let mut now = [&self.pending[..], &[token]].concat();
-        let lookup = self.lookup.get_or_insert_with(|| Lookup::new(1));
         let guess = lookup.guess(token, self.state.room(0) - now.len());
         now.extend(&guess);
         let (mut logits, next) = read(&self.ctx, self.model, &now, 1 + guess.len(), &self.state)?;

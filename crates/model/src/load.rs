@@ -233,7 +233,7 @@ impl Model {
                 t.read_f32_from(0, &mut [])?;
                 let kept = kept_as(kept, name, shape).unwrap_or(kept);
                 let weight = match t.coded().and_then(|c| Some((c, code(c.dtype)?))) {
-                    Some((coded, (code, as_coded))) if as_coded == kept => {
+                    Some((coded, (code, as_coded))) if as_coded == kept && t.shape() == &shape[..] => {
                         Packed::from_codes(ctx, code, shape[0], shape[1], |o, codes, scales| {
                             let (of, with) = coded.row(o);
                             codes.copy_from_slice(of);
