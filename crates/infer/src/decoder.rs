@@ -4,10 +4,13 @@ use anser_model::{DecodeStep, LayerState, Model, Part, State};
 use anser_ops::Var;
 use anser_ops::choose::{Draw, choose};
 use anser_tensor::cuda::{Cuda, Graph, Pinned};
-use anser_tensor::{Buf, Context, DType};
+use anser_tensor::{Buf, Context, DType, DisjointMut};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
+
+/// Values that a thread copies at a time.
+const COPIED: usize = 1 << 17;
 
 /// Many sequences decoded together on a GPU: every slot holds one, whose state is advanced in place.
 ///
@@ -24,6 +27,8 @@ pub struct Decoder<'m> {
     /// Draws as the kernel has them, and what they choose.
     draws: Buf,
     chosen: Buf,
+    /// A state in f32 on its way to the host.
+    leaving: Option<(Buf, Pinned)>,
     /// Sequences of the last step.
     last: usize,
     /// Steps of so few sequences that rows under zeros are skipped.
@@ -77,6 +82,7 @@ impl<'m> Decoder<'m> {
             output,
             draws,
             chosen,
+            leaving: None,
             last: 0,
             few_steps: 0,
             cuda,
@@ -245,6 +251,41 @@ impl<'m> Decoder<'m> {
             LayerState { att_x, wkv, ffn_x }
         };
         Ok(State { layers: self.state.layers.iter().map(layer).collect(), attention: Vec::new(), cache: None })
+    }
+
+    /// The values of a slot's state on the host, in the order of [`State::vars`].
+    ///
+    /// # Errors
+    /// When there is no such slot, or memory runs out.
+    pub(crate) fn values(&mut self, slot: usize) -> Result<Vec<f32>, Error> {
+        self.check(slot)?;
+        let len = self.state.vars().map(Var::cols).sum();
+        let (all, pinned) = match self.leaving.take() {
+            Some(room) => room,
+            None => (self.ctx.alloc_f32(len), Pinned::new(&self.cuda, len)?),
+        };
+        let mut at = 0;
+        for v in self.state.vars() {
+            let (n, dtype, to) = (v.cols(), v.buf().dtype(), all.ptr().offset(at, DType::F32));
+            let from = v.buf().ptr().offset(slot * n, dtype);
+            match dtype {
+                DType::F32 => self.cuda.copy(from, to, n * dtype.size()),
+                _ => self.cuda.widen(from, dtype, to, n),
+            }
+            at += n;
+        }
+        pinned.receive(all.ptr(), len);
+        self.cuda.synchronize();
+        self.ctx.check()?;
+        let mut values = vec![0.0; len];
+        let (to, from) = (DisjointMut::new(&mut values), &pinned.floats()[..len]);
+        self.ctx.threads().run(len.div_ceil(COPIED), |i| {
+            let part = i * COPIED..len.min((i + 1) * COPIED);
+            // SAFETY: each part is copied by one task.
+            unsafe { to.get(part.clone()) }.copy_from_slice(&from[part]);
+        });
+        self.leaving = Some((all, pinned));
+        Ok(values)
     }
 
     /// Puts a state of one slot into a slot.

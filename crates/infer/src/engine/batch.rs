@@ -1,3 +1,4 @@
+use super::snapshot::Snapshot;
 use crate::{Decoder, Error};
 use anser_model::{Model, State};
 use anser_ops::choose::{Cuts, Draw};
@@ -163,6 +164,14 @@ impl<'m> Batch<'m> {
                 (Place::Arena(_), None) => self.empty.clone(),
             }),
             States::Slots { decoder, .. } => decoder.state(slot),
+        }
+    }
+
+    /// What there is to keep of `slot`: its state, and the logits after it.
+    pub fn snapshot(&mut self, slot: usize, logits: Vec<f32>) -> Result<Snapshot, Error> {
+        match &mut self.states {
+            States::Slots { decoder, .. } => Ok(Snapshot::of(decoder.values(slot)?, logits)),
+            States::Rows { .. } => Ok(Snapshot::new(&self.state(slot)?, logits)),
         }
     }
 

@@ -319,7 +319,7 @@ impl Runner<'_> {
     fn keep(&mut self, slot: usize) -> Result<(), Error> {
         let s = &self.running[slot];
         if self.strides.is_end(s.read) && s.read < s.prompt.end && self.shared.store.keeps() {
-            let snapshot = Snapshot::new(&self.batch.state(slot)?, Vec::new());
+            let snapshot = self.batch.snapshot(slot, Vec::new())?;
             self.shared.store.insert(&s.request.owner, s.prefix.key(), s.read, Arc::new(snapshot));
         }
         Ok(())
@@ -335,7 +335,7 @@ impl Runner<'_> {
         let followers = self.followers(slot);
         if save || keeps || !followers.is_empty() {
             let s = &self.running[slot];
-            let snapshot = Arc::new(Snapshot::new(&self.batch.state(slot)?, s.logits.clone()));
+            let snapshot = Arc::new(self.batch.snapshot(slot, s.logits.clone())?);
             if keeps {
                 self.shared.store.insert(&s.request.owner, s.prefix.key(), s.read, snapshot.clone());
             }
@@ -396,12 +396,11 @@ impl Runner<'_> {
     fn finish(&mut self, slot: usize, end: End) -> Result<(), Error> {
         let failed = matches!(end, End::Failed(_));
         let s = &mut self.running[slot];
-        let mut state = None;
+        let mut snapshot = None;
         if !failed && (s.request.save_as.is_some() || self.shared.store.keeps()) {
-            state = Some(self.batch.state(slot)?);
-            if s.logits.is_empty() {
-                s.logits = self.batch.logits(slot)?;
-            }
+            let here = std::mem::take(&mut s.logits);
+            let logits = if here.is_empty() { self.batch.logits(slot)? } else { here };
+            snapshot = Some(Arc::new(self.batch.snapshot(slot, logits)?));
         }
         let mut s = self.remove(slot);
         *if failed { &mut self.done.failed } else { &mut self.done.finished } += 1;
@@ -411,11 +410,11 @@ impl Runner<'_> {
         inner.seconds += 0.1 * (s.began.elapsed().as_secs_f64() - inner.seconds);
         self.report(&mut inner);
         drop(inner);
-        let Some(state) = state else {
+        let Some(snapshot) = snapshot else {
             s.end(end);
             return Ok(());
         };
-        let (key, snapshot) = (s.prefix.key(), Arc::new(Snapshot::new(&state, std::mem::take(&mut s.logits))));
+        let key = s.prefix.key();
         match s.request.save_as.take() {
             Some(name) => {
                 let (owner, tokens) = (std::mem::take(&mut s.request.owner), std::mem::take(&mut s.tokens));

@@ -50,6 +50,11 @@ impl Snapshot {
         Snapshot { values, pasts: state.attention.iter().map(|a| a.pasts[0].clone()).collect(), logits }
     }
 
+    /// Of the values of a state without attention, in the order of [`State::vars`].
+    pub fn of(values: Vec<f32>, logits: Vec<f32>) -> Snapshot {
+        Snapshot { values, pasts: Vec::new(), logits }
+    }
+
     /// The state.
     pub fn state(&self, form: &Form) -> State {
         let mut state = form.empty.clone();
