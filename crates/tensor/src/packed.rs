@@ -1,5 +1,5 @@
 //! Weights repacked for inference: f32, f16 or bf16, in panels of 16 outputs with k contiguous, so that a product with 1 or
-//! 1000 rows streams them once and in order; or coded in fewer bits (`quant.rs`).
+//! 1000 rows streams them once and in order; or coded in fewer bits (`quant/`).
 
 use crate::gemm::{MR, Scratch, pack, tile};
 use crate::lines::Lines;

@@ -64,7 +64,7 @@ pub(super) fn dot(panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]]) {
     if crate::simd::has_avx2() {
         let vnni = crate::simd::has_vnni();
         if let (1, Some(live)) = (rows, x.live) {
-            assert!(live.starts.len() == groups + 1);
+            assert!(live.groups() == groups);
             // SAFETY: the features are there, and lengths were checked.
             return unsafe {
                 match (vnni, panel.nibbles) {
@@ -136,12 +136,11 @@ pub(super) mod x86 {
     #[inline(always)]
     fn each(live: &Live, panel: &Panel<'_>, g: usize, mut add: impl FnMut(usize)) {
         let (of, bytes) = (panel.group / 4, 4 * NR / if panel.nibbles { 2 } else { 1 });
-        let here = live.starts[g] as usize..live.starts[g + 1] as usize;
-        for (four, ahead) in live.fours[here.clone()].iter().zip(&live.fours[here.start + Live::AHEAD..]) {
-            let ahead = panel.codes.as_ptr().wrapping_add(*ahead as usize * bytes);
+        for (four, ahead) in live.of(g) {
+            let ahead = panel.codes.as_ptr().wrapping_add(ahead * bytes);
             // SAFETY: prefetching is harmless anywhere.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.cast()) };
-            add(*four as usize - g * of);
+            add(four - g * of);
         }
     }
 

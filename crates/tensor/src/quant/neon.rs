@@ -32,26 +32,29 @@ unsafe fn rows<const M: usize>(panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; N
     // SAFETY: by the caller's promise.
     unsafe {
         let (table, low) = (vld1q_s8(VALUES.as_ptr()), vdupq_n_u8(15));
-        let (mut from, mut codes, mut scales) = (panel.codes.as_ptr(), x.codes.as_ptr(), x.scales.as_ptr());
-        for of in panel.scales.chunks_exact(NR) {
+        let (fours, mut scales) = (panel.group / 4, x.scales.as_ptr());
+        for (g, of) in panel.scales.chunks_exact(NR).enumerate() {
             let mut sums = [[vdupq_n_s32(0); 4]; M];
-            for _ in 0..panel.group / 4 {
+            let mut four = |i: usize| {
+                let (from, codes) = (panel.codes.as_ptr(), x.codes.as_ptr().add(i * 4 * M));
                 // Each of four outputs, of each four inputs.
                 let weights = if panel.nibbles {
+                    let from = from.add(i * 32);
                     let (a, b) = (vld1q_u8(from), vld1q_u8(from.add(16)));
-                    from = from.add(32);
                     [vandq_u8(a, low), vandq_u8(b, low), vshrq_n_u8::<4>(a), vshrq_n_u8::<4>(b)]
                         .map(|codes| vqtbl1q_s8(table, codes))
                 } else {
-                    let weights = std::array::from_fn(|i| vld1q_s8(from.add(16 * i).cast()));
-                    from = from.add(64);
-                    weights
+                    let from = from.add(i * 64);
+                    std::array::from_fn(|i| vld1q_s8(from.add(16 * i).cast()))
                 };
                 for (r, sums) in sums.iter_mut().enumerate() {
                     let four = vdupq_n_s32(codes.add(4 * r).cast::<i32>().read_unaligned());
                     sums.iter_mut().zip(weights).for_each(|(sum, w)| *sum = add(*sum, w, four));
                 }
-                codes = codes.add(4 * M);
+            };
+            match x.live {
+                Some(live) if M == 1 => live.of(g).for_each(|(i, _)| four(i)),
+                _ => (g * fours..(g + 1) * fours).for_each(four),
             }
             let of: [f32; NR] = std::array::from_fn(|i| of[i].to_f32());
             for (r, (acc, sums)) in acc.iter_mut().zip(sums).enumerate() {

@@ -35,17 +35,28 @@ pub(super) struct Tile<'a> {
 /// The fours of inputs that are not all zero: weights of the others needn't be read.
 pub(super) struct Live {
     /// Their numbers in order, and [`AHEAD`](Live::AHEAD) more to fetch behind them.
-    pub fours: Vec<u32>,
+    fours: Vec<u32>,
     /// How many there are before each group, and in all.
-    pub starts: Vec<u32>,
+    starts: Vec<u32>,
 }
 
 impl Live {
     /// How many are fetched ahead.
-    pub const AHEAD: usize = 16;
+    const AHEAD: usize = 16;
+
+    /// Those of group `g`, each with the one that is to be fetched then.
+    pub fn of(&self, g: usize) -> impl Iterator<Item = (usize, usize)> {
+        let here = self.starts[g] as usize..self.starts[g + 1] as usize;
+        let ahead = &self.fours[here.start + Live::AHEAD..];
+        self.fours[here].iter().zip(ahead).map(|(four, ahead)| (*four as usize, *ahead as usize))
+    }
+
+    pub fn groups(&self) -> usize {
+        self.starts.len() - 1
+    }
 
     /// None if they are more than half.
-    fn of(codes: &[i8], group: usize) -> Option<Live> {
+    fn new(codes: &[i8], group: usize) -> Option<Live> {
         let (mut fours, mut starts) = (Vec::with_capacity(codes.len() / 4 + Live::AHEAD), vec![0]);
         for (i, four) in codes.as_chunks::<4>().0.iter().enumerate() {
             if *four != [0; 4] {
@@ -96,7 +107,7 @@ impl Rows {
             }
         });
         if count == 1 {
-            rows.live = Live::of(&rows.codes, group);
+            rows.live = Live::new(&rows.codes, group);
         }
         rows
     }
