@@ -591,7 +591,8 @@ fn states_outlive_a_killed_process() {
     }
 }
 
-/// On a GPU, in a decoder's slots. With up to 4 sequences a row's bits don't depend on its neighbours there either.
+/// On a GPU, in a decoder's slots. In steps of up to 4 sequences a row's bits don't depend on its neighbours there either; prompts that are read together differ in
+/// the last bits, which no token here hangs on.
 #[test]
 #[ignore = "needs a GPU"]
 fn on_a_gpu_a_sequence_is_the_same_in_any_company() {

@@ -179,7 +179,10 @@ impl<'m> Batch<'m> {
     pub fn set_state(&mut self, slot: usize, state: State) -> Result<(), Error> {
         match &mut self.states {
             States::Rows { slots, .. } => slots[slot] = Place::Apart(state),
-            States::Slots { decoder, .. } => decoder.set_state(slot, &state)?,
+            States::Slots { decoder, used } => {
+                decoder.set_state(slot, &state)?;
+                used[slot] = None;
+            }
         }
         Ok(())
     }
