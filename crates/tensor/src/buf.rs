@@ -99,7 +99,11 @@ impl Pool {
             s.stats.reserved += bytes;
             match &self.cuda {
                 _ if self.dry => Data::Dry,
-                None => Data::Host(vec![0.0; len].into_boxed_slice()),
+                None => {
+                    let mut zeros = vec![0.0; len].into_boxed_slice();
+                    crate::pages::ask(&mut zeros);
+                    Data::Host(zeros)
+                }
                 Some(cuda) => {
                     let p = cuda.take(bytes).or_else(|| {
                         // Buffers of other lengths may be in the way.

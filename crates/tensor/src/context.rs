@@ -1,6 +1,7 @@
 use crate::buf::Pool;
 use crate::cuda::Cuda;
 use crate::cuda::DevicePtr;
+use crate::pages::Pages;
 use crate::{Buf, DType, Error, MemoryStats, ThreadPool};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -45,6 +46,7 @@ struct Inner {
     dtype: DType,
     pool: Arc<Pool>,
     threads: ThreadPool,
+    pages: Pages,
     memo: Mutex<HashMap<(usize, &'static str), Table>>,
 }
 
@@ -104,7 +106,14 @@ impl Context {
     }
 
     fn with(device: Device, dtype: DType, pool: Arc<Pool>, threads: usize) -> Context {
-        Context(Arc::new(Inner { device, dtype, pool, threads: ThreadPool::new(threads), memo: Mutex::default() }))
+        Context(Arc::new(Inner {
+            device,
+            dtype,
+            pool,
+            threads: ThreadPool::new(threads),
+            pages: Pages::default(),
+            memo: Mutex::default(),
+        }))
     }
 
     /// The device.
@@ -145,6 +154,11 @@ impl Context {
     /// Whether this is a forecast: buffers have lengths only and operations must not touch them.
     pub fn is_dry(&self) -> bool {
         self.0.pool.is_dry()
+    }
+
+    /// Where weights are kept on the CPU.
+    pub(crate) fn pages(&self) -> &Pages {
+        &self.0.pages
     }
 
     /// The CPU threads.

@@ -2,7 +2,7 @@
 //! 1000 rows streams them once and in order; or coded in fewer bits (`quant/`).
 
 use crate::gemm::{MR, Scratch, pack, tile};
-use crate::lines::Lines;
+use crate::pages::{Lines, Plain};
 use crate::quant::Quantised;
 use crate::{Code, Context, DType, DisjointMut, WeightType};
 use half::{bf16, f16};
@@ -36,12 +36,12 @@ impl Packed {
         ctx: &Context, to: impl Into<WeightType>, n: usize, k: usize, in_out: bool,
         read: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Packed {
-        fn fill<T: Copy + Default + Send>(
+        fn fill<T: Plain + Send>(
             ctx: &Context, (n, k): (usize, usize), in_out: bool, read: impl Fn(usize, &mut [f32]) + Sync,
             round: impl Fn(f32) -> T + Sync,
         ) -> Lines<T> {
             let panels = n.div_ceil(NR);
-            let mut out = Lines::zeros(panels * k * NR);
+            let mut out = ctx.pages().zeros(panels * k * NR);
             let shared = DisjointMut::new(&mut out);
             ctx.threads().run(panels, |p| {
                 // SAFETY: each panel is filled by one task.

@@ -10,7 +10,7 @@ mod neon;
 mod rows;
 
 use crate::codes::{Code, VALUES};
-use crate::lines::Lines;
+use crate::pages::Lines;
 use crate::{Context, DisjointMut};
 use dot::{Panel, dot};
 use half::f16;
@@ -41,7 +41,7 @@ pub(crate) struct Quantised {
     /// [n / 16][groups], from a line of the cache on: codes of 8 bits of four inputs are one.
     codes: Lines<u8>,
     /// [n / 16][groups][16].
-    scales: Vec<f16>,
+    scales: Lines<f16>,
 }
 
 impl Quantised {
@@ -59,8 +59,8 @@ impl Quantised {
         ctx: &Context, code: Code, n: usize, k: usize, read: impl Fn(usize, &mut [u8], &mut [f16]) + Sync,
     ) -> Quantised {
         let (groups, panels) = (k.div_ceil(code.group()), n.div_ceil(NR));
-        let mut codes = Lines::zeros(panels * groups * code.bytes());
-        let mut scales = vec![f16::ZERO; panels * groups * NR];
+        let mut codes = ctx.pages().zeros(panels * groups * code.bytes());
+        let mut scales = ctx.pages().zeros(panels * groups * NR);
         let (all, of) = (DisjointMut::new(&mut codes), DisjointMut::new(&mut scales));
         ctx.threads().run(panels, |p| {
             let here = p * groups..(p + 1) * groups;
