@@ -276,7 +276,11 @@ fn kinds(ctx: &Context, now: &Path) -> Result<Vec<Kind>, Box<dyn std::error::Err
         }
     }
     let ckpt = Checkpoint::open(&now.join("a.safetensors"))?;
-    for (dtype, code, name) in [(Dtype::I8, Code::Int8, "h.safetensors"), (Dtype::Q4, Code::Q4, "i.safetensors")] {
+    for (dtype, code, name) in [
+        (Dtype::I8, Code::Int8, "h.safetensors"),
+        (Dtype::Q4, Code::Q4, "i.safetensors"),
+        (Dtype::Q5, Code::Q5, "j.safetensors"),
+    ] {
         let mut sources = Vec::new();
         for t in ckpt.names().filter_map(|n| ckpt.get(n)) {
             match t.shape() {

@@ -1,4 +1,4 @@
-//! Matrices in 8 or 4 bits, in safetensors files.
+//! Matrices in 8, 5 or 4 bits, in safetensors files.
 //!
 //! A matrix `<name>` [out, in] is stored as codes beside `<name>.scale` F16, one scale for a group of inputs of an output:
 //!
@@ -6,9 +6,11 @@
 //! | --- | --- | --- | --- | --- |
 //! | int8 | I8 [out, in], -127 to 127 | [out, ceil(in / 64)] | `q[o, i] * scale[o, i / 64]` | `anser.int8 = "64"` |
 //! | q4 | U8 [out, in / 2], in a multiple of 32 | [out, in / 32] | `VALUES[q[o, i]] * scale[o, i / 32]` | `anser.q4 = "32"` |
+//! | q5 | U8 [out, in / 32, 20] | [out, in / 32] | `(q[o, i] - 16) * scale[o, i / 32]` | `anser.q5 = "32"` |
 //!
-//! Of a byte of q4 the low half is the code of the even input, the high half of the odd one after it; [`VALUES`] says what the 16 codes stand for. A file may have matrices of
-//! both kinds; everything else is floats. [`crate::Checkpoint`] shows a pair as one tensor, whose values it gives multiplied.
+//! Of a byte of q4 the low half is the code of the even input, the high half of the odd one after it; [`VALUES`] says what the 16 codes stand for. The 20 bytes of
+//! q5 are 16 with the low four bits of codes likewise, then 32 bits, the high ones, that of the first input lowest. A file may have matrices of
+//! all kinds; everything else is floats. [`crate::Checkpoint`] shows a pair as one tensor, whose values it gives multiplied.
 
 use crate::{Dtype, Entry, Error, Source, TensorView};
 use half::f16;
@@ -31,13 +33,14 @@ struct Kind {
     group: usize,
 }
 
-const KINDS: [Kind; 2] = [
+const KINDS: [Kind; 3] = [
     Kind { dtype: Dtype::I8, stored: Dtype::I8, key: "anser.int8", group: 64 },
     Kind { dtype: Dtype::Q4, stored: Dtype::U8, key: "anser.q4", group: 32 },
+    Kind { dtype: Dtype::Q5, stored: Dtype::U8, key: "anser.q5", group: 32 },
 ];
 
 fn kind(dtype: Dtype) -> &'static Kind {
-    if dtype == Dtype::Q4 { &KINDS[1] } else { &KINDS[0] }
+    KINDS.iter().find(|k| k.dtype == dtype).unwrap_or(&KINDS[0])
 }
 
 /// The keys and values of the metadata of a file with matrices of these types, and nothing for other ones.
@@ -53,7 +56,7 @@ pub fn is_key(key: &str) -> bool {
 /// A coded matrix as its file has it.
 #[derive(Clone, Copy)]
 pub struct Coded<'a> {
-    /// [`Dtype::I8`] or [`Dtype::Q4`].
+    /// [`Dtype::I8`], [`Dtype::Q4`] or [`Dtype::Q5`].
     pub dtype: Dtype,
     inputs: usize,
     codes: &'a [u8],
@@ -67,7 +70,8 @@ impl<'a> Coded<'a> {
 
     /// The codes of output `o`, one a byte or two, and the scales of its groups in f16, little-endian.
     pub fn row(&self, o: usize) -> (&'a [u8], &'a [[u8; 2]]) {
-        let (bytes, groups) = (self.inputs / self.dtype.block(), self.inputs.div_ceil(kind(self.dtype).group));
+        let bytes = self.inputs / self.dtype.block() * self.dtype.size();
+        let groups = self.inputs.div_ceil(kind(self.dtype).group);
         (&self.codes[o * bytes..(o + 1) * bytes], &self.scales[o * groups..(o + 1) * groups])
     }
 
@@ -84,10 +88,15 @@ impl<'a> Coded<'a> {
             let scale = f16::from_le_bytes(self.scales[row * per_row + col / group]).to_f32();
             for (i, o) in (at..at + n).zip(&mut out[done..done + n]) {
                 *o = scale
-                    * match (self.dtype, self.codes[i / self.dtype.block()]) {
-                        (Dtype::Q4, two) => VALUES[usize::from(two >> (i % 2 * 4) & 15)].into(),
-                        (_, NO_CODE) => f32::NAN,
-                        (_, code) => f32::from(code as i8),
+                    * match self.dtype {
+                        Dtype::Q4 => VALUES[usize::from(half(self.codes, i))].into(),
+                        Dtype::Q5 => {
+                            let of = &self.codes[i / 32 * 20..][..20];
+                            let high = of[16 + i % 32 / 8] >> (i % 8) & 1;
+                            f32::from((half(of, i % 32) | high << 4) as i8 - 16)
+                        }
+                        _ if self.codes[i] == NO_CODE => f32::NAN,
+                        _ => f32::from(self.codes[i] as i8),
                     };
             }
             done += n;
@@ -95,10 +104,15 @@ impl<'a> Coded<'a> {
     }
 }
 
+/// Code `i` of two a byte.
+fn half(codes: &[u8], i: usize) -> u8 {
+    codes[i / 2] >> (i % 2 * 4) & 15
+}
+
 /// Codes of a matrix as bytes, and the scales.
 pub type Codes = (Vec<u8>, Vec<f16>);
 
-/// The two tensors in which the matrix `t` [out, in] is stored as `dtype`, I8 or Q4; `code` gives codes and scales of its values in the layout of files. A matrix that is
+/// The two tensors in which the matrix `t` [out, in] is stored as `dtype`, I8, Q4 or Q5; `code` gives codes and scales of its values in the layout of files. A matrix that is
 /// coded so already is copied.
 pub fn sources<'a>(
     t: TensorView<'a>, dtype: Dtype, code: impl Fn(&[f32]) -> Codes + 'a,
@@ -135,7 +149,10 @@ pub fn sources<'a>(
     let shape = vec![out, inputs.div_ceil(group)];
     let codes = Source {
         name: t.name().into(),
-        shape: vec![out, inputs / dtype.block()],
+        shape: match dtype {
+            Dtype::Q5 => vec![out, inputs / 32, 20],
+            _ => vec![out, inputs / dtype.block()],
+        },
         dtype: stored,
         values: Box::new(codes),
     };
@@ -157,18 +174,25 @@ pub(crate) fn scales(
                 ));
             }
         }
-        let names: Vec<String> = entries.iter().filter(|(_, e)| e.dtype == stored).map(|(n, _)| n.clone()).collect();
+        // Codes of 4 and 5 bits are told apart by their dimensions.
+        let dimensions = if dtype == Dtype::Q5 { 3 } else { 2 };
+        let other = |e: &Entry| stored == Dtype::U8 && e.shape.len() != dimensions;
+        let mine = entries.iter().filter(|(_, e)| e.dtype == stored && !other(e));
+        let names: Vec<String> = mine.map(|(n, _)| n.clone()).collect();
         for name in names {
             let scale = entries.remove(&format!("{name}{SCALE}"));
             let scale = scale.ok_or_else(|| format!("tensor {name}{SCALE} is missing: the file is incomplete"))?;
             let Some(entry) = entries.get_mut(&name) else {
                 return Err(format!("tensor {name} is the scale of another one: the file is damaged"));
             };
-            let &[out, width] = &entry.shape[..] else {
-                return Err(format!("tensor {name} of {stored} is no matrix"));
+            // The file has as many bytes, so that these are no overflows.
+            let (out, inputs) = match (dtype, &entry.shape[..]) {
+                (Dtype::Q5, &[out, groups, 20]) => (out, groups * group),
+                (Dtype::I8 | Dtype::Q4, &[out, width]) => (out, width * dtype.block()),
+                (_, shape) => {
+                    return Err(format!("tensor {name} of {stored} has dimensions {shape:?} and is no matrix"));
+                }
             };
-            // The file has as many bytes, so that this is no overflow.
-            let inputs = width * dtype.block();
             if scale.dtype != Dtype::F16 || scale.shape != [out, inputs.div_ceil(group)] {
                 let (found, shape) = (scale.dtype, &scale.shape);
                 return Err(format!("tensor {name}{SCALE} is {found} {shape:?} and does not fit its matrix"));

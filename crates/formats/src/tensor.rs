@@ -29,6 +29,8 @@ pub enum Dtype {
     Bool,
     /// Two codes of 4 bits a byte, seen where a file has their scales ([`crate::coded`]).
     Q4,
+    /// 32 codes of 5 bits in 20 bytes, likewise.
+    Q5,
     /// llama.cpp's blocks of 32 or 256 values with common scales, in GGUF files; readers see floats.
     Q4_0,
     /// See [`Dtype::Q4_0`].
@@ -48,11 +50,11 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// Elements of a block, the unit in which values are stored: 1 but for types of 4 bits and llama.cpp's.
+    /// Elements of a block, the unit in which values are stored: 1 but for types of 4 and 5 bits and llama.cpp's.
     pub fn block(self) -> usize {
         match self {
             Dtype::Q4 => 2,
-            Dtype::Q4_0 | Dtype::Q4_1 | Dtype::Q5_0 | Dtype::Q5_1 | Dtype::Q8_0 => 32,
+            Dtype::Q5 | Dtype::Q4_0 | Dtype::Q4_1 | Dtype::Q5_0 | Dtype::Q5_1 | Dtype::Q8_0 => 32,
             Dtype::Q4K | Dtype::Q5K | Dtype::Q6K => 256,
             _ => 1,
         }
@@ -66,7 +68,7 @@ impl Dtype {
             Dtype::F16 | Dtype::BF16 | Dtype::I16 => 2,
             Dtype::I8 | Dtype::U8 | Dtype::Bool | Dtype::Q4 => 1,
             Dtype::Q4_0 => 18,
-            Dtype::Q4_1 => 20,
+            Dtype::Q5 | Dtype::Q4_1 => 20,
             Dtype::Q5_0 => 22,
             Dtype::Q5_1 => 24,
             Dtype::Q8_0 => 34,
@@ -90,6 +92,7 @@ impl Dtype {
             Dtype::U8 => "U8",
             Dtype::Bool => "BOOL",
             Dtype::Q4 => "Q4",
+            Dtype::Q5 => "Q5",
             Dtype::Q4_0 => "Q4_0",
             Dtype::Q4_1 => "Q4_1",
             Dtype::Q5_0 => "Q5_0",
@@ -194,7 +197,7 @@ impl<'a> TensorView<'a> {
                 }
             }
             Dtype::F16 => self.read(data, start, out, |b| f16::from_le_bytes(b).to_f32()),
-            Dtype::I8 | Dtype::Q4 => match self.coded() {
+            Dtype::I8 | Dtype::Q4 | Dtype::Q5 => match self.coded() {
                 Some(coded) => coded.read(start, out),
                 None => return Err(coded::missing(self.name)),
             },

@@ -348,8 +348,10 @@ proptest::proptest! {
 fn some_codes(dtype: Dtype, values: usize) -> coded::Codes {
     let byte =
         |i: usize| if dtype == Dtype::I8 { ((i * 37 % 255) as i32 - 127) as i8 as u8 } else { (i * 89 % 256) as u8 };
-    let (bytes, scales) =
-        if dtype == Dtype::I8 { (values, 2 * values.div_ceil(100)) } else { (values / 2, values / 32) };
+    let (bytes, scales) = match dtype {
+        Dtype::I8 => (values, 2 * values.div_ceil(100)),
+        _ => (values / dtype.block() * dtype.size(), values / 32),
+    };
     ((0..bytes).map(byte).collect(), (0..scales).map(|i| half::f16::from_f32(0.25 * (i as f32 - 1.5))).collect())
 }
 
@@ -359,7 +361,9 @@ fn coded_matrices_are_one_tensor_with_values() {
     std::fs::create_dir_all(&folder).unwrap();
     let [plain, small, again] = ["a", "b", "c"].map(|n| folder.join(format!("{n}.safetensors")));
     // With 8 bits groups of 64 and a shorter one.
-    for (dtype, inputs, key, group) in [(Dtype::I8, 100, "anser.int8", 64), (Dtype::Q4, 96, "anser.q4", 32)] {
+    for (dtype, inputs, key, group) in
+        [(Dtype::I8, 100, "anser.int8", 64), (Dtype::Q4, 96, "anser.q4", 32), (Dtype::Q5, 96, "anser.q5", 32)]
+    {
         let values = vec![1.0; 3 * inputs];
         let source = Source::new("head.weight", &[3, inputs], Dtype::F32, &values);
         write_safetensors(&plain, &[source], &BTreeMap::new()).unwrap();
@@ -374,9 +378,15 @@ fn coded_matrices_are_one_tensor_with_values() {
         assert_eq!((view.dtype(), view.shape()), (dtype, &[3, inputs][..]));
         let (codes, scales) = some_codes(dtype, 3 * inputs);
         let want = |i: usize| {
+            let half = |codes: &[u8], i: usize| usize::from(codes[i / 2] >> (i % 2 * 4) & 15);
             let code = match dtype {
                 Dtype::I8 => codes[i] as i8,
-                _ => coded::VALUES[usize::from(codes[i / 2] >> (i % 2 * 4) & 15)],
+                Dtype::Q4 => coded::VALUES[half(&codes, i)],
+                _ => {
+                    let of = &codes[i / 32 * 20..][..20];
+                    let high = u32::from_le_bytes(*of.last_chunk().unwrap()) >> (i % 32) & 1;
+                    half(of, i % 32) as i8 + 16 * high as i8 - 16
+                }
             };
             f32::from(code) * scales[i / inputs * inputs.div_ceil(group) + i % inputs / group].to_f32()
         };

@@ -158,15 +158,17 @@ fn packed_layout(name: &str) -> Option<bool> {
     }
 }
 
-/// How a tensor is kept in memory when matrices are kept in this type; `None` for a vector, which stays f32. With 8 and 4 bits the low-rank maps are f16: there is little of
-/// them. The embedding, of which a row is read, has 8 bits at least, and so has the head: a third of what 4 bits would change in the predictions is of that one matrix. So have
-/// matrices whose inputs make no whole groups of 4 bits.
+/// How a tensor is kept in memory when matrices are kept in this type; `None` for a vector, which stays f32. With 8 bits and fewer the low-rank maps are f16: there is little of
+/// them. The embedding, of which a row is read, has 8 bits at least, and so have matrices whose inputs make no whole groups of 4 bits. With 4 bits the head has 5: a third of what
+/// 4 would change in the predictions is of that one matrix.
 pub fn kept_as(kept: WeightType, name: &str, shape: &[usize]) -> Option<WeightType> {
     let in_out = packed_layout(name)?;
     let whole = shape.last().is_some_and(|k| k.is_multiple_of(Code::Q4.group()));
     Some(match kept {
-        WeightType::Int8 | WeightType::Q4 if in_out => DType::F16.into(),
-        WeightType::Q4 if !whole || name.ends_with("emb.weight") || name.ends_with("head.weight") => WeightType::Int8,
+        WeightType::Float(_) => kept,
+        _ if in_out => DType::F16.into(),
+        WeightType::Q4 | WeightType::Q5 if !whole || name.ends_with("emb.weight") => WeightType::Int8,
+        WeightType::Q4 if name.ends_with("head.weight") => WeightType::Q5,
         _ => kept,
     })
 }
@@ -464,6 +466,7 @@ fn code(file: Dtype) -> Option<(Code, WeightType)> {
     match file {
         Dtype::I8 => Some((Code::Int8, WeightType::Int8)),
         Dtype::Q4 => Some((Code::Q4, WeightType::Q4)),
+        Dtype::Q5 => Some((Code::Q5, WeightType::Q5)),
         _ => None,
     }
 }
@@ -616,7 +619,14 @@ mod tests {
         use anser_tensor::{Context, DType, WeightType};
         let (ctx, config) = (Context::cpu(1), Config::new(2, 64, 300));
         let mut model = Model::init(&ctx, &config, Init::Noise, 1).unwrap();
-        let all = [DType::F32.into(), DType::F16.into(), DType::BF16.into(), WeightType::Int8, WeightType::Q4];
+        let all = [
+            DType::F32.into(),
+            DType::F16.into(),
+            DType::BF16.into(),
+            WeightType::Int8,
+            WeightType::Q5,
+            WeightType::Q4,
+        ];
         let print = |m: &Model, kept: WeightType| m.packed(&ctx, kept).exact_fingerprint();
         let mut prints = all.map(|kept| print(&model, kept)).to_vec();
         assert_eq!(prints, all.map(|kept| print(&model, kept)));
@@ -626,7 +636,7 @@ mod tests {
         assert!(model.packed(&ctx, DType::F32).fingerprint() == model.packed(&ctx, WeightType::Q4).fingerprint());
         prints.sort();
         prints.dedup();
-        assert_eq!(prints.len(), 10);
+        assert_eq!(prints.len(), 2 * all.len());
     }
 
     #[test]

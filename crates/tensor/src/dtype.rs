@@ -78,6 +78,8 @@ pub enum WeightType {
     Int8,
     /// 4 bits that stand for 16 values, with a scale in f16 for 32 inputs: 4.5 bits a weight. Products as for `Int8`.
     Q4,
+    /// 5 bits, 32 even steps, with a scale in f16 for 32 inputs: 5.5 bits a weight. Products as for `Int8`.
+    Q5,
 }
 
 impl WeightType {
@@ -87,6 +89,7 @@ impl WeightType {
             WeightType::Float(dtype) => weights * dtype.size(),
             WeightType::Int8 => weights / 32 * 33,
             WeightType::Q4 => weights / 16 * 9,
+            WeightType::Q5 => weights / 16 * 11,
         }
     }
 }
@@ -103,6 +106,7 @@ impl fmt::Display for WeightType {
             WeightType::Float(dtype) => dtype.fmt(f),
             WeightType::Int8 => f.write_str("int8"),
             WeightType::Q4 => f.write_str("q4"),
+            WeightType::Q5 => f.write_str("q5"),
         }
     }
 }

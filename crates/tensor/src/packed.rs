@@ -78,6 +78,7 @@ impl Packed {
             }
             WeightType::Int8 => coded(Code::Int8, &read),
             WeightType::Q4 => coded(Code::Q4, &read),
+            WeightType::Q5 => coded(Code::Q5, &read),
         };
         Packed { n, k, data }
     }
@@ -109,6 +110,7 @@ impl Packed {
             Data::Coded(w) => match w.code() {
                 Code::Int8 => WeightType::Int8,
                 Code::Q4 => WeightType::Q4,
+                Code::Q5 => WeightType::Q5,
             },
         }
     }

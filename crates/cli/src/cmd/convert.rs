@@ -70,6 +70,7 @@ fn to_official(
         let code = match dtype {
             Dtype::I8 => Code::Int8,
             Dtype::Q4 => Code::Q4,
+            Dtype::Q5 => Code::Q5,
             _ => {
                 let values = move || {
                     let values = t.to_f32_vec()?;
@@ -101,6 +102,7 @@ fn of_coded(kept: WeightType, t: &TensorView<'_>) -> Dtype {
     match kept_as(kept, t.name(), t.shape()) {
         Some(WeightType::Int8) => Dtype::I8,
         Some(WeightType::Q4) => Dtype::Q4,
+        Some(WeightType::Q5) => Dtype::Q5,
         Some(WeightType::Float(dtype)) => of_float(dtype),
         None => in_floats(t),
     }

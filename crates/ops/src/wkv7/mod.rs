@@ -37,7 +37,10 @@ mod panels;
 
 use crate::rows::next_arena;
 use crate::{Segment, Tape, Var};
-use anser_tensor::{Buf, Context, DisjointMut, math, simd::vectorize};
+use anser_tensor::{
+    Buf, Context, DisjointMut, math,
+    simd::{prefetch, vectorize},
+};
 use panels::{LANES, Panel, from_panels, to_panels};
 use std::sync::Arc;
 
@@ -207,9 +210,19 @@ fn forward<const N: usize>(
         let (i, h) = (task / heads, task % heads);
         let seg = shape.segments[i];
         let head = Head { inputs: inputs.map(|x| x.get(h * N..).unwrap_or_default()), stride: c, offset: h * N };
+        let next = seg.state_out.zip(new.as_ref()).map(|(slot, new)| {
+            let at = (slot * heads + h) * N * N;
+            // SAFETY: no two segments share a `state_out`.
+            unsafe { new.get(at..at + N * N) }
+        });
+        if let Some(next) = &next {
+            prefetch(next);
+        }
         let mut s = vec![[[0f32; LANES]; N]; N / LANES];
         if let Some(slot) = seg.state_in {
-            to_panels(&arena[(slot * heads + h) * N * N..][..N * N], &mut s);
+            let state = &arena[(slot * heads + h) * N * N..][..N * N];
+            prefetch(state);
+            to_panels(state, &mut s);
         }
         let mut d = [[0f32; N]; BLOCK];
         for first in (0..seg.len).step_by(BLOCK) {
@@ -231,10 +244,8 @@ fn forward<const N: usize>(
                 },
             );
         }
-        if let (Some(new), Some(slot)) = (&new, seg.state_out) {
-            let at = (slot * heads + h) * N * N;
-            // SAFETY: no two segments share a `state_out`.
-            from_panels(&s, unsafe { new.get(at..at + N * N) });
+        if let Some(next) = next {
+            from_panels(&s, next);
         }
     });
 }

@@ -1,4 +1,4 @@
-//! Weights of 8 or 4 bits (`codes.rs`), multiplied in integers.
+//! Weights of 8, 5 or 4 bits (`codes.rs`), multiplied in integers.
 //!
 //! Activations are rounded to 8 bits by the same groups, each row by itself. Sums over a
 //! group are exact integers, and groups are added in order by fused multiply-adds, so that an element of a product is the same to the bit
@@ -25,10 +25,7 @@ const TASK: usize = 8;
 impl Code {
     /// Bytes of the codes of a group of a panel.
     const fn bytes(self) -> usize {
-        match self {
-            Code::Int8 => NR * self.group(),
-            Code::Q4 => NR * self.group() / 2,
-        }
+        NR * self.group() * self.bits() / 8
     }
 }
 
@@ -98,7 +95,7 @@ impl Quantised {
         Panel {
             codes: &self.codes()[at.start * self.code.bytes()..at.end * self.code.bytes()],
             scales: &self.scales[at.start * NR..at.end * NR],
-            nibbles: self.code == Code::Q4,
+            code: self.code,
             group: self.code.group(),
         }
     }
@@ -140,15 +137,15 @@ impl Quantised {
             return dot(self.some(p, 0, self.groups), x.tile(0, 0, self.groups), acc);
         }
         let at_once = BLOCK / self.code.group();
-        // Codes of 4 bits are looked up once for all rows.
+        // Codes of fewer bits are looked up once for all rows.
         let mut wide = [0; BLOCK * NR];
         for first in (0..self.groups).step_by(at_once) {
             let groups = at_once.min(self.groups - first);
             let mut panel = self.some(p, first, groups);
-            if panel.nibbles {
-                let wide = &mut wide[..2 * panel.codes.len()];
-                dot::widen(panel.codes, wide);
-                panel = Panel { codes: wide, nibbles: false, ..panel };
+            if panel.code != Code::Int8 {
+                let wide = &mut wide[..groups * panel.group * NR];
+                dot::widen(panel.code, panel.codes, wide);
+                panel = Panel { codes: wide, code: Code::Int8, ..panel };
             }
             for (t, acc) in acc.chunks_mut(x.most()).enumerate() {
                 dot(panel, x.tile(t, first, groups), acc);
@@ -161,8 +158,16 @@ impl Quantised {
 fn value(code: Code, codes: &[u8], i: usize, j: usize) -> i8 {
     match code {
         Code::Int8 => codes[j / 4 * 4 * NR + 4 * i + j % 4] as i8,
-        Code::Q4 => VALUES[usize::from(codes[j / 4 * 2 * NR + i % 8 * 4 + j % 4] >> (i / 8 * 4) & 15)],
+        Code::Q4 => VALUES[usize::from(low_bits(codes, i, j))],
+        Code::Q5 => {
+            let high = codes[dot::HIGH + j / 4 * 8 + i / 2] >> (i % 2 * 4 + j % 4) & 1;
+            (low_bits(codes, i, j) | high << 4) as i8 - 16
+        }
     }
+}
+
+fn low_bits(codes: &[u8], i: usize, j: usize) -> u8 {
+    codes[j / 4 * 2 * NR + i % 8 * 4 + j % 4] >> (i / 8 * 4) & 15
 }
 
 /// Puts the codes of a group of output `i` where a panel has them.
@@ -171,13 +176,19 @@ fn place(code: Code, codes: &mut [u8], i: usize, from: &[u8]) {
         Code::Int8 => from.chunks(4).zip(codes.chunks_exact_mut(4 * NR)).for_each(|(from, codes)| {
             codes[4 * i..4 * i + from.len()].copy_from_slice(from);
         }),
-        Code::Q4 => from.chunks(2).zip(codes.chunks_exact_mut(2 * NR)).for_each(|(from, codes)| {
-            for (j, byte) in from.iter().enumerate() {
-                let at = i % 8 * 4 + 2 * j;
-                codes[at] |= (byte & 15) << (i / 8 * 4);
-                codes[at + 1] |= (byte >> 4) << (i / 8 * 4);
+        Code::Q4 | Code::Q5 => {
+            let (low, high) = from.split_at(from.len().min(16));
+            for (from, codes) in low.chunks(2).zip(codes.chunks_exact_mut(2 * NR)) {
+                for (j, byte) in from.iter().enumerate() {
+                    let at = i % 8 * 4 + 2 * j;
+                    codes[at] |= (byte & 15) << (i / 8 * 4);
+                    codes[at + 1] |= (byte >> 4) << (i / 8 * 4);
+                }
             }
-        }),
+            for (q, byte) in high.iter().flat_map(|byte| [byte & 15, byte >> 4]).enumerate() {
+                codes[dot::HIGH + q * 8 + i / 2] |= byte << (i % 2 * 4);
+            }
+        }
     }
 }
 
@@ -215,7 +226,7 @@ mod tests {
         let (n, k) = (64, 768);
         let w = noise(n * k, 1);
         // Q4_K, with as many bits, is at 0.078 if scales are not searched and cannot be below 0.070.
-        for (code, most) in [(Code::Int8, 0.0065), (Code::Q4, 0.075)] {
+        for (code, most) in [(Code::Int8, 0.0065), (Code::Q5, 0.04), (Code::Q4, 0.072)] {
             let q = coded(&ctx, code, n, k, &w);
             assert!(error(&weights(&q), &w) < most, "{code:?}: {}", error(&weights(&q), &w));
         }
@@ -230,7 +241,7 @@ mod tests {
             [(1, 1), (16, 64), (17, 65), (40, 300), (3, 31), (130, 96), (33, 1000)].into_iter().enumerate()
         {
             let (w, x) = (noise(n * k, seed as u64), noise(40 * k, 100 + seed as u64));
-            for code in [Code::Int8, Code::Q4] {
+            for code in Code::ALL {
                 let q = coded(&Context::cpu(3), code, n, k, &w);
                 // Plainly, from the codes.
                 let group = code.group();
@@ -270,7 +281,7 @@ mod tests {
 
     #[test]
     fn every_instruction_set_gives_the_same_bits() {
-        for (code, m) in [Code::Int8, Code::Q4].into_iter().flat_map(|c| (1..=12).map(move |m| (c, m))) {
+        for (code, m) in Code::ALL.into_iter().flat_map(|c| (1..=12).map(move |m| (c, m))) {
             let k = 3 * code.group() - 5;
             let (ctx, w, x) = (Context::cpu(1), noise(NR * k, 5), noise(m * k, 6));
             let q = coded(&ctx, code, NR, k, &w);
@@ -285,12 +296,12 @@ mod tests {
                 assert!(got == want, "{code:?}, {m} rows, {name}");
             };
             same(&|acc| dot(panel, tile, acc), "chosen");
-            if code == Code::Q4 {
-                let mut wide = [vec![0; 2 * panel.codes.len()], vec![0; 2 * panel.codes.len()]];
-                dot::widen(panel.codes, &mut wide[0]);
-                dot::widen_scalar(panel.codes, &mut wide[1]);
+            if code != Code::Int8 {
+                let mut wide = [vec![0; 3 * code.group() * NR], vec![0; 3 * code.group() * NR]];
+                dot::widen(code, panel.codes, &mut wide[0]);
+                dot::widen_scalar(code, panel.codes, &mut wide[1]);
                 assert!(wide[0] == wide[1]);
-                same(&|acc| dot::scalar(Panel { codes: &wide[0], nibbles: false, ..panel }, tile, acc), "widened");
+                same(&|acc| dot::scalar(Panel { codes: &wide[0], code: Code::Int8, ..panel }, tile, acc), "widened");
             }
             #[cfg(target_arch = "x86_64")]
             if m == 6 && crate::simd::has_avx2() {
@@ -298,8 +309,9 @@ mod tests {
                     // SAFETY: the features are there; there are six rows.
                     unsafe {
                         match code {
-                            Code::Int8 => dot::x86::avx2::<6, false, false>(panel, tile, acc),
-                            Code::Q4 => dot::x86::avx2::<6, true, false>(panel, tile, acc),
+                            Code::Int8 => dot::x86::avx2::<6, 8, false>(panel, tile, acc),
+                            Code::Q4 => dot::x86::avx2::<6, 4, false>(panel, tile, acc),
+                            Code::Q5 => dot::x86::avx2::<6, 5, false>(panel, tile, acc),
                         }
                     }
                 };
@@ -310,7 +322,7 @@ mod tests {
 
     #[test]
     fn weights_of_zeros_are_not_read() {
-        for code in [Code::Int8, Code::Q4] {
+        for code in Code::ALL {
             let k = 5 * code.group() + 7;
             let (ctx, w, mut x) = (Context::cpu(1), noise(20 * k, 5), noise(k, 6));
             x.iter_mut().enumerate().filter(|(j, _)| j % 11 < 9 || j / code.group() == 2).for_each(|(_, v)| *v = 0.0);
@@ -332,8 +344,9 @@ mod tests {
                 // SAFETY: the features are there; there is one row with what is live.
                 unsafe {
                     match code {
-                        Code::Int8 => dot::x86::avx2::<1, false, true>(panel, tile, &mut got),
-                        Code::Q4 => dot::x86::avx2::<1, true, true>(panel, tile, &mut got),
+                        Code::Int8 => dot::x86::avx2::<1, 8, true>(panel, tile, &mut got),
+                        Code::Q4 => dot::x86::avx2::<1, 4, true>(panel, tile, &mut got),
+                        Code::Q5 => dot::x86::avx2::<1, 5, true>(panel, tile, &mut got),
                     }
                 }
                 assert_eq!(got, want);
@@ -346,7 +359,7 @@ mod tests {
     #[test]
     fn extreme_weights_and_activations() {
         let ctx = Context::cpu(1);
-        for code in [Code::Int8, Code::Q4] {
+        for code in Code::ALL {
             for w in [0.0, 1e-12, 6e4, -3e7] {
                 let q = coded(&ctx, code, 1, 64, &[w; 64]);
                 assert!(weights(&q).iter().all(|v| v.is_finite() && (v - w).abs() <= w.abs()), "{code:?} {w}");

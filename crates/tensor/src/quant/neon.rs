@@ -1,9 +1,9 @@
 //! Products on ARM, by the instruction that adds four products of 8 bits to a sum (`sdot`, ARMv8.2's dot products).
 
 use super::NR;
-use super::dot::Panel;
+use super::dot::{HIGH, Panel};
 use super::rows::Tile;
-use crate::codes::VALUES;
+use crate::codes::{Code, VALUES};
 use std::arch::aarch64::*;
 use std::arch::asm;
 
@@ -31,22 +31,32 @@ pub(super) fn dot(panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]]) -> bool 
 unsafe fn rows<const M: usize>(panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]]) {
     // SAFETY: by the caller's promise.
     unsafe {
-        let (table, low) = (vld1q_s8(VALUES.as_ptr()), vdupq_n_u8(15));
-        let (fours, mut scales) = (panel.group / 4, x.scales.as_ptr());
+        let even: [i8; 16] = std::array::from_fn(|i| i as i8 - 16);
+        let (table, low) = (vld1q_s8(if panel.code == Code::Q5 { &even } else { &VALUES }.as_ptr()), vdupq_n_u8(15));
+        let bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040_2010_0804_0201));
+        let (fours, bytes, mut scales) = (panel.group / 4, panel.bytes(), x.scales.as_ptr());
         for (g, of) in panel.scales.chunks_exact(NR).enumerate() {
             let mut sums = [[vdupq_n_s32(0); 4]; M];
             let mut four = |i: usize| {
                 let (from, codes) = (panel.codes.as_ptr(), x.codes.as_ptr().add(i * 4 * M));
                 // Each of four outputs, of each four inputs.
-                let weights = if panel.nibbles {
-                    let from = from.add(i * 32);
+                let (group, q) = (from.add(i / fours * bytes), i % fours);
+                let mut weights = if panel.code == Code::Int8 {
+                    std::array::from_fn(|half| vld1q_s8(group.add(64 * q + 16 * half).cast()))
+                } else {
+                    let from = group.add(32 * q);
                     let (a, b) = (vld1q_u8(from), vld1q_u8(from.add(16)));
                     [vandq_u8(a, low), vandq_u8(b, low), vshrq_n_u8::<4>(a), vshrq_n_u8::<4>(b)]
                         .map(|codes| vqtbl1q_s8(table, codes))
-                } else {
-                    let from = from.add(i * 64);
-                    std::array::from_fn(|i| vld1q_s8(from.add(16 * i).cast()))
                 };
+                if panel.code == Code::Q5 {
+                    for (i, w) in weights.iter_mut().enumerate() {
+                        let high = group.add(HIGH + 8 * q + 2 * i);
+                        let bits = vcombine_u8(vdup_n_u8(*high), vdup_n_u8(*high.add(1)));
+                        let larger = vandq_u8(vtstq_u8(bits, bit), vdupq_n_u8(16));
+                        *w = vaddq_s8(*w, vreinterpretq_s8_u8(larger));
+                    }
+                }
                 for (r, sums) in sums.iter_mut().enumerate() {
                     let four = vdupq_n_s32(codes.add(4 * r).cast::<i32>().read_unaligned());
                     sums.iter_mut().zip(weights).for_each(|(sum, w)| *sum = add(*sum, w, four));

@@ -179,8 +179,10 @@ fn round(x: &[f32], codes: &mut [i8; 64]) -> f32 {
         return 0.0;
     }
     let inverse = 127.0 / largest;
+    // A number of this size has whole numbers in its last bits: adding rounds to the nearest, of two the even one.
+    const WHOLE: f32 = 12_582_912.0;
     for (c, v) in codes.iter_mut().zip(&padded) {
-        *c = (v * inverse).round_ties_even() as i32 as i8;
+        *c = (v * inverse + WHOLE).to_bits() as i8;
     }
     largest / 127.0
 }
