@@ -3,14 +3,13 @@
 use crate::profile::Limits;
 use anser_data::Batch;
 use anser_infer::{Decoder, Session};
-use anser_model::{Cache, Config, Init, Model};
+use anser_model::{Config, Init, Model};
 use anser_ops::attention::Chunks;
 use anser_ops::{ParamSet, Tape, Var, batch, wkv7::Wkv7Inputs};
 use anser_tensor::cuda::Span;
 use anser_tensor::{Context, DType, WeightType, bench, memory};
 use anser_tokenizer::Tokenizer;
 use anser_train::{Bptt, Hyper, Recompute, RecomputeMode, Schedule, Settings, Trainer};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// Speed of training.
@@ -338,52 +337,8 @@ pub fn tokenize(tokenizer: &Tokenizer) -> Tokenize {
     Tokenize { bytes_per_second: text.len() as f64 / seconds, bytes: text.len(), tokens }
 }
 
-/// Decoding around one position of a long sequence.
-#[derive(Clone, Copy, Debug, serde::Serialize)]
-pub struct Position {
-    /// Tokens before it.
-    pub position: usize,
-    /// Seconds a token, median over the stretch that ends here.
-    pub seconds: f64,
-    /// Bytes of the state.
-    pub bytes: usize,
-    /// Bytes of resident memory of the process; 0 where the system doesn't say.
-    pub resident: u64,
-}
-
-/// Decodes `tokens` tokens one by one with a model of noise, what its attention keeps bounded by `cache`; looks at ten positions, each told to `on`
-/// at once. When `stop` becomes true, those that there are come back.
-///
-/// # Errors
-/// When the bound doesn't fit the model, or memory runs out.
-pub fn flat(
-    ctx: &Context, config: &Config, kept: WeightType, cache: Option<Cache>, tokens: usize, stop: &AtomicBool,
-    on: &mut dyn FnMut(&Position),
-) -> Result<Vec<Position>, crate::Error> {
-    let model = Model::noise(ctx, config, kept, 1)?;
-    let mut session = Session::new(ctx, &model);
-    if let Some(cache) = cache {
-        session = session.bounded(cache)?;
-    }
-    let stretch = tokens.div_ceil(10).max(1);
-    let (mut seconds, mut out) = (Vec::new(), Vec::new());
-    for i in 1..=tokens {
-        let start = Instant::now();
-        session.feed(&[(i * 7919 % config.vocab_size) as u32])?;
-        seconds.push(start.elapsed().as_secs_f64());
-        if i.is_multiple_of(stretch) || i == tokens {
-            let seconds = median(std::mem::take(&mut seconds));
-            out.push(Position { position: i, seconds, bytes: session.bytes(), resident: resident() });
-            out.last().into_iter().for_each(&mut *on);
-        }
-        if stop.load(Ordering::SeqCst) {
-            break;
-        }
-    }
-    Ok(out)
-}
-
-fn resident() -> u64 {
+/// Bytes of resident memory of the process; 0 where the system doesn't say.
+pub(crate) fn resident() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
     statm.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0) * 4096
 }

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod debug;
 pub mod digits;
 pub mod experiment;
+pub mod flat;
 pub mod long;
 pub mod needle;
 pub mod pairs;

@@ -1,7 +1,8 @@
 use crate::Error;
 use crate::session::{piece, read};
-use anser_model::{DecodeStep, LayerState, Model, Part, State};
+use anser_model::{AttentionState, DecodeStep, LayerState, Model, Part, State};
 use anser_ops::Var;
+use anser_ops::attention::Past;
 use anser_ops::choose::{Draw, choose};
 use anser_tensor::cuda::{Cuda, Graph, Pinned};
 use anser_tensor::{Buf, Context, DType, DisjointMut};
@@ -14,7 +15,8 @@ const COPIED: usize = 1 << 17;
 
 /// Many sequences decoded together on a GPU: every slot holds one, whose state is advanced in place.
 ///
-/// A step launches work that was recorded once for its number of sequences; addresses are fixed for the life of the decoder.
+/// A step launches work that was recorded once for its number of sequences; addresses are fixed for the life of the decoder. What attention keeps is a
+/// [`Past`] of every slot as elsewhere, and is shared with whoever has a copy of the state; where it is stands in memory that the recorded work reads.
 pub struct Decoder<'m> {
     // Recorded work first: it must go before the buffers that it uses.
     graphs: HashMap<usize, Graph>,
@@ -29,8 +31,8 @@ pub struct Decoder<'m> {
     chosen: Buf,
     /// A state in f32 on its way to the host.
     leaving: Option<(Buf, Pinned)>,
-    /// Sequences of the last step.
-    last: usize,
+    /// The slots of the last step.
+    last: Vec<usize>,
     /// Steps of so few sequences that rows under zeros are skipped.
     few_steps: usize,
     cuda: Arc<Cuda>,
@@ -83,7 +85,7 @@ impl<'m> Decoder<'m> {
             draws,
             chosen,
             leaving: None,
-            last: 0,
+            last: Vec::new(),
             few_steps: 0,
             cuda,
             ctx: ctx.clone(),
@@ -111,10 +113,10 @@ impl<'m> Decoder<'m> {
     /// When a token or slot doesn't exist or a slot is named twice; nothing has happened then.
     pub fn feed(&mut self, sequences: &[(usize, u32)]) -> Result<(), Error> {
         self.check_inputs(sequences)?;
-        self.last = sequences.len();
+        self.last = sequences.iter().map(|s| s.0).collect();
         if !sequences.is_empty() {
             self.begin(sequences);
-            self.run(sequences.len());
+            self.run();
         }
         Ok(())
     }
@@ -124,8 +126,8 @@ impl<'m> Decoder<'m> {
     /// # Errors
     /// When there were not as many, or the device has failed.
     pub fn logits(&mut self, of: Range<usize>) -> Result<&[f32], Error> {
-        if of.start > of.end || of.end > self.last {
-            return Err(Error::State(format!("logits {of:?} of a step of {} sequences", self.last)));
+        if of.start > of.end || of.end > self.last.len() {
+            return Err(Error::State(format!("logits {of:?} of a step of {} sequences", self.last.len())));
         }
         let (vocab, n) = (self.model.config().vocab_size, of.len());
         self.output.receive(self.step.logits().offset(of.start * vocab, DType::F32), n * vocab);
@@ -140,8 +142,8 @@ impl<'m> Decoder<'m> {
     /// # Errors
     /// When there were not as many, or the device has failed.
     pub fn choose(&mut self, draws: &[Draw]) -> Result<Vec<Option<u32>>, Error> {
-        if draws.len() > self.step.most() || draws.iter().any(|d| d.row >= self.last) {
-            return Err(Error::State(format!("tokens of a step of {} sequences", self.last)));
+        if draws.len() > self.step.most() || draws.iter().any(|d| d.row >= self.last.len()) {
+            return Err(Error::State(format!("tokens of a step of {} sequences", self.last.len())));
         }
         // Until the step has taken its input.
         self.cuda.synchronize();
@@ -167,8 +169,8 @@ impl<'m> Decoder<'m> {
             return Ok(sequences.iter().map(|s| s.1).collect());
         }
         self.begin(sequences);
-        (0..steps).for_each(|_| self.run(n));
-        self.last = n;
+        self.last = sequences.iter().map(|s| s.0).collect();
+        (0..steps).for_each(|_| self.run());
         self.output.receive(self.step.tokens(), n);
         self.cuda.synchronize();
         self.ctx.check()?;
@@ -204,9 +206,17 @@ impl<'m> Decoder<'m> {
         self.input.send(self.step.slots(), n, n);
     }
 
-    /// One step of `n` sequences: recorded the second time.
-    fn run(&mut self, n: usize) {
+    /// One step of the sequences in the slots of `last`.
+    fn run(&mut self) {
+        let n = self.last.len();
         self.few_steps += usize::from(n <= 4);
+        self.step.prepare(&mut self.state, &self.last);
+        self.launch(n);
+        self.step.finish(&mut self.state, &self.last);
+    }
+
+    /// The kernels of a step of `n` sequences: recorded the second time.
+    fn launch(&mut self, n: usize) {
         if self.warm.insert(n) {
             return self.step.run(&self.state, n);
         }
@@ -226,14 +236,27 @@ impl<'m> Decoder<'m> {
     pub fn prefill(&mut self, slot: usize, tokens: &[u32]) -> Result<Vec<f32>, Error> {
         let mut state = self.state(slot)?;
         let mut logits = Vec::new();
-        for piece in tokens.chunks(piece(&self.ctx)) {
-            (logits, state) = read(&self.ctx, self.model, piece, 1, &state)?;
+        let mut rest = tokens;
+        while !rest.is_empty() {
+            let now;
+            (now, rest) = rest.split_at(rest.len().min(piece(&self.ctx)).min(state.room(0)));
+            (logits, state) = read(&self.ctx, self.model, now, 1, &state)?;
         }
         self.set_state(slot, &state)?;
         if logits.is_empty() { Err(Error::Empty) } else { Ok(logits) }
     }
 
-    /// A copy of a slot's state, as a state of one slot in f32.
+    /// Tokens that a slot may read until its attention gives up a part of its past ([`State::room`]).
+    pub fn room(&self, slot: usize) -> usize {
+        self.state.room(slot)
+    }
+
+    /// What attention keeps of a slot, one past for each block.
+    pub fn pasts(&self, slot: usize) -> impl Iterator<Item = &Past> {
+        self.state.attention.iter().map(move |a| &a.pasts[slot])
+    }
+
+    /// A copy of a slot's state, as a state of one slot in f32; what attention keeps is shared.
     ///
     /// # Errors
     /// When there is no such slot.
@@ -250,7 +273,13 @@ impl<'m> Decoder<'m> {
             let (att_x, wkv, ffn_x) = (part(&l.att_x), in_f32(&l.wkv), part(&l.ffn_x));
             LayerState { att_x, wkv, ffn_x }
         };
-        Ok(State { layers: self.state.layers.iter().map(layer).collect(), attention: Vec::new(), cache: None })
+        let attention =
+            |a: &AttentionState| AttentionState { ffn_x: part(&a.ffn_x), pasts: vec![a.pasts[slot].clone()] };
+        Ok(State {
+            layers: self.state.layers.iter().map(layer).collect(),
+            attention: self.state.attention.iter().map(attention).collect(),
+            cache: self.state.cache,
+        })
     }
 
     /// The values of a slot's state on the host, in the order of [`State::vars`].
@@ -288,7 +317,7 @@ impl<'m> Decoder<'m> {
         Ok(values)
     }
 
-    /// Puts a state of one slot into a slot.
+    /// Puts a state of one slot into a slot. A bound on what attention keeps is then that of all slots.
     ///
     /// # Errors
     /// When there is no such slot.
@@ -307,6 +336,14 @@ impl<'m> Decoder<'m> {
                 self.cuda.round(wide.ptr(), at, n, dtype);
             }
         }
+        for (to, from) in self.state.attention.iter_mut().zip(&state.attention) {
+            to.pasts[slot] = from.pasts[0].clone();
+        }
+        if self.state.cache != state.cache {
+            // What is noted of a token is part of the recorded work.
+            self.state.cache = state.cache;
+            self.graphs.clear();
+        }
         Ok(())
     }
 
@@ -320,7 +357,14 @@ impl<'m> Decoder<'m> {
             let (n, dtype) = (v.cols(), v.buf().dtype());
             self.cuda.clear(v.buf().ptr().offset(slot * n, dtype), n * dtype.size());
         }
+        self.forget(slot);
         Ok(())
+    }
+
+    /// Gives up what attention keeps of a slot that is not in use.
+    pub(crate) fn forget(&mut self, slot: usize) {
+        let (heads, c) = (self.model.config().heads(), self.model.config().n_embd);
+        self.state.attention.iter_mut().for_each(|a| a.pasts[slot] = Past::new(&self.ctx, heads, c));
     }
 
     fn check(&self, slot: usize) -> Result<(), Error> {
@@ -350,6 +394,7 @@ impl<'m> Decoder<'m> {
     /// are worthless afterwards.
     pub fn profile(&mut self, n: usize, zero_share: f64) -> Vec<(Part, f64, f64)> {
         const RUNS: u32 = 20;
+        self.step.prepare(&mut self.state, &(0..n).collect::<Vec<_>>());
         let (step, state, cuda, kept) = (&self.step, &self.state, &self.cuda, self.kept());
         let time = |part: Part| {
             let graph = cuda.capture(|| step.run_only(state, n, Some(part)));

@@ -83,13 +83,21 @@ impl<'m> Session<'m> {
 
     /// Tokens that attention keeps now.
     pub fn cached(&self) -> usize {
-        self.state.attention.first().map_or(0, |a| a.pasts[0].len() + self.pending.len())
+        self.pasts().next().map_or(0, |p| p.len() + self.pending.len())
     }
 
     /// Bytes of the state.
     pub fn bytes(&self) -> usize {
-        let pasts = self.state.attention.iter().map(|a| a.pasts[0].bytes()).sum::<usize>();
+        let pasts = self.pasts().map(Past::bytes).sum::<usize>();
         self.state.vars().map(|v| v.buf().bytes()).sum::<usize>() + pasts
+    }
+
+    /// What attention keeps, from wherever it is.
+    fn pasts(&self) -> Box<dyn Iterator<Item = &Past> + '_> {
+        match &self.decoder {
+            Some(decoder) => Box::new(decoder.pasts(0)),
+            None => Box::new(self.state.attention.iter().map(|a| &a.pasts[0])),
+        }
     }
 
     /// Reads tokens; long prompts in pieces, so that memory stays bounded.
@@ -108,6 +116,9 @@ impl<'m> Session<'m> {
             {
                 decoder.set_state(0, &self.state)?;
                 self.decoder = Some(decoder);
+                // It goes on there, and what it gives up is free.
+                let (heads, c) = (self.model.config().heads(), self.model.config().n_embd);
+                self.state.attention.iter_mut().for_each(|a| a.pasts[0] = Past::new(&self.ctx, heads, c));
             }
             if let Some(decoder) = &mut self.decoder {
                 self.logits = decoder.step(&[(0, token)])?.to_vec();

@@ -4,7 +4,7 @@
 use crate::{Config, Error};
 use anser_ops::attention::{Chunks, Past};
 use anser_ops::{Segment, Var};
-use anser_tensor::{Context, DisjointMut};
+use anser_tensor::{Buf, Context, DType, DisjointMut};
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
 
@@ -103,38 +103,60 @@ impl Cache {
         &self, ctx: &Context, past: &Past, of: (Chunks, usize), (s, slot): (&Segment, usize), q: &Var,
         written: Option<&Written>,
     ) -> Past {
-        let (chunks, heads) = of;
         let past = match (self.by, written) {
             (Eviction::Attention, _) => past.noting(ctx, &[q.buf()], s.start, s.len),
             (Eviction::Error, Some(w)) => past.noting(ctx, &w.rows.each_ref().map(Var::buf), s.start, s.len),
             _ => past.clone(),
         };
+        self.thinned(ctx, &past, of, written.map(|w| (&w.states, slot)))
+    }
+
+    /// What is kept of a past, with its notes, when it is full; else all. `state`: the states of the RWKV-7 block before, [slots, H x N x N], and the slot.
+    pub(crate) fn thinned(
+        &self, ctx: &Context, past: &Past, (chunks, heads): (Chunks, usize), state: Option<(&Var, usize)>,
+    ) -> Past {
         if past.len() < self.most || ctx.is_dry() {
-            return past;
+            return past.clone();
         }
-        let state =
-            || written.map_or(Vec::new(), |w| w.states.buf().part(slot * w.states.cols(), w.states.cols()).to_vec());
-        let kept = self.kept(ctx, &past, q.cols(), heads, chunks.size, state);
+        let state = || {
+            let (all, slot) = state?;
+            let (n, of) = (all.cols(), all.buf().dtype());
+            let part = all.buf().part(slot * n, n);
+            Some(match ctx.cuda() {
+                Some(gpu) if of != DType::F32 => {
+                    let wide = ctx.alloc_f32(n);
+                    gpu.widen(part.ptr(), of, wide.ptr(), n);
+                    wide
+                }
+                _ => part,
+            })
+        };
+        let kept = self.kept(ctx, past, past.channels(), heads, chunks.size, state);
         past.keep(ctx, &kept, chunks)
     }
 
     /// The tokens to keep of a full past of `c` channels.
     fn kept(
-        &self, ctx: &Context, past: &Past, c: usize, heads: usize, chunk: usize, state: impl FnOnce() -> Vec<f32>,
+        &self, ctx: &Context, past: &Past, c: usize, heads: usize, chunk: usize, state: impl FnOnce() -> Option<Buf>,
     ) -> Vec<usize> {
         let len = past.len();
         let unit = if self.whole_chunks { chunk } else { 1 };
         // What may go, in whole units; the rest stays.
         let old = (len - self.window) / unit * unit;
         let stay = (self.keep - (len - old)) / unit;
-        let goodness = match (self.by, &past.notes()[..]) {
-            (Eviction::Attention, [queries]) => {
-                attention(ctx, &past.keys()[..old * c], &queries[(len - self.window) * c..], c, heads)
-            }
-            (Eviction::Error, [values, keys]) => {
-                forgotten(ctx, &values[..old * c], &keys[..old * c], &state(), c, heads)
-            }
-            _ => (0..old).map(|i| i as f32).collect(),
+        let recent = || (0..old).map(|i| i as f32).collect();
+        let goodness = match self.by {
+            Eviction::Recent => recent(),
+            Eviction::Attention => past.asked(ctx, self.window, old).unwrap_or_else(|| match &past.notes()[..] {
+                [queries] => attention(ctx, &past.keys()[..old * c], &queries[(len - self.window) * c..], c, heads),
+                _ => recent(),
+            }),
+            Eviction::Error => state().map_or_else(recent, |state| {
+                past.forgotten(ctx, old, &state).unwrap_or_else(|| match &past.notes()[..] {
+                    [values, keys] => forgotten(ctx, &values[..old * c], &keys[..old * c], &state, c, heads),
+                    _ => recent(),
+                })
+            }),
         };
         let mean = |(i, g): (usize, &[f32])| (g.iter().sum::<f32>() / unit as f32, i);
         let mut best: Vec<(f32, usize)> = goodness.chunks(unit).enumerate().map(mean).collect();
@@ -146,8 +168,14 @@ impl Cache {
     }
 }
 
+/// In eight sums, which are a vector's.
 fn dot(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
+    let ((a, end), (b, other)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+    let mut sums = [0.0; 8];
+    for (a, b) in a.iter().zip(b) {
+        (0..8).for_each(|l| sums[l] += a[l] * b[l]);
+    }
+    sums.iter().sum::<f32>() + end.iter().zip(other).map(|(a, b)| a * b).sum::<f32>()
 }
 
 /// The attention that all queries [.., C] pay to each of the keys [.., C], a softmax over them.
@@ -228,6 +256,38 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs a GPU"]
+    fn a_gpu_finds_the_same_goodness() {
+        for dtype in [DType::F32, DType::F16] {
+            for n in [16, 64, 128] {
+                let (heads, tokens) = (2, 70);
+                let c = n * heads;
+                let gpu = Context::with_activations(anser_tensor::Device::Cuda(0), dtype, 1).unwrap();
+                let round = |x: Vec<f32>| gpu.copy_of(&x).to_vec();
+                let (values, keys) = (round(noise(tokens * c, 1)), round(noise(tokens * c, 2)));
+                let state = noise(heads * n * n, 3);
+                let rows = [&values, &keys].map(|x| gpu.copy_of(x));
+                let past = Past::new(&gpu, heads, c);
+                let past = past.append(&gpu, rows.each_ref(), 0, tokens, Chunks { size: 8, top: 2 });
+                let past = past.noting(&gpu, &rows.each_ref(), 0, tokens);
+                let mut on_device = gpu.alloc_f32(state.len());
+                on_device.copy_from(&state);
+                let got = past.forgotten(&gpu, 66, &on_device).unwrap();
+                let want = forgotten(&Context::cpu(1), &values[..66 * c], &keys[..66 * c], &state, c, heads);
+                let same = |got: &[f32], want: &[f32]| {
+                    got.len() == 66 && got.iter().zip(want).all(|(a, b)| (a - b).abs() < 2e-5 * b.abs())
+                };
+                assert!(same(&got, &want), "{dtype} {n}");
+                let past = Past::new(&gpu, heads, c);
+                let past = past.append(&gpu, [&rows[1], &rows[1]], 0, tokens, Chunks { size: 8, top: 2 });
+                let got = past.noting(&gpu, &[&rows[0]], 0, tokens).asked(&gpu, 37, 66).unwrap();
+                let want = attention(&Context::cpu(1), &keys[..66 * c], &values[(tokens - 37) * c..], c, heads);
+                assert!(same(&got, &want), "{dtype} {n}");
+            }
+        }
+    }
+
+    #[test]
     fn attention_is_a_share() {
         let (ctx, c) = (Context::cpu(2), 8);
         let queries = noise(3 * c, 3);
@@ -252,7 +312,7 @@ mod tests {
         // A state of nothing but 1 gives back 1; tokens 2 and 9 wrote something else.
         let mut values = vec![1.0; 24 * c];
         [2, 9].iter().for_each(|t| values[t * c..][..c].fill(-1.0));
-        let state = || vec![1.0; c * c];
+        let state = || Some(ctx.copy_of(&vec![1.0; c * c]));
         let kept = |by, whole| cache(by, whole).kept(&ctx, &of(24, &values), c, 1, 4, state);
         assert_eq!(kept(Eviction::Recent, false), (12..24).collect::<Vec<_>>());
         // The rest is equal, so that the earlier stays.

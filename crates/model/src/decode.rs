@@ -1,8 +1,10 @@
 //! A decoding step on a GPU in a few kernels a layer, for a model whose matrices are there (see [`anser_ops::decode`]). It is the same model as
-//! [`Model::forward`], which a test holds it equal to; what differs is that states are advanced in place.
+//! [`Model::forward`], which a test holds it equal to; what differs is that states are advanced in place, and that the host makes room for what attention keeps
+//! before a step and takes means of chunks, or thins a full cache, after it.
 
-use crate::rwkv7::{Block, Rwkv7Block};
-use crate::{Model, State};
+use crate::pasts::Pasts;
+use crate::rwkv7::{Block, ChannelMix, Rwkv7Block};
+use crate::{Eviction, Model, State};
 use anser_ops::decode::{Ahead, BATCH, Finish, Heads, LowRanks, MOST, Mix, Norm, Projected, Skip, Step, Tiles, fits};
 use anser_ops::{LowRank, Param, Weight};
 use anser_tensor::cuda::DevicePtr;
@@ -14,11 +16,11 @@ use anser_tensor::{Buf, Context, DType};
 pub enum Part {
     /// Normalisation, token shift, interpolations.
     Mix,
-    /// r, k, v and the first halves of the low-rank maps.
+    /// r, k, v and the first halves of the low-rank maps; q, k and v of attention.
     Projections,
-    /// Everything of a head.
+    /// Everything of a head, attention among it.
     Heads,
-    /// The output matrix of time mixing.
+    /// The output matrix of time mixing and of attention.
     Output,
     /// The first matrix of channel mixing.
     Key,
@@ -38,6 +40,8 @@ impl Part {
 struct Few {
     /// Projections of the first layer, and of the others.
     projections: [Tiles; 2],
+    /// q, k and v of attention.
+    attention: Tiles,
     output: Tiles,
     key: Tiles,
     head: Tiles,
@@ -50,7 +54,10 @@ struct Few {
 pub struct DecodeStep<'m> {
     ctx: Context,
     model: &'m Model,
+    /// The recurrent layers.
     blocks: Vec<&'m Rwkv7Block>,
+    /// What a hybrid's attention needs.
+    pasts: Option<Pasts<'m>>,
     most: usize,
     few: Few,
     skip: Skip,
@@ -70,22 +77,52 @@ pub struct DecodeStep<'m> {
     logits: Buf,
 }
 
+/// What the kernels of one step have in common.
+#[derive(Clone, Copy)]
+struct Pass<'a> {
+    step: Step<'a>,
+    only: Option<Part>,
+    few: Option<&'a Few>,
+    now: DevicePtr,
+    slots: DevicePtr,
+    x: DevicePtr,
+    mixed: DevicePtr,
+    hidden: DevicePtr,
+}
+
+impl Pass<'_> {
+    fn on(&self, part: Part) -> bool {
+        self.only.is_none_or(|o| o == part)
+    }
+
+    /// By the matrix library: y [batch, n] (+)= x W^T, or x W for W [k, n].
+    fn library(
+        &self, w: DevicePtr, trans: Trans, n: usize, k: usize, x: DevicePtr, add: bool, y: DevicePtr, to: DType,
+    ) {
+        let Step { gpu, batch, ctx, .. } = self.step;
+        gpu.gemm(Trans::N, trans, batch, n, k, x, w, ctx.dtype(), add, y, to);
+    }
+}
+
 impl<'m> DecodeStep<'m> {
     /// Sequences of a step at most.
     pub const MOST: usize = MOST;
 
     /// For steps of up to `batch` sequences. `None` if the model's matrices are not on a GPU in 16 bits or are too wide for the kernels, or if
-    /// it has what they don't know: the doubled in-context rate, other blocks than those of RWKV-7.
+    /// it has what they don't know: the doubled in-context rate, a Transformer's blocks, attention to hundreds of chunks.
     pub fn new(ctx: &Context, model: &'m Model, batch: usize) -> Option<DecodeStep<'m>> {
         let on_device = |w: &Weight| matches!(w, Weight::Device(_));
         if !on_device(&model.head) || ctx.cuda().is_none() || ctx.dtype() == DType::F32 || model.config().double_rate {
             return None;
         }
-        let recurrent = |(_, block): &'m (String, Block)| match block {
-            Block::Rwkv7(block) => Some(&**block),
-            _ => None,
-        };
-        let blocks: Vec<&Rwkv7Block> = model.blocks.iter().map(recurrent).collect::<Option<_>>()?;
+        let (mut blocks, mut attention) = (Vec::new(), Vec::new());
+        for (_, block) in &model.blocks {
+            match block {
+                Block::Rwkv7(block) => blocks.push(&**block),
+                Block::Hybrid(block) => attention.push((&**block, blocks.len().checked_sub(1)?)),
+                Block::Transformer(_) => return None,
+            }
+        }
         let (config, most) = (model.config(), batch.min(MOST));
         let (c, hidden, vocab) = (config.n_embd, config.n_hidden, config.vocab_size);
         let ranks = |layer: usize| {
@@ -108,13 +145,19 @@ impl<'m> DecodeStep<'m> {
         };
         let few = Few {
             projections: [projections(0)?, projections(1)?],
+            attention: Tiles::new(ctx, c, &[(3 * c, 0)])?,
             output: Tiles::new(ctx, c, &[(c, 0)])?,
             key: Tiles::new(ctx, c, &[(hidden, 0)])?,
             head: Tiles::new(ctx, c, &[(vocab, 0)])?,
         };
         let widest = few.projections.iter().map(Tiles::rows).max()?;
+        let pasts = match attention.is_empty() {
+            true => None,
+            false => Some(Pasts::new(ctx, model, most, attention)?),
+        };
         Some(DecodeStep {
             few,
+            pasts,
             skip: Skip::new(ctx, most.min(BATCH), hidden, c)?,
             low_ranks: [low_ranks(0)?, low_ranks(1)?],
             tokens: ctx.zeros_f32(most),
@@ -160,6 +203,25 @@ impl<'m> DecodeStep<'m> {
         if rows == 0 { 0.0 } else { 1.0 - f64::from(self.skip.rows_read()) / rows as f64 }
     }
 
+    /// Whether there is attention, whose pasts [`DecodeStep::prepare`] and [`DecodeStep::finish`] look after.
+    pub fn attends(&self) -> bool {
+        self.pasts.is_some()
+    }
+
+    /// Before a step of sequences in these slots, in their order: makes room for what attention keeps of one token more.
+    pub fn prepare(&mut self, state: &mut State, slots: &[usize]) {
+        if let Some(pasts) = &mut self.pasts {
+            pasts.prepare(state, slots);
+        }
+    }
+
+    /// After it: means of chunks that became full; where a bound is reached, attention gives up a part of its past, which waits for the device.
+    pub fn finish(&mut self, state: &mut State, slots: &[usize]) {
+        if let Some(pasts) = &mut self.pasts {
+            pasts.finish(state, slots);
+        }
+    }
+
     /// Enqueues a step of `batch` sequences: their tokens and slots are read, their rows of `state` advanced in place.
     ///
     /// # Panics
@@ -177,19 +239,51 @@ impl<'m> DecodeStep<'m> {
         let p = |param: Param| m.params.master(param);
         let norm = |n: &crate::rwkv7::Norm| -> Norm { [p(n.weight), p(n.bias)] };
         let w = |weight: &Weight| weight.device(&m.params);
-        let (c, wide) = (config.n_embd, config.n_hidden);
+        let c = config.n_embd;
         let step = Step { ctx: &self.ctx, gpu, batch, c, n: config.head_size };
         let (x, mixed, projected, slots) = (self.x.ptr(), self.mixed.ptr(), self.projected.ptr(), self.slots.ptr());
         let (mapped, hidden, logits) = (self.mapped.ptr(), self.hidden.ptr(), self.logits.ptr());
         let (few, now) = (Some(&self.few).filter(|_| batch <= BATCH), self.now.ptr());
-        // By the matrix library: y [batch, n] (+)= x W^T, or x W for W [k, n].
-        let library = |w, trans, n, k, x, add, y, to| gpu.gemm(Trans::N, trans, batch, n, k, x, w, dtype, add, y, to);
         let ahead = |at, rows, cols| Ahead { at, rows, cols, by_inputs: false };
         if on(Part::Mix) {
             step.embed(w(&m.emb), self.tokens.ptr(), x, norm(&m.ln0));
         }
-        for (i, (block, s)) in self.blocks.iter().zip(&state.layers).enumerate() {
+        let pass = Pass { step, only, few, now, slots, x, mixed, hidden };
+        let library = |w, trans, n, k, x, add, y, to| pass.library(w, trans, n, k, x, add, y, to);
+        let noted = state.cache.filter(|c| c.by == Eviction::Error);
+        let (mut layers, mut attention) =
+            (self.blocks.iter().zip(&state.layers).enumerate(), state.attention.iter().enumerate());
+        for (at, (_, block)) in m.blocks.iter().enumerate() {
+            if let (Block::Hybrid(block), Some(pasts)) = (block, &self.pasts) {
+                let Some((j, s)) = attention.next() else { break };
+                let stacked = w(&block.receptance);
+                if on(Part::Mix) && few.is_none() {
+                    step.mix(x, mixed, DevicePtr::NULL, slots, norm(&block.ln1), [], ahead(stacked, 3 * c, c));
+                }
+                if on(Part::Projections) {
+                    match few {
+                        Some(few) => {
+                            let none = Mix { mu: [DevicePtr::NULL; 6], last: DevicePtr::NULL, slots, now };
+                            step.mixed(Finish::Store, &few.attention, stacked, x, projected, norm(&block.ln1), none);
+                        }
+                        None => library(stacked, Trans::T, 3 * c, c, mixed, false, projected, DType::F32),
+                    }
+                }
+                if on(Part::Heads) {
+                    let notes = state.cache.map_or(0, |c| c.notes());
+                    step.attend(&pasts.attend, pasts.of(j, notes, projected, slots), mixed);
+                }
+                self.output(&pass, &block.output);
+                self.channel_mix(&pass, norm(&block.ln2), &block.ffn, s.ffn_x.buf().ptr());
+                continue;
+            }
+            let Some((i, (block, s))) = layers.next() else { break };
             let (att, kind) = (&block.att, i.min(1));
+            let before_attention = m.blocks.get(at + 1).is_some_and(|(_, b)| matches!(b, Block::Hybrid(_)));
+            let wrote = match &self.pasts {
+                Some(pasts) if before_attention && noted.is_some() => pasts.wrote.ptr(),
+                _ => DevicePtr::NULL,
+            };
             let stacked = w(&att.receptance);
             // In the order of inputs.
             let [mr, mw, mk, mv, ma, mg] = att.mix.map(p);
@@ -231,50 +325,11 @@ impl<'m> DecodeStep<'m> {
                 }
             }
             if on(Part::Heads) {
-                step.heads(from, &heads, self.first.ptr(), s.wkv.buf(), slots, [now, s.att_x.buf().ptr()], mixed);
+                let shift = [now, s.att_x.buf().ptr()];
+                step.heads(from, &heads, self.first.ptr(), s.wkv.buf(), slots, shift, wrote, mixed);
             }
-            if on(Part::Output) {
-                match few {
-                    Some(few) => step.add(&few.output, w(&att.output), mixed, x),
-                    None => library(w(&att.output), Trans::T, c, c, mixed, true, x, DType::F32),
-                }
-            }
-            if on(Part::Mix) && few.is_none() {
-                step.mix(
-                    x,
-                    mixed,
-                    s.ffn_x.buf().ptr(),
-                    slots,
-                    norm(&block.ln2),
-                    [p(block.ffn.mix)],
-                    ahead(w(&block.ffn.key), wide, c),
-                );
-            }
-            let ffn = &block.ffn;
-            if on(Part::Key) {
-                match few {
-                    Some(few) => {
-                        let mut mu = [DevicePtr::NULL; 6];
-                        mu[0] = p(ffn.mix);
-                        let mix = Mix { mu, last: s.ffn_x.buf().ptr(), slots, now };
-                        step.mixed(Finish::ReluSquared, &few.key, w(&ffn.key), x, hidden, norm(&block.ln2), mix);
-                    }
-                    None => {
-                        library(w(&ffn.key), Trans::T, wide, c, mixed, false, hidden, dtype);
-                        let value = Ahead { at: w(&ffn.value), rows: wide, cols: c, by_inputs: true };
-                        step.relu_squared(hidden, batch * wide, value);
-                    }
-                }
-            }
-            if on(Part::Value) {
-                match few {
-                    Some(_) => {
-                        let shift = [now, s.ffn_x.buf().ptr()];
-                        step.skip(w(&ffn.value), hidden, x, &self.skip, shift, slots);
-                    }
-                    None => library(w(&ffn.value), Trans::N, c, wide, hidden, true, x, DType::F32),
-                }
-            }
+            self.output(&pass, &att.output);
+            self.channel_mix(&pass, norm(&block.ln2), &block.ffn, s.ffn_x.buf().ptr());
         }
         if on(Part::Mix) && few.is_none() {
             step.mix(x, mixed, DevicePtr::NULL, slots, norm(&m.ln_out), [], ahead(w(&m.head), config.vocab_size, c));
@@ -293,21 +348,73 @@ impl<'m> DecodeStep<'m> {
         }
     }
 
+    /// x += mixed W^T.
+    fn output(&self, pass: &Pass<'_>, weight: &Weight) {
+        let Pass { step, x, mixed, .. } = *pass;
+        if pass.on(Part::Output) {
+            match pass.few {
+                Some(few) => step.add(&few.output, weight.device(&self.model.params), mixed, x),
+                None => pass.library(
+                    weight.device(&self.model.params),
+                    Trans::T,
+                    step.c,
+                    step.c,
+                    mixed,
+                    true,
+                    x,
+                    DType::F32,
+                ),
+            }
+        }
+    }
+
+    /// The second half of a block; `last` [slots, C] are its last inputs.
+    fn channel_mix(&self, pass: &Pass<'_>, norm: Norm, ffn: &ChannelMix, last: DevicePtr) {
+        let Pass { step, few, now, slots, x, mixed, hidden, .. } = *pass;
+        let (c, wide, batch) = (step.c, self.model.config().n_hidden, step.batch);
+        let [key, value] = [&ffn.key, &ffn.value].map(|w| w.device(&self.model.params));
+        let mix = self.model.params.master(ffn.mix);
+        if pass.on(Part::Mix) && few.is_none() {
+            step.mix(x, mixed, last, slots, norm, [mix], Ahead { at: key, rows: wide, cols: c, by_inputs: false });
+        }
+        if pass.on(Part::Key) {
+            match few {
+                Some(few) => {
+                    let mut mu = [DevicePtr::NULL; 6];
+                    mu[0] = mix;
+                    step.mixed(Finish::ReluSquared, &few.key, key, x, hidden, norm, Mix { mu, last, slots, now });
+                }
+                None => {
+                    pass.library(key, Trans::T, wide, c, mixed, false, hidden, self.ctx.dtype());
+                    let ahead = Ahead { at: value, rows: wide, cols: c, by_inputs: true };
+                    step.relu_squared(hidden, batch * wide, ahead);
+                }
+            }
+        }
+        if pass.on(Part::Value) {
+            match few {
+                Some(_) => step.skip(value, hidden, x, &self.skip, [now, last], slots),
+                None => pass.library(value, Trans::N, c, wide, hidden, true, x, DType::F32),
+            }
+        }
+    }
+
     /// Bytes that the kernels of one kind, or all, move at least in a step of `batch` sequences: every matrix but the embedding once, the second ones of
-    /// channel mixing without the share `zero` of their rows, states, kept as `kept`, in and out.
+    /// channel mixing without the share `zero` of their rows, states, kept as `kept`, in and out; not what attention keeps.
     pub fn bytes(&self, batch: usize, kept: DType, zero: f64, part: Option<Part>) -> f64 {
         let config = self.model.config();
         let (c, h, layers) = (config.n_embd, config.n_hidden, config.n_layer);
+        let blocks = self.model.blocks.len();
         let down = self.few.projections[0].rows() + layers.saturating_sub(1) * self.few.projections[1].rows();
         let elements = |part| match part {
             Part::Mix => 0,
             // The second halves of the low-rank maps are in the heads' kernel, or a product of their own before it.
-            Part::Projections if batch > BATCH => (2 * down - 3 * c * layers) * c,
+            Part::Projections if batch > BATCH => (2 * down + 3 * c * blocks - 6 * c * layers) * c,
             Part::Heads if batch > BATCH => 0,
-            Part::Projections => down * c,
+            Part::Projections => (down + 3 * c * (blocks - layers)) * c,
             Part::Heads => (down - 3 * c * layers) * c,
-            Part::Output => layers * c * c,
-            Part::Key | Part::Value => layers * c * h,
+            Part::Output => blocks * c * c,
+            Part::Key | Part::Value => blocks * c * h,
             Part::Head => config.vocab_size * c,
         };
         let states = (2 * config.state_len() * kept.size() * batch) as f64;

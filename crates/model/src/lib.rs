@@ -11,6 +11,7 @@ mod expand;
 mod hybrid;
 mod init;
 mod load;
+mod pasts;
 mod rwkv7;
 mod state;
 mod transformer;

@@ -454,7 +454,7 @@ impl Model {
     }
 }
 
-/// The matrices of a layer that read interpolations of one vector, in the order in which they lie one after another on a GPU, all [out, in].
+/// The matrices of a layer that read interpolations of one vector, in the order in which they lie one after another on a GPU, all [out, in]; attention blocks have the first three.
 pub(crate) const STACK: [&str; 7] =
     ["att.receptance.weight", "att.key.weight", "att.value.weight", "att.v1", "att.w1", "att.a1", "att.g1"];
 
@@ -549,14 +549,14 @@ fn to_device(
         }
         Ok(())
     };
-    for i in 0..config.n_layer {
-        let stack: Vec<String> =
-            STACK.iter().map(|m| config.block(i) + m).filter(|name| shapes.contains_key(name.as_str())).collect();
-        copy(&stack)?;
+    let attention = config.hybrid.map_or(0, |h| h.layers);
+    for block in (0..config.n_layer).map(|i| config.block(i)).chain((0..attention).map(|j| format!("moba.{j}."))) {
+        let all = STACK.iter().map(|m| format!("{block}{m}"));
+        copy(&all.filter(|name| shapes.contains_key(name.as_str())).collect::<Vec<_>>())?;
     }
     for (name, ..) in &list {
         let (at, part) = place(name);
-        let stacked = matches!(at, Place::Block(_)) && STACK.contains(&part);
+        let stacked = !matches!(at, Place::Outside) && STACK.contains(&part);
         if packed_layout(name).is_some() && !stacked {
             copy(std::slice::from_ref(name))?;
         }

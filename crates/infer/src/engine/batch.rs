@@ -150,6 +150,8 @@ impl<'m> Batch<'m> {
                     let last = decoder.state(used.len())?;
                     decoder.set_state(slot, &last)?;
                 }
+                // What its attention kept is memory.
+                decoder.forget(used.len());
             }
         }
         Ok(())
@@ -170,7 +172,10 @@ impl<'m> Batch<'m> {
     /// What there is to keep of `slot`: its state, and the logits after it.
     pub fn snapshot(&mut self, slot: usize, logits: Vec<f32>) -> Result<Snapshot, Error> {
         match &mut self.states {
-            States::Slots { decoder, .. } => Ok(Snapshot::of(decoder.values(slot)?, logits)),
+            States::Slots { decoder, .. } => {
+                let values = decoder.values(slot)?;
+                Ok(Snapshot::of(values, decoder.pasts(slot).cloned().collect(), logits))
+            }
             States::Rows { .. } => Ok(Snapshot::new(&self.state(slot)?, logits)),
         }
     }
@@ -211,7 +216,7 @@ impl<'m> Batch<'m> {
                 (Place::Apart(state), _) => state.room(0),
                 (Place::Arena(_), None) => usize::MAX,
             },
-            States::Slots { .. } => usize::MAX,
+            States::Slots { decoder, .. } => decoder.room(slot),
         }
     }
 

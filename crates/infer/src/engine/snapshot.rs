@@ -50,9 +50,9 @@ impl Snapshot {
         Snapshot { values, pasts: state.attention.iter().map(|a| a.pasts[0].clone()).collect(), logits }
     }
 
-    /// Of the values of a state without attention, in the order of [`State::vars`].
-    pub fn of(values: Vec<f32>, logits: Vec<f32>) -> Snapshot {
-        Snapshot { values, pasts: Vec::new(), logits }
+    /// Of the values of a state, in the order of [`State::vars`], and what its attention keeps.
+    pub fn of(values: Vec<f32>, pasts: Vec<Past>, logits: Vec<f32>) -> Snapshot {
+        Snapshot { values, pasts, logits }
     }
 
     /// The state.

@@ -17,6 +17,8 @@ const QUERIES: usize = 128;
 /// Keys of a tile going back to keys; on Hopper.
 const KEYS: usize = 64;
 const HOPPER_KEYS: usize = 128;
+/// Tokens of a block that looks what a state has forgotten.
+const TOKENS: usize = 64;
 /// Chunks that are counted, and those that are scored, at a time.
 const WINDOW: usize = 8192;
 const AT_ONCE: usize = 32;
@@ -250,6 +252,31 @@ pub(super) fn select(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, picks: &Bu
     let bytes = 4 * AT_ONCE * (QUERIES + 4) + 2 * QUERIES * (plan.n + 8);
     let args = [head, q.ptr().into(), parts.ptr().into(), picks.ptr().into()];
     gpu.launch_with(&KERNELS, &name, grid, [QUERIES, 1, 1], bytes, &args);
+}
+
+/// errors [heads, count] f32: how badly the state [heads, N, N] f32 gives back each of `count` values under its key, both [count, heads x N].
+pub(super) fn forgotten(
+    ctx: &Context, gpu: &Cuda, [values, keys]: [DevicePtr; 2], state: &Buf, errors: &Buf, of: [usize; 3],
+) {
+    let [count, heads, n] = of;
+    let name = format!("{}_{n}", kernel(ctx, "chunk_forgotten"));
+    let args = [values, keys, state.ptr(), errors.ptr()].map(Arg::from).into_iter().chain([int(count)]);
+    let args: Vec<Arg> = args.collect();
+    gpu.launch(&KERNELS, &name, [count.div_ceil(TOKENS), heads, 1], [n.max(32), 1, 1], &args);
+}
+
+/// sums [heads, count] f32: the shares of `asking` queries' softmax over `count` keys, both [.., heads x N], that each key has.
+pub(super) fn asked(ctx: &Context, gpu: &Cuda, [queries, keys]: [DevicePtr; 2], sums: &Buf, of: [usize; 4]) {
+    let [asking, count, heads, n] = of;
+    let lse = ctx.alloc_f32(heads * asking);
+    let launch = |name: &str, rows: usize, args: &[Arg<'_>]| {
+        let name = format!("{}_{n}", kernel(ctx, name));
+        gpu.launch(&KERNELS, &name, [rows.div_ceil(128), heads, 1], [128, 1, 1], args);
+    };
+    let args = [queries.into(), keys.into(), lse.ptr().into(), int(asking), int(count)];
+    launch("chunk_ask", asking, &args);
+    let args = [keys.into(), queries.into(), lse.ptr().into(), sums.ptr().into(), int(count), int(asking)];
+    launch("chunk_asked", count, &args);
 }
 
 /// Turns the picks of a group of heads round; `None` where there are none.

@@ -2,6 +2,7 @@
 //
 // Convergence barriers of the exact kernels' nested loops, a few bytes:
 // may spill: chunk_(forward|dq|select)_[bf]+\d+\s
+#include "forgotten.cuh"
 #include "exact.cuh"
 #include "select.cuh"
 #include "tensor.cuh"
@@ -100,3 +101,19 @@ TENSOR(bf16, bf16) TENSOR(f16, f16)
         ON_HOPPER(hopper::back_keys<T>(p, q, dy, stats, lists, entries, counter, parts, dk, dv);)                                   \
     }
 HOPPER(bf16, bf16) HOPPER(f16, f16)
+
+#define FORGOTTEN_FOR(T, name, N)                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(N < 32 ? 32 : N) chunk_forgotten_##name##_##N(                                      \
+        const T* values, const T* keys, const float* state, float* errors, int count) {                                             \
+        chunks::forgotten<T, N>(values, keys, state, errors, count);                                                                \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(128) chunk_ask_##name##_##N(                                                        \
+        const T* queries, const T* keys, float* lse, int nqueries, int nkeys) {                                                     \
+        chunks::asked<T, N, false>(queries, keys, nullptr, lse, nqueries, nkeys);                                                   \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(128) chunk_asked_##name##_##N(                                                      \
+        const T* keys, const T* queries, const float* lse, float* sums, int nkeys, int nqueries) {                                  \
+        chunks::asked<T, N, true>(keys, queries, lse, sums, nkeys, nqueries);                                                       \
+    }
+#define FORGOTTEN(T, name) FORGOTTEN_FOR(T, name, 16) FORGOTTEN_FOR(T, name, 32) FORGOTTEN_FOR(T, name, 64) FORGOTTEN_FOR(T, name, 128)
+FOR_EACH_TYPE(FORGOTTEN)

@@ -57,6 +57,30 @@ impl Past {
         self.notes.iter().map(GrowingRows::to_vec).collect()
     }
 
+    /// How badly a state [H, N, N], f32, gives back each of the first `count` tokens' values under its key, which are the notes, the mean over heads:
+    /// |v - S k / |k|^2|^2 / |v|^2. `None` on a CPU.
+    pub fn forgotten(&self, ctx: &Context, count: usize, state: &Buf) -> Option<Vec<f32>> {
+        let (gpu, [values, keys]) = (ctx.cuda()?, &self.notes[..]) else { return None };
+        let errors = ctx.alloc_f32(self.heads * count);
+        let of = [count, self.heads, self.keys.cols() / self.heads];
+        cuda::forgotten(ctx, gpu, [values, keys].map(|n| n.read().ptr()), state, &errors, of);
+        let errors = errors.to_vec();
+        let mean = |t: usize| (0..self.heads).map(|h| errors[h * count + t]).sum::<f32>() / self.heads as f32;
+        Some((0..count).map(mean).collect())
+    }
+
+    /// The attention that the queries of the last `asking` tokens, which are the notes, pay to each of the first `count` tokens: a softmax over these, summed over
+    /// queries and heads. `None` on a CPU.
+    pub fn asked(&self, ctx: &Context, asking: usize, count: usize) -> Option<Vec<f32>> {
+        let (gpu, [queries]) = (ctx.cuda()?, &self.notes[..]) else { return None };
+        let (c, sums) = (self.keys.cols(), ctx.alloc_f32(self.heads * count));
+        let last = queries.read().ptr().offset((self.len() - asking) * c, queries.dtype());
+        let of = [asking, count, self.heads, c / self.heads];
+        cuda::asked(ctx, gpu, [last, self.keys.read().ptr()], &sums, of);
+        let sums = sums.to_vec();
+        Some((0..count).map(|t| (0..self.heads).map(|h| sums[h * count + t]).sum()).collect())
+    }
+
     /// The same with notes of the last `count` tokens: rows of `notes`, as many matrices every time, from row `first` on.
     pub fn noting(&self, ctx: &Context, notes: &[&Buf], first: usize, count: usize) -> Past {
         let c = self.keys.cols();
@@ -89,6 +113,32 @@ impl Past {
     /// Forgets what was appended to it, where nobody has that any more ([`GrowingRows::reclaim`]).
     pub fn reclaim(&self) {
         self.rows().chain([&self.means]).for_each(GrowingRows::reclaim);
+    }
+
+    /// The same with room for the rows of one token more, with `notes` notes, which somebody else writes; the mean of a chunk that they fill comes with
+    /// [`Past::with_means`].
+    pub fn with_room(&self, ctx: &Context, notes: usize) -> Past {
+        let room = |rows: &GrowingRows| rows.append_with(ctx, self.len() + 1 - rows.len(), |_, _| ());
+        let note = |i: usize| room(self.notes.get(i).unwrap_or(&GrowingRows::new(ctx, self.keys.cols(), ctx.dtype())));
+        let (keys, values) = (room(&self.keys), room(&self.values));
+        Past { heads: self.heads, keys, values, means: self.means.clone(), notes: (0..notes).map(note).collect() }
+    }
+
+    /// The same with the means of all full chunks.
+    pub fn with_means(&self, ctx: &Context, chunks: Chunks) -> Past {
+        Past { means: grown(ctx, &self.means, &self.keys, self.heads, chunks), ..self.clone() }
+    }
+
+    /// Where keys, values, means and up to two notes begin on the device; null where there are none.
+    pub fn addresses(&self) -> [DevicePtr; 5] {
+        let at = |rows: &GrowingRows| rows.read().ptr();
+        let note = |i: usize| self.notes.get(i).map_or(DevicePtr::NULL, at);
+        [at(&self.keys), at(&self.values), at(&self.means), note(0), note(1)]
+    }
+
+    /// Channels.
+    pub fn channels(&self) -> usize {
+        self.keys.cols()
     }
 
     /// Keys, values and means for reading.

@@ -51,10 +51,10 @@ template <int N, class F> __device__ __forceinline__ float each_warp_sum(F f) {
 
 // Of sequence b, r, k and v lie at proj + b * stride, `apart` after each other, and with !MAPPED the first halves, or with MAPPED their second halves
 // in mapped [4, batch, C]. first [batch, C]: v of layer 0, written by layer 0. state [slots, heads, N, N].
-// Without MAPPED the rows `slots` of `last` become those of `now` [batch, C].
+// Without MAPPED the rows `slots` of `last` become those of `now` [batch, C]. wrote [2, batch, C], if wanted: value and key that the state takes up.
 template <class T, class S, int N, bool MAPPED>
 __device__ void heads(const float* proj, int stride, size_t apart, const float* mapped, Maps maps, Ranks ranks, Vectors vec, Norm norm,
-                      float* first, S* state, const int* slots, const T* now, T* last, T* out, int c) {
+                      float* first, S* state, const int* slots, const T* now, T* last, T* wrote, T* out, int c) {
     constexpr int THREADS = 4 * N, LANES = N / 8, PARTS = 32, WARPS_ = THREADS / 32;
     // A small state waits for its use in shared memory: registers for more blocks at a time are worth more.
     constexpr bool STAGED = MAPPED && sizeof(S) == 2 && N == 64;
@@ -200,6 +200,9 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
     const float mean = each_warp_sum<N>([&](int n) { return y[n]; }) / N;
     const float var = each_warp_sum<N>([&](int n) { return (y[n] - mean) * (y[n] - mean); }) / N;
     const float bonus = each_warp_sum<N>([&](int n) { return x[6][n]; });
-    if (t < N)
-        out[size_t(b) * c + ch] = from_f32<T>(((y[t] - mean) * rsqrtf(var + 64e-5f) * weight + bias + bonus * v) * gate);
+    if (t >= N) return;
+    out[size_t(b) * c + ch] = from_f32<T>(((y[t] - mean) * rsqrtf(var + 64e-5f) * weight + bias + bonus * v) * gate);
+    if (!wrote) return;
+    wrote[size_t(b) * c + ch] = from_f32<T>(x[3][t]);
+    wrote[size_t(gridDim.y + b) * c + ch] = from_f32<T>(x[2][t]);
 }

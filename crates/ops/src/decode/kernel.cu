@@ -1,7 +1,8 @@
 // One decoding step of RWKV-7 for a few sequences; mod.rs says how the kernels follow each other.
-// may spill: decode_mapped_64_(f16_\w+.\(\w+\)|f32_\w+.\(sm_80\))
+// may spill: decode_mapped_64_(f16_\w+.\(\w+\)|f32_\w+.\(sm_(80|90a)\))
 // may spill: decode_mixed_(rows|key)_4_\w+.\(sm_80\)
 // A few registers each, read back from the first-level cache; more blocks at a time are worth more.
+#include "attend.cuh"
 #include "heads.cuh"
 #include "low_rank.cuh"
 #include "mix.cuh"
@@ -39,8 +40,8 @@ FOR_BOTH_TYPES(SKIP)
     extern "C" __global__ void __launch_bounds__(4 * N, MAPPED && N <= 64 ? (N == 64 && sizeof(S) == 2 ? 384 : 320) / N : 1)                   \
     decode_##kind##_##N##_##kept##_##name(                                                                                          \
         const float* proj, int stride, size_t apart, const float* mapped, Maps maps, Ranks ranks, Vectors vec, Norm norm, float* first, \
-        S* state, const int* slots, const T* now, T* last, T* out, int c) {                                                         \
-        heads<T, S, N, MAPPED>(proj, stride, apart, mapped, maps, ranks, vec, norm, first, state, slots, now, last, out, c);        \
+        S* state, const int* slots, const T* now, T* last, T* wrote, T* out, int c) {                                               \
+        heads<T, S, N, MAPPED>(proj, stride, apart, mapped, maps, ranks, vec, norm, first, state, slots, now, last, wrote, out, c); \
     }
 #define HEADS_KEPT(T, name, S, kept, N) HEADS_OF(T, name, S, kept, N, heads, false) HEADS_OF(T, name, S, kept, N, mapped, true)
 #define HEADS_FOR(T, name, N) HEADS_KEPT(T, name, float, f32, N) HEADS_KEPT(T, name, f16, f16, N)
@@ -70,6 +71,20 @@ FOR_BOTH_TYPES(TILES)
         ups<T>(halves, stride, maps, y, work, batch, c);                                                                            \
     }
 FOR_BOTH_TYPES(LOW_RANK)
+
+#define ATTEND_FOR(T, name, N)                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) decode_choose_##N##_##name(                                         \
+        const float* projected, const T* wrote, const Kept* all, const int* slots, const int* positions, Candidate* found,           \
+        unsigned* ended, int* picks, Rule r) {                                                                                       \
+        choose<T, N>(projected, wrote, all, slots, positions, found, ended, picks, r);                                               \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(32 * ATTEND_WARPS) decode_attend_##N##_##name(                                      \
+        const float* projected, const Kept* all, const int* slots, const int* positions, const int* picks, float* parts,             \
+        unsigned* ended, T* out, Rule r) {                                                                                           \
+        attend<T, N>(projected, all, slots, positions, picks, parts, ended, out, r);                                                 \
+    }
+#define ATTEND(T, name) ATTEND_FOR(T, name, 16) ATTEND_FOR(T, name, 32) ATTEND_FOR(T, name, 64) ATTEND_FOR(T, name, 128)
+FOR_BOTH_TYPES(ATTEND)
 
 // x = relu(x)^2 for n vectors of 8.
 #define RELU(T, name)                                                                                                               \

@@ -17,6 +17,9 @@
 //! memory is not idle between two kernels (`overlap.cuh`); normalisation and interpolation stand within the products, whose blocks all make
 //! their own input.
 //!
+//! **Attention.** A block of a hybrid's attention has [`Step::mixed`] for q, k and v, [`Step::attend`], which is two kernels (the choice of chunks; attention, shared by
+//! keys among blocks that fill the GPU), and [`Step::add`] before the same channel mixing. Where keys and values lie and how many there are is read from device memory.
+//!
 //! **More sequences.** With more than [`BATCH`] sequences the large products are the matrix library's, r, k and v in one call. Between them stand
 //! [`Step::mix`], the low-rank maps ([`Step::low_rank`]: two kernels, their inputs and ranks being too different for one call of the library), [`Step::heads`]
 //! and [`Step::relu_squared`]. The second matrix of channel mixing is read whole: with more sequences hardly a row is under zeros of all.
@@ -31,9 +34,11 @@ use crate::gpu::{int, kernel, pointers, size};
 use anser_tensor::cuda::{Arg, Cuda, DevicePtr, Launch, Module};
 use anser_tensor::{Buf, Context, DType};
 
+mod attend;
 mod low_rank;
 mod tiles;
 
+pub use attend::{Attend, Attended};
 pub use low_rank::LowRanks;
 pub use tiles::{Mix, Tiles};
 
@@ -188,10 +193,11 @@ impl Step<'_> {
     }
 
     /// Heads from `from` to `out` [batch, C]; `first` [batch, C] f32 holds the values of layer 0; `state` [slots, heads, N, N] f32 or f16 is advanced in the
-    /// rows `slots`. `shift`: what [`Step::mixed`] left for a later kernel, and where it goes; not used with maps computed apart.
+    /// rows `slots`. `shift`: what [`Step::mixed`] left for a later kernel, and where it goes; not used with maps computed apart. `wrote` [2, batch, C] becomes value
+    /// and key that the state takes up, in the type of activations, unless it is null.
     pub fn heads(
         &self, from: Projected, w: &Heads, first: DevicePtr, state: &Buf, slots: DevicePtr, shift: [DevicePtr; 2],
-        out: DevicePtr,
+        wrote: DevicePtr, out: DevicePtr,
     ) {
         let mut words = [0; 8];
         let ranks = w.ranks.iter().zip(&w.up).map(|(&r, &up)| if up == DevicePtr::NULL { 0 } else { r });
@@ -203,7 +209,7 @@ impl Step<'_> {
         };
         let mut args = vec![from.at.into(), int(from.stride), size(from.apart), mapped.into(), pointers(w.up)];
         args.extend([Arg::Words(words), pointers(w.vectors), pointers(w.ln_x)]);
-        args.extend([first, state.ptr(), slots, shift[0], shift[1], out].map(Arg::from));
+        args.extend([first, state.ptr(), slots, shift[0], shift[1], wrote, out].map(Arg::from));
         args.push(int(self.c));
         let name = kernel(self.ctx, &format!("decode_{kind}_{}_{}", self.n, state.dtype()));
         self.launch(&name, [self.c / self.n, self.batch, 1], 4 * self.n, shared, true, &args);

@@ -3,6 +3,7 @@ mod serve;
 use crate::cmd::eval::picture;
 use crate::global::{Bound, Chunks, Global, Interrupted, stop};
 use anser_eval::bench;
+use anser_eval::flat::{self, Flat, Measured};
 use anser_eval::long::{Long, Row};
 use anser_eval::profile::{chrome_trace, kinds, table};
 use anser_formats::Checkpoint;
@@ -87,13 +88,20 @@ enum What {
         #[arg(long)]
         tune: bool,
     },
-    /// Time per token and memory along one long sequence that is read token by token: a recurrent model keeps both flat, a hybrid with --cache too
+    /// Time per token and memory along one long sequence that is read token by token, beside what they were at 16,384 tokens: RWKV-7 keeps both flat, and with
+    /// --cache a hybrid does, too
     Flat {
         #[command(flatten)]
         dims: Dims,
         /// Tokens read
         #[arg(long, default_value_t = 100_000)]
         tokens: usize,
+        /// Of a hybrid and RWKV-7 with as many blocks, both of which are measured if there is attention, this one alone: hybrid or rwkv7
+        #[arg(long, value_parser = ["hybrid", "rwkv7"])]
+        only: Option<String>,
+        /// Pictures (SVG), with -time and -state before the extension
+        #[arg(long)]
+        out: Option<PathBuf>,
     },
     /// How reading a prompt, one token more and the state grow with the length: a hybrid, the same with dense attention, RWKV-7 with as many blocks
     Long {
@@ -367,21 +375,39 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                 )
             })
         }
-        What::Flat { dims, tokens } => {
+        What::Flat { dims, tokens, only, out } => {
             let (config, dtype) = (dims.config(|_| 0)?, global.weights(&ctx)?);
-            let mut told = Ok(());
-            let mut tell = |p: &bench::Position| {
-                let (us, state, resident) = (p.seconds * 1e6, p.bytes as f64 / 1e6, p.resident as f64 / 1e6);
-                let at = p.position;
-                let line =
-                    format!("{at:8} tokens: {us:7.1} us a token, {state:.2} MB of state, {resident:.1} MB resident\n");
+            let (attention, cache) = (config.hybrid.map_or(0, |h| h.layers), dims.bound.cache());
+            if let Some(cache) = cache {
+                cache.validate(&config)?;
+            }
+            let plain = Config { hybrid: None, n_layer: config.n_layer + attention, ..config.clone() };
+            let mut models = vec![("hybrid", config, cache), ("rwkv7", plain, None)];
+            models.retain(|(name, ..)| (attention > 0 || *name == "rwkv7") && only.as_ref().is_none_or(|o| o == name));
+            ensure!(!models.is_empty(), "--only hybrid: the model has no attention; add --attention");
+            let test = Flat { models, kept: dtype, tokens: *tokens };
+            let mut told = global.stream(Measured::HEAD);
+            let mut tell = |measured: &Measured| {
                 if told.is_ok() {
-                    told = global.stream(&line);
+                    told = global.stream(&measured.line());
                 }
             };
-            let positions = bench::flat(&ctx, &config, dtype, dims.bound.cache(), *tokens, stop(), &mut tell)?;
+            let measured = test.run(&ctx, stop(), &mut tell)?;
             told?;
-            global.result(json!({ "positions": positions }), String::new)?;
+            if let Some(out) = out {
+                for (name, svg) in measured.pictures() {
+                    picture(out, &format!("-{name}"), &svg)?;
+                }
+            }
+            let row = |r: &flat::Row| {
+                let mut json = json!(r);
+                if let Some([time, state, memory]) = measured.against_16k(r) {
+                    json["times_16k"] = json!({ "seconds": time, "bytes": state, "memory": memory });
+                }
+                json
+            };
+            let json = json!({ "cache": cache, "rows": measured.rows.iter().map(row).collect::<Vec<_>>() });
+            global.result(json, String::new)?;
             if stop().load(Ordering::SeqCst) { Err(Interrupted.into()) } else { Ok(()) }
         }
         What::Long { dims, lengths, decode_at, decode, budget, out } => {
