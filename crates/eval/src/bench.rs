@@ -3,7 +3,7 @@
 use crate::profile::Limits;
 use anser_data::Batch;
 use anser_infer::{Decoder, Session};
-use anser_model::{Config, Init, Model};
+use anser_model::{Config, Init, Model, kept_as};
 use anser_ops::attention::Chunks;
 use anser_ops::{ParamSet, Tape, Var, batch, wkv7::Wkv7Inputs};
 use anser_tensor::cuda::Span;
@@ -308,8 +308,11 @@ pub fn decode(ctx: &Context, preset: &str, kept: WeightType, tokens: usize) -> R
     };
     let prefill = 256.0 / time(5, &mut |_| session.feed(&prompt))?;
     let decode = 1.0 / time(tokens.max(1), &mut |i| session.feed(&[i]))?;
-    let matrices = config.parameters() - config.vocab_size * config.n_embd;
-    let bytes = (kept.bytes_of(matrices) + config.state_len() * 4) as f64;
+    // One row of the embedding is read; the head may be kept otherwise.
+    let head = config.vocab_size * config.n_embd;
+    let of_head = kept_as(kept, "head.weight", &[config.vocab_size, config.n_embd]).unwrap_or(kept);
+    let matrices = kept.bytes_of(config.parameters() - 2 * head) + of_head.bytes_of(head);
+    let bytes = (matrices + config.state_len() * 4) as f64;
     Ok(Decode { decode, prefill, bytes, bandwidth: bench::read_bandwidth(ctx) })
 }
 
