@@ -123,9 +123,10 @@ mod tests {
         let tokens: Vec<u32> = (0..220).map(token).collect();
         for config in [plain, hybrid] {
             let model = Model::init(&ctx, &config, Init::Noise, 1).unwrap();
+            let mut right = 0;
             for most in [1, 3, 8] {
                 let (mut guesses, mut state) = (Guesses::new(most), State::zeros(&ctx, &config, 1));
-                let (mut session, mut right) = (Session::new(&ctx, &model), 0);
+                let mut session = Session::new(&ctx, &model);
                 for (i, &t) in tokens.iter().enumerate() {
                     let taken = |g: &Guesses| g.ahead.as_ref().map_or(0, |a| a.taken);
                     let before = taken(&guesses);
@@ -141,8 +142,8 @@ mod tests {
                         assert!(all(&state) == all(&session.state().unwrap()));
                     }
                 }
-                assert!(right > 30, "{right}");
             }
+            assert!(right > 100, "{right}");
         }
     }
 }
