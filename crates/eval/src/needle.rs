@@ -4,7 +4,8 @@
 use crate::Error;
 use crate::experiment::Results;
 use anser_data::needle::{Keys, Needles, Sample, Task};
-use anser_infer::{Sampler, Sampling, Session};
+use anser_infer::engine::{Engine, Event, Request, Start};
+use anser_infer::{Sampling, SavedState};
 use anser_model::Cache;
 use anser_tokenizer::Tokenizer;
 use anser_train::heat_map;
@@ -186,39 +187,39 @@ impl Test {
     }
 }
 
-/// Tokens that are read between two looks at `stop`.
-const PIECE: usize = 4096;
-
-/// What is written after the prompt of a sample in a new session, always the most probable token, until it is clear whether it is right. When `stop`
+/// What is written after the prompt of a sample that goes on from `start`, always the most probable token, until it is clear whether it is right. When `stop`
 /// becomes true, the text so far.
 ///
 /// # Errors
 /// When a token is outside the model's vocabulary, the logits are not finite, or the device fails.
 pub fn write(
-    mut session: Session<'_>, tokenizer: &Tokenizer, sample: &Sample, stop: &AtomicBool,
+    engine: &Engine, start: &SavedState, tokenizer: &Tokenizer, sample: &Sample, stop: &AtomicBool,
 ) -> Result<String, Error> {
-    let mut sampler = Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() })?;
+    let request = Request {
+        prompt: sample.prompt.clone(),
+        start: Start::State(start.clone()),
+        sampling: Sampling { temperature: 0.0, ..Sampling::default() },
+        // White space before the answer, a token a byte, and one token after it.
+        max_tokens: sample.answer.len() + 8,
+        stop_tokens: vec![tokenizer.end_of_document()],
+        ..Request::default()
+    };
+    let mut stream = engine.submit(request).map_err(anser_infer::Error::from)?;
     let (mut written, mut text) = (Vec::new(), String::new());
-    for piece in sample.prompt.chunks(PIECE) {
-        if stop.load(Ordering::SeqCst) {
-            return Ok(text);
+    while let Some(event) = stream.recv_unless(stop) {
+        match event {
+            Event::Token(token) => {
+                // A vocabulary may have ids that stand for nothing.
+                let Ok(bytes) = tokenizer.token(token.token) else { break };
+                written.extend_from_slice(bytes);
+                text = String::from_utf8_lossy(&written).into_owned();
+                if sample.judge(&text).is_some() {
+                    break;
+                }
+            }
+            Event::End(end) => drop(end.checked()?),
+            Event::Prompt { .. } | Event::State(_) => {}
         }
-        session.feed(piece)?;
-    }
-    // White space before the answer, a token a byte, and one token after it.
-    for _ in 0..sample.answer.len() + 8 {
-        let token = sampler.sample(session.logits()?)?;
-        // A vocabulary may have ids that stand for nothing.
-        let Ok(bytes) = tokenizer.token(token) else { break };
-        if token == tokenizer.end_of_document() {
-            break;
-        }
-        written.extend_from_slice(bytes);
-        text = String::from_utf8_lossy(&written).into_owned();
-        if sample.judge(&text).is_some() {
-            break;
-        }
-        session.feed(&[token])?;
     }
     Ok(text)
 }
@@ -226,8 +227,10 @@ pub fn write(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use anser_infer::{EngineOptions, Session};
     use anser_model::{Config, Init, Model};
     use anser_tensor::Context;
+    use std::sync::Arc;
 
     fn test(task: Task, depths: usize) -> (Needles, Test) {
         let tokenizer = Tokenizer::bytes();
@@ -349,15 +352,19 @@ mod tests {
     fn a_model_is_asked_and_says_something() {
         let ctx = Context::cpu(1);
         let (needles, t) = test(Task::Passkey, 1);
-        let mut model = Model::init(&ctx, &Config::new(1, 64, 256), Init::Noise, 3).unwrap();
+        let mut model = Arc::new(Model::init(&ctx, &Config::new(1, 64, 256), Init::Noise, 3).unwrap());
         let (tokenizer, go) = (Tokenizer::bytes(), AtomicBool::new(false));
-        let cells = t
-            .run(&needles, None, &go, &|_| {}, &mut |s| write(Session::new(&ctx, &model), &tokenizer, s, &go))
-            .unwrap();
+        let start = SavedState::beginning(&ctx, &model, None, None).unwrap();
+        let run = |model: &Arc<Model>| {
+            let options = EngineOptions { slots: 1, cache_bytes: 0, ..EngineOptions::default() };
+            Engine::start(ctx.clone(), model.clone(), options).unwrap()
+        };
+        let engine = run(&model);
+        let cells = t.run(&needles, None, &go, &|_| {}, &mut |s| write(&engine, &start, &tokenizer, s, &go)).unwrap();
         assert!(cells.len() == 2 && cells.iter().all(|c| c.right == 0));
-        // It is the most probable text: the session's own choice, byte by byte.
+        // It is the most probable text: a session's own choice, byte by byte.
         let s = needles.sample(Keys::Test, 1, 0, 500, 0.5);
-        let text = write(Session::new(&ctx, &model), &tokenizer, &s, &go).unwrap();
+        let text = write(&engine, &start, &tokenizer, &s, &go).unwrap();
         let mut session = Session::new(&ctx, &model);
         session.feed(&s.prompt).unwrap();
         let logits = session.logits().unwrap();
@@ -367,8 +374,10 @@ mod tests {
             "{text}"
         );
         let stopped = AtomicBool::new(true);
-        assert_eq!(write(Session::new(&ctx, &model), &tokenizer, &s, &stopped).unwrap(), "");
-        model.params_mut().values_mut().fill(f32::NAN);
-        assert!(write(Session::new(&ctx, &model), &tokenizer, &s, &go).is_err());
+        assert_eq!(write(&engine, &start, &tokenizer, &s, &stopped).unwrap(), "");
+        drop(engine);
+        drop(session);
+        Arc::get_mut(&mut model).unwrap().params_mut().values_mut().fill(f32::NAN);
+        assert!(write(&run(&model), &start, &tokenizer, &s, &go).is_err());
     }
 }

@@ -41,7 +41,7 @@ fn token(stream: &mut Stream) -> Option<Instant> {
         match stream.recv()? {
             Event::Token(_) => return Some(Instant::now()),
             Event::End(_) => return None,
-            Event::Prompt { .. } => {}
+            Event::Prompt { .. } | Event::State(_) => {}
         }
     }
 }

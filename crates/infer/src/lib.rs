@@ -1,4 +1,4 @@
-//! Running a model: sessions with their recurrent state, sampling, state files.
+//! Running a model: the engine, sampling, state files, and sessions for those who want the logits of one sequence.
 
 pub mod chat;
 mod decoder;
@@ -7,10 +7,11 @@ mod initial;
 mod lookup;
 mod sampler;
 mod session;
+mod state_file;
 mod text;
 
 pub use decoder::Decoder;
-pub use engine::{Engine, EngineOptions};
+pub use engine::{Engine, EngineOptions, SavedState};
 pub use initial::InitialState;
 pub use sampler::{Sampler, SamplerOrder, Sampling};
 pub use session::Session;
@@ -34,6 +35,12 @@ pub enum Error {
     /// A state file that doesn't belong to the model.
     #[error("state file: {0}")]
     State(String),
+    /// A request that the engine didn't take.
+    #[error(transparent)]
+    Refused(#[from] engine::Refused),
+    /// Why an answer of the engine failed.
+    #[error("{0}")]
+    Answer(String),
     /// From the model.
     #[error(transparent)]
     Model(#[from] anser_model::Error),

@@ -5,8 +5,7 @@ use std::collections::HashMap;
 /// Tokens that must have stood there alike.
 const MATCH: usize = 3;
 
-/// The tokens of a session, and guesses of the next ones: what followed the last three where they stood before.
-#[derive(Clone)]
+/// The tokens of a sequence, and guesses of the next ones: what followed the last three where they stood before.
 pub(crate) struct Lookup {
     tokens: Vec<u32>,
     /// For every three tokens the place after where they stood last.
@@ -23,7 +22,12 @@ impl Lookup {
         Lookup { tokens: Vec::new(), after: HashMap::new(), most, reach: most.div_ceil(2) }
     }
 
-    /// A token of the session.
+    /// How many tokens it has seen.
+    pub fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// The next token of the sequence.
     pub fn push(&mut self, token: u32) {
         self.tokens.push(token);
         if let Some(last) = self.tokens.last_chunk() {

@@ -59,6 +59,7 @@ impl Default for Sampling {
 }
 
 /// Chooses tokens from logits and remembers what it chose.
+#[derive(Clone)]
 pub struct Sampler {
     options: Sampling,
     counts: BTreeMap<u32, f32>,
@@ -111,19 +112,35 @@ impl Sampler {
             }
         }
         let max = largest(&logits);
-        let greedy = o.temperature == 0.0 || o.top_k == 1;
         let best = || logits.iter().position(|l| *l == max).unwrap_or(0);
-        let token = if greedy { best() } else { self.draw(&logits, max) } as u32;
+        let token = if self.greedy() { best() } else { self.draw(&logits, max) } as u32;
+        self.count(token);
+        Ok(token)
+    }
+
+    /// Takes note of a token that a copy of this sampler chose: from here on it is as that was then.
+    pub fn follow(&mut self, token: u32) {
+        if !self.greedy() {
+            // What a choice takes.
+            self.rng.next_u64();
+        }
+        self.count(token);
+    }
+
+    fn count(&mut self, token: u32) {
         self.counts.values_mut().for_each(|c| *c *= self.options.penalty_decay);
         *self.counts.entry(token).or_default() += 1.0;
-        Ok(token)
+    }
+
+    fn greedy(&self) -> bool {
+        self.options.temperature == 0.0 || self.options.top_k == 1
     }
 
     /// What makes the choice on a GPU: `Some(None)` takes the most probable token. `None` if the choice depends on more than logits, or counts tokens, which
     /// only [`Sampler::sample`] does. It takes the place of a call of that, in effect as well as in random numbers.
     pub(crate) fn cuts(&mut self) -> Option<Option<Cuts>> {
         let o = &self.options;
-        let greedy = o.temperature == 0.0 || o.top_k == 1;
+        let greedy = self.greedy();
         let plain = o.presence_penalty == 0.0 && o.frequency_penalty == 0.0 && o.logit_bias.is_empty();
         if !plain || (o.top_k > 0 && !greedy) {
             return None;
@@ -368,6 +385,12 @@ mod tests {
             let mut s = Sampler::new(Sampling { seed, ..Sampling::default() }).unwrap();
             (0..50).map(|_| s.sample(&[0.1, 0.2, 0.3, 0.4]).unwrap()).collect::<Vec<_>>()
         };
+        let mut first = Sampler::new(Sampling { presence_penalty: 0.3, ..Sampling::default() }).unwrap();
+        let (mut copy, logits) = (first.clone(), [0.1, 0.2, 0.3, 0.4]);
+        let chosen: Vec<u32> = (0..20).map(|_| copy.sample(&logits).unwrap()).collect();
+        chosen[..9].iter().for_each(|&t| first.follow(t));
+        let rest: Vec<u32> = (9..20).map(|_| first.sample(&logits).unwrap()).collect();
+        assert_eq!(rest, chosen[9..]);
         assert_eq!(run(3), run(3));
         assert_ne!(run(3), run(4));
     }

@@ -4,9 +4,9 @@ mod common;
 
 use anser_formats::{Dtype, Source, write_pth};
 use anser_infer::engine::{Constraint, End, Engine, EngineOptions, Event, Refused, Request, Start, Stream};
-use anser_infer::{Decoder, InitialState, Sampler, Sampling, Session};
-use anser_model::{Config, Init, Model};
-use anser_tensor::{Context, DType, Device};
+use anser_infer::{Decoder, InitialState, Sampler, Sampling, SavedState, Session};
+use anser_model::{Cache, Config, Eviction, Init, Model};
+use anser_tensor::{Context, DType, Device, WeightType};
 use common::{Answer, Folder, alone, answer, engine, hybrid, model, plain, prompt, request};
 use std::sync::Arc;
 use std::time::Duration;
@@ -645,4 +645,92 @@ fn on_a_gpu_a_sequence_is_the_same_in_any_company() {
     let r = Request { prompt_logprobs: Some(1), hidden: true, ..request(short(5), 1) };
     let a = answer(engine.submit(r).unwrap());
     assert_eq!((a.prompt.len(), a.hidden.map(|h| h.len())), (short(5).len() - 1, Some(128)));
+}
+
+/// Twelve tokens again and again, with others now and then, from where a guess may be wrong.
+struct Repeats(u32);
+
+impl Constraint for Repeats {
+    fn mask(&mut self, logits: &mut [f32]) -> Result<(), String> {
+        let next = if self.0 % 29 < 2 { self.0 * 7 % 40 } else { self.0 % 12 };
+        logits.iter_mut().enumerate().filter(|(t, _)| *t != next as usize).for_each(|(_, l)| *l = f32::NEG_INFINITY);
+        Ok(())
+    }
+
+    fn accept(&mut self, _: u32) -> Result<bool, String> {
+        self.0 += 1;
+        Ok(false)
+    }
+}
+
+#[test]
+fn guesses_change_nothing_but_the_number_of_rows() {
+    let bound = Cache::new(96, Eviction::Error, false);
+    for (of, bound) in [(plain(), None), (hybrid(), None), (hybrid(), Some(bound))] {
+        for kept in [DType::F32.into(), DType::BF16.into(), WeightType::Int8, WeightType::Q4] {
+            let of = (of.0.clone(), Arc::new(of.1.packed(&of.0, kept)));
+            let run = |guesses: usize, company: bool| {
+                let engine = engine(&of, EngineOptions { guesses, bound, cache_bytes: 0, ..EngineOptions::default() });
+                let start = Start::State(SavedState::beginning(&of.0, &of.1, bound, None).unwrap());
+                let constraint: Option<Box<dyn Constraint>> = Some(Box::new(Repeats(10)));
+                let first =
+                    Request { start, constraint, logprobs: Some(2), keep_state: true, ..request(prompt(3, 10), 200) };
+                let stream = engine.submit(first).unwrap();
+                // Others come and go meanwhile.
+                for seed in 0..if company { 3 } else { 0 } {
+                    answer(engine.submit(request(prompt(seed, 20), 4)).unwrap());
+                }
+                let first = answer(stream);
+                let start = Start::State(first.state.clone().unwrap());
+                let constraint: Option<Box<dyn Constraint>> = Some(Box::new(Repeats(210)));
+                let r = Request { start, constraint, logprobs: Some(2), ..request(vec![5], 60) };
+                (first.logprobs, answer(engine.submit(r).unwrap()).logprobs)
+            };
+            let want = run(0, false);
+            assert!(want.0.len() == 200 && want.1.len() == 60);
+            for guesses in [1, 3, 8] {
+                assert!(run(guesses, false) == want && run(guesses, true) == want, "{kept} {guesses}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_given_state_goes_on_in_memory_and_from_a_file() {
+    for of in [plain(), hybrid()] {
+        let engine = engine(&of, EngineOptions { cache_bytes: 0, ..EngineOptions::default() });
+        let begin = SavedState::beginning(&of.0, &of.1, None, None).unwrap();
+        let ask = |from: &SavedState, prompt: Vec<u32>, sampler: &Sampler, count| {
+            let (start, sampler) = (Start::State(from.clone()), Some(sampler.clone()));
+            answer(engine.submit(Request { start, sampler, keep_state: true, ..request(prompt, count) }).unwrap())
+        };
+        let mut sampler = Sampler::new(Sampling { presence_penalty: 0.5, ..Sampling::default() }).unwrap();
+        let whole = ask(&begin, prompt(5, 40), &sampler, 20).tokens;
+        assert_eq!(
+            whole,
+            alone(&of, &prompt(5, 40), &Sampling { presence_penalty: 0.5, ..Sampling::default() }, 0, 20)
+        );
+        let first = ask(&begin, prompt(5, 40), &sampler, 8);
+        assert_eq!(first.tokens, whole[..8]);
+        first.tokens.iter().for_each(|&t| sampler.follow(t));
+        let (folder, state) = (Folder::new("given"), first.state.unwrap());
+        std::fs::create_dir_all(&folder.0).unwrap();
+        let path = folder.0.join("s");
+        state.save(&of.0, &of.1, &path).unwrap();
+        let file = SavedState::open(&of.0, &of.1, &path).unwrap();
+        for from in [&state, &file] {
+            assert_eq!(ask(from, Vec::new(), &sampler, 12).tokens, whole[8..]);
+        }
+        // A session reads the same file.
+        let mut session = Session::load(&of.0, &of.1, &path).unwrap();
+        assert_eq!(sampler.sample(session.logits().unwrap()).unwrap(), whole[8]);
+        session.feed(&whole[8..9]).unwrap();
+        assert_eq!(sampler.sample(session.logits().unwrap()).unwrap(), whole[9]);
+        let refused = |r: Request| engine.submit(r).err().unwrap().to_string();
+        let start = || Start::State(begin.clone());
+        assert!(refused(Request { start: start(), ..request(Vec::new(), 3) }).contains("prompt is empty"));
+        assert!(refused(Request { start: start(), save_as: Some("x".into()), ..request(vec![1], 3) }).contains("name"));
+        let other = SavedState::beginning(&of.0, &model(&Config::new(1, 64, 300)).1, None, None).unwrap();
+        assert!(refused(Request { start: Start::State(other), ..request(vec![1], 3) }).contains("another model"));
+    }
 }

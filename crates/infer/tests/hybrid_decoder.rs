@@ -255,7 +255,7 @@ fn an_engine_decodes_hybrids_in_slots() {
             match event {
                 Event::Prompt { cached: c, .. } => cached = c,
                 Event::Token(t) => tokens.push(t.token),
-                Event::End(_) => {}
+                Event::State(_) | Event::End(_) => {}
             }
         }
         (tokens, cached)

@@ -127,6 +127,8 @@ impl Answer {
                         return Ok(Some(part));
                     }
                 }
+                // Not asked for.
+                Some(Event::State(_)) => {}
                 Some(Event::End(end)) => return self.end(end).await.map(Some),
                 None => return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the engine ended")),
             }
@@ -233,7 +235,7 @@ impl Answer {
 async fn submit(app: &App, request: Request) -> Result<Stream, ApiError> {
     let engine = app.engine.clone();
     Ok(match request.start {
-        Start::Empty => engine.submit(request)?,
+        Start::Empty | Start::State(_) => engine.submit(request)?,
         Start::Named(_) => blocking(move || engine.submit(request)).await??,
     })
 }

@@ -3,7 +3,8 @@ use crate::{Bptt, Error, ModelConfig, Recompute, RecomputeMode, RunConfig, Setti
 use anser_data::needle::{Mix, Needles};
 use anser_data::{Batch, Binidx, Built, Dataset, Options, Tokens, bundled, documents};
 use anser_formats::{Checkpoint, write_atomic};
-use anser_infer::{Sampler, Sampling, Session};
+use anser_infer::Sampling;
+use anser_infer::engine::{self, Engine, EngineOptions, Request};
 use anser_model::{Config, Hybrid, Load, Model};
 use anser_tensor::{Context, DType, bench, memory};
 use anser_tokenizer::{StreamDecoder, Tokenizer};
@@ -12,6 +13,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Instant;
@@ -364,24 +366,30 @@ fn what_fits(trainer: &mut Trainer, config: &RunConfig, micro: usize, room: u64)
 pub fn write_text(
     ctx: &Context, model: &Model, tokenizer: &Tokenizer, prompt: &str, seed: u64, count: usize,
 ) -> Result<String, Error> {
-    let model = model.packed(ctx, DType::F32);
-    let mut session = Session::new(ctx, &model);
-    let mut tokens = tokenizer.encode(prompt.as_bytes());
-    if tokens.is_empty() {
-        tokens.push(tokenizer.end_of_document());
+    let model = Arc::new(model.packed(ctx, DType::F32));
+    let mut prompt = tokenizer.encode(prompt.as_bytes());
+    if prompt.is_empty() {
+        prompt.push(tokenizer.end_of_document());
     }
-    session.feed(&tokens)?;
-    let mut sampler = Sampler::new(Sampling { top_p: 0.7, seed, ..Sampling::default() })?;
+    let options = EngineOptions { slots: 1, cache_bytes: 0, ..EngineOptions::default() };
+    let engine = Engine::start(ctx.clone(), model, options)?;
+    let sampling = Sampling { top_p: 0.7, ..Sampling::default() };
+    let stop_tokens = vec![tokenizer.end_of_document()];
+    // Without an answer the prompt's state is all that comes of it.
+    let keep_state = count == 0;
+    let request = Request { prompt, sampling, seed, max_tokens: count, stop_tokens, keep_state, ..Request::default() };
+    let mut stream = engine.submit(request).map_err(anser_infer::Error::from)?;
     let (mut decoder, mut text) = (StreamDecoder::default(), String::new());
-    for _ in 0..count {
-        let token = sampler.sample(session.logits()?)?;
-        // A vocabulary may have ids that stand for nothing.
-        let Ok(bytes) = tokenizer.token(token) else { break };
-        if token == tokenizer.end_of_document() {
-            break;
+    while let Some(event) = stream.recv() {
+        match event {
+            engine::Event::Token(token) => match tokenizer.token(token.token) {
+                Ok(bytes) => text += &decoder.push(bytes),
+                // A vocabulary may have ids that stand for nothing.
+                Err(_) => break,
+            },
+            engine::Event::End(end) => drop(end.checked()?),
+            engine::Event::Prompt { .. } | engine::Event::State(_) => {}
         }
-        text += &decoder.push(bytes);
-        session.feed(&[token])?;
     }
     Ok(text + &decoder.finish())
 }

@@ -1,12 +1,17 @@
+use crate::cmd::answer::Ends;
 use crate::cmd::generate::Common;
-use crate::global::{Global, Interrupted, stop};
+use crate::global::{Global, Interrupted};
 use anser_infer::chat::{self, Think};
-use anser_infer::{Sampler, Session, TextStream};
+use anser_infer::engine::{End, Engine, Event, Request, Start};
+use anser_infer::{Sampler, SavedState, TextStream};
+use anser_model::Model;
+use anser_tensor::Context;
 use anser_tokenizer::Tokenizer;
+use anyhow::Context as _;
 use serde_json::json;
 use std::io::{BufRead, IsTerminal};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
 
 /// Talks with a model: a line is a turn; /help lists the commands
 #[derive(clap::Args)]
@@ -32,28 +37,39 @@ pub struct Args {
 
 const HELP: &str = "/new  start over\n/retry  another answer\n/think off|fast|on|short|long\n/save FILE  /load FILE  the conversation's state\n/exit";
 
+/// A conversation.
+struct Talk<'a> {
+    args: &'a Args,
+    global: &'a Global,
+    ctx: Context,
+    model: Arc<Model>,
+    tokenizer: Tokenizer,
+    engine: Engine,
+    /// After the last turn.
+    state: SavedState,
+    /// As after all tokens that it has chosen.
+    sampler: Sampler,
+    think: Think,
+    turns: Vec<serde_json::Value>,
+    /// Before the last turn, for /retry: the state and what the user said.
+    last: Option<(SavedState, String)>,
+}
+
 /// Runs the subcommand.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
-    let mut sampler = Sampler::new(args.common.sampling())?;
+    let sampler = Sampler::new(args.common.sampling())?;
     let ctx = global.context()?;
     let (model, tokenizer) = args.common.source.load(&ctx, global)?;
-    let fresh = || -> anyhow::Result<Session<'_>> {
-        let mut session = args.common.session(&ctx, &model, None)?;
-        if let Some(text) = &args.system {
-            session.feed(&tokenizer.encode(chat::system(text).as_bytes()))?;
-        }
-        Ok(session)
-    };
-    let mut session = match &args.load_state {
-        Some(path) => args.common.session(&ctx, &model, Some(path))?,
-        None => fresh()?,
-    };
+    let model = Arc::new(model);
+    let state = args.common.begin(&ctx, &model, args.load_state.as_deref())?;
+    let engine = args.common.source.engine(&ctx, &model, state.bound())?;
+    let (turns, last, think) = (Vec::new(), None, args.think);
+    let mut talk = Talk { args, global, ctx, model, tokenizer, engine, state, sampler, think, turns, last };
+    if args.load_state.is_none() {
+        talk.system()?;
+    }
     // A file that cannot be written is found before the first word.
-    save(args, &session)?;
-    let mut think = args.think;
-    let mut turns = Vec::new();
-    // Before the last turn, for /retry: the session and what the user said.
-    let mut last: Option<(Session<'_>, String)> = None;
+    talk.save()?;
     let stdin = std::io::stdin();
     let terminal = stdin.is_terminal();
     if terminal {
@@ -69,7 +85,6 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         }
         let line = line.trim();
         let (command, rest) = line.split_once(' ').unwrap_or((line, ""));
-        let mut said = line.to_string();
         let outcome = match command {
             "" => continue,
             "/exit" | "/quit" => break,
@@ -77,33 +92,27 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                 global.note(HELP);
                 continue;
             }
-            "/new" => fresh().map(|s| session = s),
-            "/save" => session.save(Path::new(rest.trim())).map_err(Into::into),
-            "/load" => args.common.source.session(&ctx, &model, Some(Path::new(rest.trim()))).map(|s| session = s),
-            "/think" => rest.trim().parse().map(|t| think = t).map_err(anyhow::Error::msg),
-            "/retry" => match last.take() {
-                Some((before, text)) => {
-                    (session, said) = (before, text);
-                    turns.pop();
-                    answer(
-                        &mut session,
-                        &mut sampler,
-                        &tokenizer,
-                        &mut said,
-                        think,
-                        args,
-                        global,
-                        &mut turns,
-                        &mut last,
-                    )
+            "/new" => {
+                args.common.begin(&talk.ctx, &talk.model, None).and_then(|s| talk.go_on(s)).and_then(|()| talk.system())
+            }
+            "/save" => talk.state.save(&talk.ctx, &talk.model, Path::new(rest.trim())).map_err(Into::into),
+            "/load" => {
+                let path = Path::new(rest.trim());
+                args.common.source.begin(&talk.ctx, &talk.model, Some(path)).and_then(|s| talk.go_on(s))
+            }
+            "/think" => rest.trim().parse().map(|t| talk.think = t).map_err(anyhow::Error::msg),
+            "/retry" => match talk.last.take() {
+                Some((before, said)) => {
+                    talk.turns.pop();
+                    talk.go_on(before).and_then(|()| talk.turn(&said))
                 }
                 None => Err(anyhow::anyhow!("there is no answer yet")),
             },
             c if c.starts_with('/') => Err(anyhow::anyhow!("no command {c}; /help lists them")),
-            _ => answer(&mut session, &mut sampler, &tokenizer, &mut said, think, args, global, &mut turns, &mut last),
+            _ => talk.turn(line),
         };
         // Saved after every turn: nothing is lost however the conversation ends.
-        save(args, &session)?;
+        talk.save()?;
         match outcome {
             Ok(()) => {}
             // A slip of the keyboard doesn't end a conversation; a script wants to know.
@@ -111,53 +120,100 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             Err(e) => return Err(e),
         }
     }
-    global.result(json!({ "turns": turns }), String::new)
+    global.result(json!({ "turns": talk.turns }), String::new)
 }
 
-fn save(args: &Args, session: &Session<'_>) -> anyhow::Result<()> {
-    Ok(args.save_state.as_ref().map_or(Ok(()), |path| session.save(path))?)
-}
+impl Talk<'_> {
+    fn save(&self) -> anyhow::Result<()> {
+        let Some(path) = &self.args.save_state else { return Ok(()) };
+        Ok(self.state.save(&self.ctx, &self.model, path)?)
+    }
 
-/// One turn: feeds what the user said, streams the answer, and leaves the session ready for the next turn.
-fn answer<'m>(
-    session: &mut Session<'m>, sampler: &mut Sampler, tokenizer: &Tokenizer, said: &mut String, think: Think,
-    args: &Args, global: &Global, turns: &mut Vec<serde_json::Value>, last: &mut Option<(Session<'m>, String)>,
-) -> anyhow::Result<()> {
-    *last = Some((session.fork(), said.clone()));
-    let prompt = chat::user(said, think);
-    session.feed(&tokenizer.encode(prompt.as_bytes()))?;
-    let mut stream = TextStream::new(&chat::STOPS.map(String::from));
-    let mut text = String::new();
-    // The session when all text so far was out: a stop text is never part of what the model remembers.
-    let mut clear = (session.fork(), 0);
-    let (mut stopped, mut interrupted) = (false, false);
-    for _ in 0..args.max_tokens {
-        interrupted = stop().load(Ordering::SeqCst);
-        let token = sampler.sample(session.logits()?)?;
-        if interrupted || token == tokenizer.end_of_document() {
-            break;
+    /// Goes on from another state, which may have another bound on what attention keeps.
+    fn go_on(&mut self, from: SavedState) -> anyhow::Result<()> {
+        if from.bound() != self.state.bound() {
+            self.engine = self.args.common.source.engine(&self.ctx, &self.model, from.bound())?;
         }
-        session.feed(&[token])?;
-        let (piece, end) = stream.push(tokenizer.token(token)?);
-        global.stream(&piece)?;
-        text += &piece;
-        if end {
-            stopped = true;
-            break;
-        }
-        if stream.is_clear() {
-            clear = (session.fork(), text.len());
-        }
+        self.state = from;
+        Ok(())
     }
-    if !stopped {
-        let rest = stream.finish();
-        global.stream(&rest)?;
-        text += &rest;
+
+    /// Reads what stands before the first turn.
+    fn system(&mut self) -> anyhow::Result<()> {
+        if let Some(text) = &self.args.system {
+            self.state = self.read(&self.state, self.tokenizer.encode(chat::system(text).as_bytes()))?;
+        }
+        Ok(())
     }
-    global.stream("\n")?;
-    *session = clear.0;
-    let end = format!("{}{}", &text[clear.1..], chat::TURN_END);
-    session.feed(&tokenizer.encode(end.as_bytes()))?;
-    turns.push(json!({ "user": said, "assistant": text.trim() }));
-    if interrupted { Err(Interrupted.into()) } else { Ok(()) }
+
+    /// The state after some more tokens.
+    fn read(&self, from: &SavedState, prompt: Vec<u32>) -> anyhow::Result<SavedState> {
+        let start = Start::State(from.clone());
+        let request = Request { prompt, start, max_tokens: 0, keep_state: true, ..Request::default() };
+        let (mut stream, mut kept) = (self.engine.submit(request)?, None);
+        while let Some(event) = stream.recv() {
+            match event {
+                Event::State(state) => kept = Some(state),
+                Event::End(end) => drop(end.checked()?),
+                Event::Prompt { .. } | Event::Token(_) => {}
+            }
+        }
+        kept.context("the engine has kept no state")
+    }
+
+    /// One turn: reads what the user said, streams the answer, and leaves the state ready for the next turn.
+    fn turn(&mut self, said: &str) -> anyhow::Result<()> {
+        let (before, global, tokenizer) = (self.state.clone(), self.global, self.tokenizer);
+        self.last = Some((before.clone(), said.into()));
+        let prompt = tokenizer.encode(chat::user(said, self.think).as_bytes());
+        let stops = chat::STOPS.map(String::from);
+        let mut stream = self.engine.submit(Request {
+            prompt: prompt.clone(),
+            start: Start::State(before.clone()),
+            sampler: Some(self.sampler.clone()),
+            max_tokens: self.args.max_tokens,
+            stop_tokens: vec![tokenizer.end_of_document()],
+            constraint: Some(Box::new(Ends::new(tokenizer, &stops))),
+            keep_state: true,
+            ..Request::default()
+        })?;
+        let (mut out, mut text, mut written) = (TextStream::new(&stops), String::new(), Vec::new());
+        // How many tokens, and bytes, there were when all text so far was out: a stop text is never part of what the model remembers.
+        let (mut clear, mut stopped, mut after) = ((0, 0), false, None);
+        let end = loop {
+            match stream.recv() {
+                Some(Event::Prompt { .. }) => {}
+                Some(Event::Token(token)) => {
+                    let (piece, end) = out.push(tokenizer.token(token.token)?);
+                    self.sampler.follow(token.token);
+                    written.push(token.token);
+                    global.stream(&piece)?;
+                    text += &piece;
+                    stopped = end;
+                    if !stopped && out.is_clear() {
+                        clear = (written.len(), text.len());
+                    }
+                }
+                Some(Event::State(state)) => after = Some(state),
+                Some(Event::End(end)) => break end.checked()?,
+                None => anyhow::bail!("the engine has ended"),
+            }
+        };
+        if end == End::Stop {
+            self.sampler.follow(tokenizer.end_of_document());
+        }
+        if !stopped {
+            let rest = out.finish();
+            global.stream(&rest)?;
+            text += &rest;
+        }
+        global.stream("\n")?;
+        let rest = tokenizer.encode(format!("{}{}", &text[clear.1..], chat::TURN_END).as_bytes());
+        self.state = match after {
+            Some(after) if clear.0 == written.len() => self.read(&after, rest)?,
+            _ => self.read(&before, [&prompt, &written[..clear.0], &rest].concat())?,
+        };
+        self.turns.push(json!({ "user": said, "assistant": text.trim() }));
+        if end == End::Constraint && !stopped { Err(Interrupted.into()) } else { Ok(()) }
+    }
 }

@@ -228,8 +228,9 @@ fn hidden(task: Hidden, file: Option<&Path>, grid: &Grid, out: &Path, global: &G
         cache: grid.source.bound(),
     };
     // Whether the bound fits the model is seen here.
-    let fresh = grid.source.session(&ctx, &model, None)?;
-    let mut answer = |sample: &_| needle::write(fresh.fork(), &tokenizer, sample, stop());
+    let start = grid.source.begin(&ctx, &model, None)?;
+    let engine = grid.source.engine(&ctx, &model.into(), start.bound())?;
+    let mut answer = |sample: &_| needle::write(&engine, &start, &tokenizer, sample, stop());
     let cells = test.run(&needles, Some(out), stop(), &|line| global.note(line), &mut answer)?;
     picture(out, "", &test.picture(&cells))?;
     if stop().load(Ordering::SeqCst) {

@@ -1,6 +1,8 @@
-use crate::global::{Bound, Chunks, Global, Interrupted, stop};
+use crate::cmd::answer::Ends;
+use crate::global::{Bound, Chunks, Global, Interrupted};
 use anser_formats::Checkpoint;
-use anser_infer::{InitialState, Sampler, SamplerOrder, Sampling, Session, TextStream};
+use anser_infer::engine::{End, Engine, EngineOptions, Event, Request, Start};
+use anser_infer::{InitialState, Sampler, SamplerOrder, Sampling, SavedState, TextStream};
 use anser_model::{Cache, Config, Load, Model};
 use anser_tensor::Context;
 use anser_tokenizer::Tokenizer;
@@ -8,7 +10,7 @@ use anyhow::{Context as _, bail, ensure};
 use serde_json::json;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// The model that needs no file: 12 million parameters, English and Rust.
@@ -52,7 +54,7 @@ pub struct Source {
     chunks: Chunks,
     #[command(flatten)]
     bound: Bound,
-    /// On a CPU: tokens read ahead at most, guessed where the text repeats itself, as quotations and edited code do; the output stays the same
+    /// On a CPU, for one text at a time: tokens read ahead at most, guessed where it repeats itself, as quotations and edited code do; the output stays the same
     #[arg(long, value_name = "TOKENS", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=64))]
     speculate: u8,
 }
@@ -103,13 +105,16 @@ fn bias(s: &str) -> Result<(u32, f32), String> {
 }
 
 impl Common {
-    /// A new session, or one that goes on from a state file.
-    pub fn session<'m>(&self, ctx: &Context, model: &'m Model, state: Option<&Path>) -> anyhow::Result<Session<'m>> {
-        let session = self.source.session(ctx, model, state)?;
+    /// The beginning of a sequence, or what a state file goes on from.
+    pub fn begin(&self, ctx: &Context, model: &Model, state: Option<&Path>) -> anyhow::Result<SavedState> {
+        let begun = self.source.begin(ctx, model, state)?;
         match &self.initial_state {
-            None => Ok(session),
+            None => Ok(begun),
             Some(_) if state.is_some() => bail!("--initial-state: a saved state has its beginning in it; leave it out"),
-            Some(path) => Ok(session.begun(&InitialState::open(model.config(), path)?)?),
+            Some(path) => {
+                let initial = InitialState::open(model.config(), path)?;
+                Ok(SavedState::beginning(ctx, model, begun.bound(), Some(&initial))?)
+            }
         }
     }
 
@@ -166,23 +171,37 @@ impl Source {
         self.bound.cache()
     }
 
-    /// A new session, or one that goes on from a state file, which says its own bound.
-    pub fn session<'m>(&self, ctx: &Context, model: &'m Model, state: Option<&Path>) -> anyhow::Result<Session<'m>> {
-        let session = match (state, self.bound()) {
-            (Some(path), None) => Session::load(ctx, model, path)?,
+    /// The beginning of a sequence, or what a state file goes on from, which says its own bound.
+    pub fn begin(&self, ctx: &Context, model: &Model, state: Option<&Path>) -> anyhow::Result<SavedState> {
+        match (state, self.bound()) {
+            (Some(path), None) => Ok(SavedState::open(ctx, model, path)?),
             (Some(_), Some(_)) => bail!("--cache: a state file says what it keeps; leave --cache out"),
-            (None, Some(cache)) => Session::new(ctx, model).bounded(cache)?,
-            (None, None) => Session::new(ctx, model),
-        };
-        Ok(session.guessing(self.speculate.into()))
+            (None, bound) => Ok(SavedState::beginning(ctx, model, bound, None)?),
+        }
+    }
+
+    /// An engine for one sequence, of states with such a bound. It keeps none of its own accord.
+    pub fn engine(&self, ctx: &Context, model: &Arc<Model>, bound: Option<Cache>) -> anyhow::Result<Engine> {
+        let guesses = self.guesses();
+        // Whoever reads the output may take as long as they like.
+        let unread = usize::MAX;
+        let options = EngineOptions { slots: 1, cache_bytes: 0, unread, guesses, bound, ..EngineOptions::default() };
+        Ok(Engine::start(ctx.clone(), model.clone(), options)?)
+    }
+
+    /// Tokens read ahead at most.
+    pub fn guesses(&self) -> usize {
+        self.speculate.into()
     }
 }
 
 /// Runs the subcommand.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
-    let mut sampler = Sampler::new(args.common.sampling())?;
+    // Options that make no sense are found before the model is loaded.
+    let sampler = Sampler::new(args.common.sampling())?;
     let ctx = global.context()?;
     let (model, tokenizer) = args.common.source.load(&ctx, global)?;
+    let model = Arc::new(model);
 
     let mut prompt = args.prompt.clone().into_bytes();
     if args.prompt == "-" {
@@ -190,57 +209,68 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         std::io::stdin().read_to_end(&mut prompt).context("stdin")?;
     }
     let mut tokens = tokenizer.encode(&prompt);
-    let mut session = args.common.session(&ctx, &model, args.load_state.as_deref())?;
+    let begun = args.common.begin(&ctx, &model, args.load_state.as_deref())?;
     if tokens.is_empty() && args.load_state.is_none() {
         // An empty prompt starts a document.
         tokens.push(tokenizer.end_of_document());
     }
-    let start = Instant::now();
-    session.feed(&tokens)?;
-    let prefill = start.elapsed().as_secs_f64();
-
-    let start = Instant::now();
-    let (mut stream, mut text) = (TextStream::new(&args.stop), String::new());
+    let (prompt_tokens, mut count) = (tokens.len(), 0);
+    let engine = args.common.source.engine(&ctx, &model, begun.bound())?;
+    let mut start = Instant::now();
+    let mut stream = engine.submit(Request {
+        prompt: tokens,
+        start: Start::State(begun),
+        sampler: Some(sampler),
+        max_tokens: args.max_tokens,
+        stop_tokens: vec![tokenizer.end_of_document()],
+        constraint: Some(Box::new(Ends::new(tokenizer, &args.stop))),
+        // Without an answer the state is all that comes of it.
+        keep_state: args.save_state.is_some() || args.max_tokens == 0,
+        ..Request::default()
+    })?;
+    let (mut out, mut text, mut stopped, mut kept) = (TextStream::new(&args.stop), String::new(), false, None);
     let mut emit = |piece: String| {
         text += &piece;
         global.stream(&piece)
     };
-    let mut count = 0;
-    let mut reason = "length";
-    while count < args.max_tokens {
-        if stop().load(Ordering::SeqCst) {
-            reason = "interrupted";
-            break;
+    let mut prefill = 0.0;
+    let reason = loop {
+        match stream.recv() {
+            Some(Event::Prompt { .. }) => {
+                prefill = start.elapsed().as_secs_f64();
+                start = Instant::now();
+            }
+            Some(Event::Token(written)) => {
+                count += 1;
+                let (piece, end) = out.push(tokenizer.token(written.token)?);
+                stopped = end;
+                emit(piece)?;
+            }
+            Some(Event::State(state)) => kept = Some(state),
+            Some(Event::End(end)) => match end.checked()? {
+                _ if stopped => break "stop",
+                End::Stop => break "end of document",
+                End::Constraint => break "interrupted",
+                _ => break "length",
+            },
+            None => bail!("the engine has ended"),
         }
-        let token = sampler.sample(session.logits()?)?;
-        if token == tokenizer.end_of_document() {
-            reason = "end of document";
-            break;
-        }
-        session.feed(&[token])?;
-        count += 1;
-        let (piece, stopped) = stream.push(tokenizer.token(token)?);
-        emit(piece)?;
-        if stopped {
-            reason = "stop";
-            break;
-        }
-    }
+    };
     if reason != "stop" {
-        emit(stream.finish())?;
+        emit(out.finish())?;
     }
     let decode = start.elapsed().as_secs_f64();
-    if let Some(path) = &args.save_state {
-        session.save(path)?;
+    if let (Some(path), Some(state)) = (&args.save_state, kept) {
+        state.save(&ctx, &model, path)?;
     }
-    let speeds = [tokens.len() as f64 / prefill, count as f64 / decode];
+    let speeds = [prompt_tokens as f64 / prefill, count as f64 / decode];
     if args.stats {
-        eprintln!("prompt: {} tokens, {:.1}/s; written: {count} tokens, {:.1}/s", tokens.len(), speeds[0], speeds[1]);
+        eprintln!("prompt: {prompt_tokens} tokens, {:.1}/s; written: {count} tokens, {:.1}/s", speeds[0], speeds[1]);
     }
     let json = json!({
         "text": text,
         "finish_reason": reason,
-        "prompt_tokens": tokens.len(),
+        "prompt_tokens": prompt_tokens,
         "tokens": count,
         "prefill_tokens_per_second": speeds[0],
         "decode_tokens_per_second": speeds[1],

@@ -1,5 +1,6 @@
 //! One file per subcommand.
 
+mod answer;
 pub mod bench;
 pub mod chat;
 pub mod convert;

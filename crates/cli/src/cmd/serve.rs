@@ -131,6 +131,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         redis_expiry: Duration::from_secs(u64::from(args.redis_expiry) * 3600),
         object_store: args.object_store.clone(),
         bound: args.source.bound(),
+        guesses: args.source.guesses(),
         ..EngineOptions::default()
     };
     let engine = Engine::start(ctx, Arc::new(model), engine)?;

@@ -1,3 +1,5 @@
+use super::EngineOptions;
+use super::guess::Guesses;
 use super::snapshot::Snapshot;
 use crate::{Decoder, Error};
 use anser_model::{Model, State};
@@ -10,6 +12,8 @@ use std::ops::Range;
 /// What a step does for one sequence.
 pub(super) struct Work<'a> {
     pub slot: usize,
+    /// Tokens of the sequence before these, as far as they are known.
+    pub before: &'a [u32],
     /// Tokens to read, at least one.
     pub tokens: &'a [u32],
     pub wants: Wants,
@@ -24,6 +28,13 @@ pub(super) struct Wants {
     pub hidden: bool,
     /// Instead of the logits of the last token one that they choose, where that is done on a GPU.
     pub token: Option<Option<Cuts>>,
+}
+
+impl Work<'_> {
+    /// Whether it is the one token of a sequence that writes.
+    fn is_one(&self) -> bool {
+        self.tokens.len() == 1 && self.wants.logits == Rows::Last && !self.wants.hidden
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -54,8 +65,9 @@ pub(super) struct Batch<'m> {
 
 enum States<'m> {
     /// For [`Model::forward`]: an arena, and where the state of each slot is. Who joins waits for the next step and takes a free row then; the arena is
-    /// made anew only when it is too small, or much too large.
-    Rows { arena: Option<State>, slots: Vec<Place> },
+    /// made anew only when it is too small, or much too large. A sequence that is alone may have tokens pending, of which its row
+    /// knows nothing.
+    Rows { arena: Option<State>, slots: Vec<Place>, guesses: Option<Box<Guesses>> },
     /// On a GPU: slots of a decoder, of which the first ones are in use, each with its place in the last step if it had one.
     Slots { decoder: Box<Decoder<'m>>, used: Vec<Option<usize>> },
 }
@@ -111,11 +123,12 @@ fn settle(ctx: &Context, empty: &State, arena: Option<State>, slots: &mut [Place
 }
 
 impl<'m> Batch<'m> {
-    /// A batch of up to `most` sequences, whose states begin as `empty`.
-    pub fn new(ctx: &Context, model: &'m Model, most: usize, empty: State) -> Result<Batch<'m>, Error> {
-        let states = match Decoder::new(ctx, model, most.min(Decoder::MOST_SLOTS))? {
+    /// A batch of sequences whose states begin as `empty`.
+    pub fn new(ctx: &Context, model: &'m Model, options: &EngineOptions, empty: State) -> Result<Batch<'m>, Error> {
+        let guesses = (options.guesses > 0 && ctx.cuda().is_none()).then(|| Box::new(Guesses::new(options.guesses)));
+        let states = match Decoder::new(ctx, model, options.slots.min(Decoder::MOST_SLOTS))? {
             Some(decoder) => States::Slots { decoder: Box::new(decoder), used: Vec::new() },
-            None => States::Rows { arena: None, slots: Vec::new() },
+            None => States::Rows { arena: None, slots: Vec::new(), guesses },
         };
         ctx.check()?;
         Ok(Batch { ctx: ctx.clone(), model, empty, states })
@@ -123,8 +136,12 @@ impl<'m> Batch<'m> {
 
     /// Adds a sequence behind the others, with a state of one slot.
     pub fn push(&mut self, state: State) -> Result<(), Error> {
+        self.catch_up()?;
         match &mut self.states {
-            States::Rows { slots, .. } => slots.push(Place::Apart(state)),
+            States::Rows { slots, guesses, .. } => {
+                guesses.iter_mut().for_each(|g| g.forget());
+                slots.push(Place::Apart(state));
+            }
             States::Slots { decoder, used } => {
                 decoder.set_state(used.len(), &state)?;
                 used.push(None);
@@ -136,7 +153,8 @@ impl<'m> Batch<'m> {
     /// Takes the sequence in `slot` out; the last one takes its place.
     pub fn swap_remove(&mut self, slot: usize) -> Result<(), Error> {
         match &mut self.states {
-            States::Rows { arena, slots } => {
+            States::Rows { arena, slots, guesses } => {
+                guesses.iter_mut().for_each(|g| g.forget());
                 if let (Place::Arena(row), Some(arena)) = (slots.swap_remove(slot), arena)
                     && arena.attention.iter().any(|a| a.pasts[row].len() > 0)
                 {
@@ -157,10 +175,20 @@ impl<'m> Batch<'m> {
         Ok(())
     }
 
+    /// Brings the state of a sequence that is alone to where it is.
+    fn catch_up(&mut self) -> Result<(), Error> {
+        match &mut self.states {
+            States::Rows { arena: Some(arena), guesses: Some(guesses), .. } => {
+                guesses.settle(&self.ctx, self.model, arena)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// A copy of the state in `slot`, of one slot.
-    pub fn state(&self, slot: usize) -> Result<State, Error> {
+    fn state(&self, slot: usize) -> Result<State, Error> {
         match &self.states {
-            States::Rows { arena, slots } => Ok(match (&slots[slot], arena) {
+            States::Rows { arena, slots, .. } => Ok(match (&slots[slot], arena) {
                 (Place::Arena(row), Some(arena)) => State::gather(&self.ctx, &[(arena, *row)]),
                 (Place::Apart(state), _) => state.clone(),
                 (Place::Arena(_), None) => self.empty.clone(),
@@ -171,6 +199,7 @@ impl<'m> Batch<'m> {
 
     /// What there is to keep of `slot`: its state, and the logits after it.
     pub fn snapshot(&mut self, slot: usize, logits: Vec<f32>) -> Result<Snapshot, Error> {
+        self.catch_up()?;
         match &mut self.states {
             States::Slots { decoder, .. } => {
                 let values = decoder.values(slot)?;
@@ -183,7 +212,10 @@ impl<'m> Batch<'m> {
     /// Replaces the state in `slot`.
     pub fn set_state(&mut self, slot: usize, state: State) -> Result<(), Error> {
         match &mut self.states {
-            States::Rows { slots, .. } => slots[slot] = Place::Apart(state),
+            States::Rows { slots, guesses, .. } => {
+                guesses.iter_mut().for_each(|g| g.forget());
+                slots[slot] = Place::Apart(state);
+            }
             States::Slots { decoder, used } => {
                 decoder.set_state(slot, &state)?;
                 used[slot] = None;
@@ -211,8 +243,11 @@ impl<'m> Batch<'m> {
     /// Tokens that the sequence in `slot` may read in one step ([`State::room`]).
     pub fn room(&self, slot: usize) -> usize {
         match &self.states {
-            States::Rows { arena, slots } => match (&slots[slot], arena) {
-                (Place::Arena(row), Some(arena)) => arena.room(*row),
+            States::Rows { arena, slots, guesses } => match (&slots[slot], arena) {
+                (Place::Arena(row), Some(arena)) => {
+                    let pending = guesses.as_ref().map_or(0, |g| g.pending());
+                    arena.room(*row).saturating_sub(pending).max(1)
+                }
                 (Place::Apart(state), _) => state.room(0),
                 (Place::Arena(_), None) => usize::MAX,
             },
@@ -224,12 +259,22 @@ impl<'m> Batch<'m> {
     pub fn step(&mut self, work: &[Work<'_>], meanwhile: impl FnOnce()) -> Result<Vec<Output>, Error> {
         let (ctx, model) = (&self.ctx, self.model);
         match &mut self.states {
-            States::Rows { arena, slots } => {
+            States::Rows { arena, slots, guesses } => {
                 meanwhile();
-                let (state, rows) = settle(ctx, &self.empty, arena.take(), slots);
+                let (mut state, rows) = settle(ctx, &self.empty, arena.take(), slots);
                 let work: Vec<Work<'_>> = work.iter().map(|w| Work { slot: rows[w.slot], ..*w }).collect();
                 // A failure leaves the states as they were.
-                let result = forward(ctx, model, &state, &work);
+                let alone = slots.len() == 1 && work.iter().all(Work::is_one);
+                let result = match guesses {
+                    Some(guesses) if alone => {
+                        let result = guesses.feed(ctx, model, &mut state, work[0].before, work[0].tokens[0]);
+                        *arena = Some(state);
+                        return Ok(vec![Output { logits: result?, ..Output::default() }]);
+                    }
+                    Some(guesses) => guesses.settle(ctx, model, &mut state),
+                    None => Ok(()),
+                };
+                let result = result.and_then(|()| forward(ctx, model, &state, &work));
                 let (outputs, state) = match result {
                     Ok((outputs, next)) => (Ok(outputs), next),
                     Err(e) => (Err(e), state),
@@ -239,8 +284,7 @@ impl<'m> Batch<'m> {
             }
             States::Slots { decoder, used } => {
                 let mut outputs: Vec<Output> = work.iter().map(|_| Output::default()).collect();
-                let one = |w: &Work<'_>| w.tokens.len() == 1 && w.wants.logits == Rows::Last && !w.wants.hidden;
-                let (mut single, others): (Vec<usize>, Vec<usize>) = (0..work.len()).partition(|&i| one(&work[i]));
+                let (mut single, others): (Vec<usize>, Vec<usize>) = (0..work.len()).partition(|&i| work[i].is_one());
                 // Those whose logits the host needs first.
                 single.sort_by_key(|&i| work[i].wants.token.is_some());
                 let inputs: Vec<(usize, u32)> = single.iter().map(|&i| (work[i].slot, work[i].tokens[0])).collect();

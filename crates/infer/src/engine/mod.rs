@@ -1,4 +1,4 @@
-//! The engine of a server: many requests, one batch.
+//! The engine: requests, one or many, in one batch.
 //!
 //! One thread owns the model's batch. Between two steps sequences join and leave it; a step reads one token of every sequence that
 //! writes, and of those that still read their prompt pieces in turn, of a bounded number of tokens in all, so that nobody waits long
@@ -27,12 +27,14 @@
 mod batch;
 mod bytes;
 mod disk;
+mod guess;
 mod kept;
 #[cfg(feature = "object-store")]
 mod object;
 #[cfg(feature = "redis")]
 mod redis;
 mod run;
+mod saved;
 mod sequence;
 mod shared;
 mod snapshot;
@@ -41,6 +43,7 @@ mod store;
 mod tier;
 mod workers;
 
+pub use saved::SavedState;
 pub use store::{StateError, StateInfo, StateStore};
 pub use tier::TierStats;
 
@@ -51,11 +54,12 @@ use serde_json::json;
 use shared::{Job, Shared};
 use snapshot::Form;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use store::Begin;
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{Semaphore, mpsc};
 
 /// Runs a model for many clients. A clone is another handle on the same; when the last one is dropped the requests that are left are
@@ -86,6 +90,8 @@ pub struct EngineOptions {
     pub unread: usize,
     /// Tokens of prompts that a step reads at most; 0: what suits the device.
     pub prefill_piece: usize,
+    /// Tokens read ahead at most for a sequence that is alone on a CPU, guessed where its text repeats itself: nothing but time changes.
+    pub guesses: usize,
     /// Tokens of a prompt after which its state is kept for others that begin alike, and after multiples of these, which become rarer; 0: only at its end.
     pub stride: usize,
     /// Where named states and what memory has no room for are kept; without one everything is lost at the end.
@@ -113,6 +119,7 @@ impl Default for EngineOptions {
             memory: 0,
             unread: 1 << 14,
             prefill_piece: 0,
+            guesses: 0,
             stride: 512,
             folder: None,
             disk_bytes: 16 << 30,
@@ -133,11 +140,13 @@ pub enum Start {
     Empty,
     /// The initial state or the owner's state of this name.
     Named(String),
+    /// This state. What goes on from it is not cached for others, and gets no name.
+    State(SavedState),
 }
 
 /// A prompt and what is wanted after it.
 pub struct Request {
-    /// Tokens to read; there may be none after a named state.
+    /// Tokens to read; there may be none after a state.
     pub prompt: Vec<u32>,
     /// What the prompt goes on from.
     pub start: Start,
@@ -147,6 +156,8 @@ pub struct Request {
     pub sampling: Sampling,
     /// Seed of the random numbers.
     pub seed: u64,
+    /// A sampler that goes on choosing, instead of a new one of `sampling` and `seed`.
+    pub sampler: Option<Sampler>,
     /// Tokens to write at most. 0 only where the prompt alone gives something: its log probabilities, its hidden vector or a state to keep.
     pub max_tokens: usize,
     /// Tokens that end the answer; they are no part of it.
@@ -155,10 +166,12 @@ pub struct Request {
     pub logprobs: Option<usize>,
     /// The same for the tokens of the prompt, all but the first of an empty sequence, which nothing predicts. The whole prompt is read for it.
     pub prompt_logprobs: Option<usize>,
-    /// What may be written.
+    /// What may be written, and where it ends.
     pub constraint: Option<Box<dyn Constraint>>,
     /// Name under which the state is kept at the end, after all tokens of the answer.
     pub save_as: Option<String>,
+    /// Whether the state at the end is wanted, after all tokens of the answer.
+    pub keep_state: bool,
     /// Whether the last hidden vector of the prompt is wanted, `[C]` after the last norm.
     pub hidden: bool,
 }
@@ -171,18 +184,27 @@ impl Default for Request {
             owner: String::new(),
             sampling: Sampling::default(),
             seed: 0,
+            sampler: None,
             max_tokens: 256,
             stop_tokens: Vec::new(),
             logprobs: None,
             prompt_logprobs: None,
             constraint: None,
             save_as: None,
+            keep_state: false,
             hidden: false,
         }
     }
 }
 
-/// What may come next in an answer, such as a grammar.
+impl Request {
+    /// Whether the state at the end is to be after all tokens of the answer.
+    fn keeps_state(&self) -> bool {
+        self.save_as.is_some() || self.keep_state
+    }
+}
+
+/// What may come next in an answer, such as a grammar, and where it ends.
 pub trait Constraint: Send {
     /// Sets the logits of tokens that may not come next to minus infinity.
     ///
@@ -195,6 +217,11 @@ pub trait Constraint: Send {
     /// # Errors
     /// As [`Constraint::mask`].
     fn accept(&mut self, token: u32) -> Result<bool, String>;
+
+    /// Whether there are tokens that may not come next: one that only ends answers, as stop texts do, is not asked for a mask.
+    fn masks(&self) -> bool {
+        true
+    }
 }
 
 /// A token and its log probability under the model: before bias, penalties, temperature and constraints.
@@ -208,7 +235,7 @@ pub struct TokenLogprob {
     pub best: Vec<(u32, f32)>,
 }
 
-/// What comes of a request, in this order: one `Prompt`, tokens, one `End`. A failure or cancellation may end it before.
+/// What comes of a request, in this order: one `Prompt`, tokens, a `State` if it is wanted, one `End`. A failure or cancellation may end it before.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// The prompt was read.
@@ -224,6 +251,8 @@ pub enum Event {
     },
     /// A token was written.
     Token(TokenLogprob),
+    /// The state at the end ([`Request::keep_state`]).
+    State(SavedState),
     /// Nothing more will come.
     End(End),
 }
@@ -245,6 +274,20 @@ pub enum End {
     Failed(String),
 }
 
+impl End {
+    /// How the answer ended, unless something went wrong.
+    ///
+    /// # Errors
+    /// What went wrong, as when the engine ended.
+    pub fn checked(self) -> Result<End, Error> {
+        match self {
+            End::Failed(why) | End::Unreachable(why) => Err(Error::Answer(why)),
+            End::Cancelled => Err(Error::Answer("the engine has ended".into())),
+            end => Ok(end),
+        }
+    }
+}
+
 /// The events of a request. Dropping it cancels the request, and keeps no state. Nobody waits for whoever doesn't read them ([`EngineOptions::unread`]).
 pub struct Stream {
     events: mpsc::Receiver<Event>,
@@ -263,6 +306,17 @@ impl Stream {
     pub fn recv(&mut self) -> Option<Event> {
         let event = self.events.blocking_recv();
         self.note(event)
+    }
+
+    /// The next event, or nothing if `stop` becomes true before, as when Ctrl-C is pressed while a long prompt is read.
+    pub fn recv_unless(&mut self, stop: &AtomicBool) -> Option<Event> {
+        while !stop.load(Ordering::SeqCst) {
+            match self.events.try_recv() {
+                Err(TryRecvError::Empty) => std::thread::sleep(Duration::from_millis(1)),
+                event => return self.note(event.ok()),
+            }
+        }
+        None
     }
 
     /// There is an end even if the engine didn't come to it.
@@ -374,16 +428,23 @@ impl Engine {
         let sampler = shared.check(&request)?;
         let begin = match &request.start {
             Start::Empty => Begin::default(),
+            Start::State(saved) => {
+                Begin { initial: None, history: saved.tokens.to_vec(), given: Some(saved.snapshot.clone()) }
+            }
             Start::Named(name) => shared.store.begin(&request.owner, name).map_err(|e| match e {
                 StateError::Unreachable(why) => Refused::Unreachable(why),
                 e => Refused::Invalid(e.to_string()),
             })?,
         };
-        if begin.history.is_empty() && request.prompt.is_empty() {
+        let predicts = match &begin.given {
+            Some(given) => !given.logits.is_empty(),
+            None => !begin.history.is_empty(),
+        };
+        if !predicts && request.prompt.is_empty() {
             return Err(Refused::Invalid("the prompt is empty: give at least one token".into()));
         }
-        // The prompt and the end come besides.
-        let (to, events) = mpsc::channel(shared.unread.saturating_add(2).min(Semaphore::MAX_PERMITS));
+        // The prompt, the state and the end come besides.
+        let (to, events) = mpsc::channel(shared.unread.saturating_add(3).min(Semaphore::MAX_PERMITS));
         let stop = Arc::new(AtomicUsize::new(usize::MAX));
         shared.queue(Job::new(request, begin, sampler, to, stop.clone()))?;
         Ok(Stream { events, ended: false, stop })
@@ -434,12 +495,23 @@ impl Shared {
         if request.prompt.is_empty() && request.hidden {
             return invalid("the prompt is empty: there is no hidden vector of its last token".into());
         }
-        let gives_something = request.hidden || request.prompt_logprobs.is_some() || request.save_as.is_some();
+        if let Start::State(saved) = &request.start {
+            if !saved.snapshot.fits(self.store.form()) || saved.bound != self.store.form().empty.cache {
+                return invalid("the state is of another model, or has another bound on what attention keeps".into());
+            }
+            if request.save_as.is_some() {
+                return invalid("what goes on from a state without a name gets no name".into());
+            }
+        }
+        let gives_something = request.hidden || request.prompt_logprobs.is_some() || request.keeps_state();
         if request.max_tokens == 0 && !gives_something {
             return invalid("max_tokens is 0: nothing would come of the request".into());
         }
         if let Some(name) = &request.save_as {
             self.store.check_name(name).map_err(|e| Refused::Invalid(e.to_string()))?;
+        }
+        if let Some(sampler) = &request.sampler {
+            return Ok(sampler.clone());
         }
         let options = Sampling { seed: request.seed, ..request.sampling.clone() };
         Sampler::new(options).map_err(|e| Refused::Invalid(e.to_string()))

@@ -5,7 +5,7 @@ use super::sequence::{Phase, Sequence};
 use super::shared::{Inner, Job, Shared};
 use super::snapshot::Snapshot;
 use super::store::{Found, Hit, Look};
-use super::{End, EngineOptions, Event, StateError, Stats};
+use super::{End, EngineOptions, Event, SavedState, StateError, Stats};
 use crate::Error;
 use crate::session::piece;
 use anser_model::Model;
@@ -28,7 +28,7 @@ pub(super) fn run(
         }
     }
     let _close = Close(shared);
-    let batch = match Batch::new(ctx, model, options.slots, shared.store.form().empty.clone()) {
+    let batch = match Batch::new(ctx, model, options, shared.store.form().empty.clone()) {
         Ok(batch) => batch,
         Err(e) => {
             let _ = ready.send(Err(e));
@@ -153,6 +153,9 @@ impl Runner<'_> {
 
     /// Lets a request start, or wait for what it goes on from while others run.
     fn begin(&mut self, job: Job) {
+        if job.given.is_some() {
+            return self.start(job, None);
+        }
         let named = (job.start > 0).then_some(job.start);
         let store = &self.shared.store;
         let root = store.root(&job.request.owner, job.initial.as_deref());
@@ -168,12 +171,13 @@ impl Runner<'_> {
     /// Puts a request into the batch, as far on as what was found.
     fn start(&mut self, job: Job, hit: Option<Hit>) {
         let needed = self.shared.size.of(job.most_tokens());
-        let Job { request, tokens, start, initial, sampler, to, stop } = job;
+        let Job { request, tokens, start, initial, given, sampler, to, stop } = job;
         let mut sequence = Sequence {
             prompt: start..tokens.len(),
             read: 0,
             prefix: self.shared.store.root(&request.owner, initial.as_deref()),
             initial,
+            given,
             logits: Vec::new(),
             chosen: None,
             said: None,
@@ -191,8 +195,12 @@ impl Runner<'_> {
             stop,
             tokens,
         };
-        let state = match hit {
-            Some(Hit { read, prefix, snapshot }) => {
+        let state = match (hit, &sequence.given) {
+            (None, Some(given)) => {
+                (sequence.read, sequence.logits) = (start, given.logits.clone());
+                given.state(self.shared.store.form())
+            }
+            (Some(Hit { read, prefix, snapshot }), _) => {
                 (sequence.read, sequence.prefix) = (read, prefix);
                 sequence.logits = snapshot.logits.clone();
                 sequence.cached = read.saturating_sub(start);
@@ -200,7 +208,7 @@ impl Runner<'_> {
                 self.done.tokens_cached += sequence.cached as u64;
                 snapshot.state(self.shared.store.form())
             }
-            None => {
+            (None, None) => {
                 let mut state = self.shared.store.form().empty.clone();
                 sequence.initial.iter().for_each(|initial| initial.begin(self.ctx, &mut state));
                 state
@@ -270,7 +278,7 @@ impl Runner<'_> {
             }
             s.stop.store(usize::MAX, Ordering::Release);
             s.phase = Phase::Closing(End::Stop);
-            if s.request.save_as.is_none() {
+            if !s.request.keeps_state() {
                 continue;
             }
             s.tokens.truncate(s.prompt.end.saturating_add(keep));
@@ -315,10 +323,15 @@ impl Runner<'_> {
         lengths
     }
 
+    /// Whether states of the sequence are kept for others: what a given state is after has no name.
+    fn caches(&self, s: &Sequence) -> bool {
+        s.given.is_none() && self.shared.store.keeps()
+    }
+
     /// Keeps the state at the end of a stride of the prompt.
     fn keep(&mut self, slot: usize) -> Result<(), Error> {
         let s = &self.running[slot];
-        if self.strides.is_end(s.read) && s.read < s.prompt.end && self.shared.store.keeps() {
+        if self.strides.is_end(s.read) && s.read < s.prompt.end && self.caches(s) {
             let snapshot = self.batch.snapshot(slot, Vec::new())?;
             self.shared.store.insert(&s.request.owner, s.prefix.key(), s.read, Arc::new(snapshot));
         }
@@ -331,7 +344,8 @@ impl Runner<'_> {
         if !matches!(s.phase, Phase::Prompt) || s.left() > 0 {
             return Ok(());
         }
-        let (save, keeps) = (s.request.save_as.is_some(), self.shared.store.keeps());
+        let save = s.request.keeps_state();
+        let keeps = self.caches(&self.running[slot]);
         let followers = self.followers(slot);
         if save || keeps || !followers.is_empty() {
             let s = &self.running[slot];
@@ -396,8 +410,9 @@ impl Runner<'_> {
     fn finish(&mut self, slot: usize, end: End) -> Result<(), Error> {
         let failed = matches!(end, End::Failed(_));
         let s = &mut self.running[slot];
+        let (save, caches) = (s.request.keeps_state(), s.given.is_none() && self.shared.store.keeps());
         let mut snapshot = None;
-        if !failed && (s.request.save_as.is_some() || self.shared.store.keeps()) {
+        if !failed && (save || caches) {
             let here = std::mem::take(&mut s.logits);
             let logits = if here.is_empty() { self.batch.logits(slot)? } else { here };
             snapshot = Some(Arc::new(self.batch.snapshot(slot, logits)?));
@@ -414,6 +429,10 @@ impl Runner<'_> {
             s.end(end);
             return Ok(());
         };
+        if s.request.keep_state {
+            let (tokens, bound) = (s.tokens[..].into(), shared.store.form().empty.cache);
+            let _ = s.to.try_send(Event::State(SavedState { snapshot: snapshot.clone(), tokens, bound }));
+        }
         let key = s.prefix.key();
         match s.request.save_as.take() {
             Some(name) => {
@@ -429,7 +448,9 @@ impl Runner<'_> {
                 shared.store.save(&owner, &name, key, (initial, &tokens), snapshot, done);
             }
             None => {
-                shared.store.insert(&s.request.owner, key, s.read, snapshot);
+                if caches {
+                    shared.store.insert(&s.request.owner, key, s.read, snapshot);
+                }
                 s.end(end);
             }
         }

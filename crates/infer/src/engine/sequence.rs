@@ -19,6 +19,8 @@ pub(super) struct Sequence {
     pub tokens: Vec<u32>,
     /// What they begin from.
     pub initial: Option<Arc<InitialState>>,
+    /// The state that the request came with.
+    pub given: Option<Arc<Snapshot>>,
     /// Where the prompt begins and ends in them.
     pub prompt: std::ops::Range<usize>,
     /// How many of them the state is after, and their key.
@@ -62,7 +64,13 @@ impl Sequence {
     pub fn may_follow(&self, other: &Sequence) -> bool {
         let alike = |s: &Sequence| matches!(s.phase, Phase::Prompt) && s.tokens.len() == self.tokens.len();
         let plain = self.request.prompt_logprobs.is_none() && !self.request.hidden;
-        plain && alike(self) && alike(other) && self.request.owner == other.request.owner && self.tokens == other.tokens
+        let origin = |s: &Sequence| (s.initial.as_ref().map(Arc::as_ptr), s.given.as_ref().map(Arc::as_ptr));
+        plain
+            && origin(self) == origin(other)
+            && alike(self)
+            && alike(other)
+            && self.request.owner == other.request.owner
+            && self.tokens == other.tokens
     }
 
     /// Reading the next `count` tokens, and with `choosing` choosing the one after them.
@@ -76,10 +84,15 @@ impl Sequence {
             _ => Rows::None,
         };
         let hidden = self.request.hidden && in_prompt && end == self.prompt.end;
-        let plain = self.request.logprobs.is_none() && self.request.constraint.is_none();
+        let plain = self.request.logprobs.is_none() && !self.masks();
         let writes = matches!(self.phase, Phase::Answer) && self.left() == 1;
         let token = if choosing && plain && writes { self.sampler.cuts() } else { None };
-        Work { slot, tokens: &self.tokens[self.read..end], wants: Wants { logits, hidden, token } }
+        Work {
+            slot,
+            before: &self.tokens[..self.read],
+            tokens: &self.tokens[self.read..end],
+            wants: Wants { logits, hidden, token },
+        }
     }
 
     /// Takes what came of reading `count` tokens.
@@ -105,9 +118,9 @@ impl Sequence {
 
     /// Chooses the next token.
     pub fn choose(&mut self) -> Result<(), String> {
-        // The end has the last place.
-        if self.to.capacity() < 2 {
-            return Err(format!("the answer isn't read: {} tokens wait", self.to.max_capacity() - 2));
+        // The state and the end have the last places.
+        if self.to.capacity() < 3 {
+            return Err(format!("the answer isn't read: {} tokens wait", self.to.max_capacity() - 3));
         }
         let token = match self.chosen.take() {
             Some(chosen) => chosen.ok_or_else(|| Error::NotFinite.to_string())?,
@@ -133,12 +146,16 @@ impl Sequence {
         Ok(())
     }
 
+    /// Whether there are tokens that may not come next.
+    fn masks(&self) -> bool {
+        self.request.constraint.as_ref().is_some_and(|c| c.masks())
+    }
+
     /// The next token, from logits that are here.
     fn sample(&mut self) -> Result<u32, String> {
         let mut allowed;
         let logits = match &mut self.request.constraint {
-            None => &self.logits,
-            Some(constraint) => {
+            Some(constraint) if constraint.masks() => {
                 if self.logits.iter().any(|l| !l.is_finite()) {
                     return Err(Error::NotFinite.to_string());
                 }
@@ -151,6 +168,7 @@ impl Sequence {
                 allowed.iter_mut().filter(|l| **l == f32::NEG_INFINITY).for_each(|l| *l = -1e30);
                 &allowed
             }
+            _ => &self.logits,
         };
         self.sampler.sample(logits).map_err(|e| e.to_string())
     }
@@ -158,7 +176,7 @@ impl Sequence {
     /// How it ended, if it did: a state that is kept is after all tokens.
     pub fn ended(&self) -> Option<End> {
         match &self.phase {
-            Phase::Closing(end) if self.left() == 0 || self.request.save_as.is_none() => Some(end.clone()),
+            Phase::Closing(end) if self.left() == 0 || !self.request.keeps_state() => Some(end.clone()),
             Phase::Closing(end @ End::Failed(_)) => Some(end.clone()),
             _ => None,
         }

@@ -1,5 +1,6 @@
 //! What clients and the engine's thread share: who waits, and what was done.
 
+use super::snapshot::Snapshot;
 use super::store::{Begin, Found, Search, StateStore};
 use super::{End, EngineOptions, Event, Refused, Request, Stats};
 use crate::{InitialState, Sampler};
@@ -80,6 +81,8 @@ pub(super) struct Job {
     pub start: usize,
     /// What the tokens begin from.
     pub initial: Option<Arc<InitialState>>,
+    /// The state before the prompt, if the request came with it.
+    pub given: Option<Arc<Snapshot>>,
     pub sampler: Sampler,
     pub to: Sender<Event>,
     pub stop: Arc<AtomicUsize>,
@@ -87,10 +90,10 @@ pub(super) struct Job {
 
 impl Job {
     pub fn new(mut request: Request, begin: Begin, sampler: Sampler, to: Sender<Event>, stop: Arc<AtomicUsize>) -> Job {
-        let Begin { initial, history: mut tokens } = begin;
+        let Begin { initial, history: mut tokens, given } = begin;
         let start = tokens.len();
         tokens.append(&mut request.prompt);
-        Job { request, tokens, start, initial, sampler, to, stop }
+        Job { request, tokens, start, initial, given, sampler, to, stop }
     }
 
     /// Tokens that need not be read where a state after them is kept. Predictions of the prompt's tokens come of reading them; the hidden vector of

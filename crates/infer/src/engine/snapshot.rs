@@ -1,6 +1,6 @@
 use super::bytes::{Reader, put_floats, put_number, seal};
 use crate::Error;
-use crate::session::filled;
+use crate::state_file::filled;
 use anser_model::{Cache, Config, State};
 use anser_ops::Var;
 use anser_ops::attention::{Chunks, Past};
@@ -53,6 +53,14 @@ impl Snapshot {
     /// Of the values of a state, in the order of [`State::vars`], and what its attention keeps.
     pub fn of(values: Vec<f32>, pasts: Vec<Past>, logits: Vec<f32>) -> Snapshot {
         Snapshot { values, pasts, logits }
+    }
+
+    /// Whether it is of such a state.
+    pub fn fits(&self, form: &Form) -> bool {
+        let values: usize = form.empty.vars().map(|v| v.buf().len()).sum();
+        self.values.len() == values
+            && [0, form.vocab].contains(&self.logits.len())
+            && self.pasts.len() == form.empty.attention.len()
     }
 
     /// The state.

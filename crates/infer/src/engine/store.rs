@@ -97,6 +97,8 @@ pub(super) struct Begin {
     pub initial: Option<Arc<InitialState>>,
     /// Tokens since then.
     pub history: Vec<u32>,
+    /// The state after them, if the request came with it.
+    pub given: Option<Arc<Snapshot>>,
 }
 
 /// Where a sequence can go on from.
@@ -236,7 +238,7 @@ impl StateStore {
     /// What a name stands for. Waits for where names are.
     pub(super) fn begin(&self, owner: &str, name: &str) -> Result<Begin, StateError> {
         if let Some(initial) = self.store.initial.get(name) {
-            return Ok(Begin { initial: Some(initial.clone()), history: Vec::new() });
+            return Ok(Begin { initial: Some(initial.clone()), ..Begin::default() });
         }
         let named = self.store.named(owner, name)?;
         if named.tokens.iter().any(|&t| t as usize >= self.form().vocab) {
@@ -246,7 +248,7 @@ impl StateStore {
         let gone =
             || StateError::Refused(format!("state {name} began from an initial state that is not here any more"));
         let initial = named.initial.map(|hash| of(hash).ok_or_else(gone)).transpose()?;
-        Ok(Begin { initial, history: named.tokens.to_vec() })
+        Ok(Begin { initial, history: named.tokens.to_vec(), given: None })
     }
 
     /// The beginning of an owner's sequences.

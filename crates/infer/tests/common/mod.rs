@@ -4,7 +4,7 @@
 #![allow(dead_code)]
 
 use anser_infer::engine::{End, Engine, EngineOptions, Event, Request, Stream, TokenLogprob};
-use anser_infer::{Sampler, Sampling, Session};
+use anser_infer::{Sampler, Sampling, SavedState, Session};
 use anser_model::{Config, Hybrid, Init, Model};
 use anser_tensor::Context;
 use std::sync::Arc;
@@ -51,6 +51,7 @@ pub struct Answer {
     pub hidden: Option<Vec<f32>>,
     pub read: usize,
     pub cached: usize,
+    pub state: Option<SavedState>,
     pub end: Option<End>,
 }
 
@@ -68,6 +69,7 @@ pub fn answer(mut stream: Stream) -> Answer {
                     a.logprobs.push(t);
                 }
             }
+            Event::State(state) => a.state = Some(state),
             Event::End(end) => a.end = Some(end),
         }
     }
