@@ -31,6 +31,8 @@ enum Data {
     Device(DevicePtr),
 }
 
+/// Bytes of a buffer from which on it asks for large pages: many small ones that come and go would take more memory in them.
+const LARGE: usize = 16 << 20;
 /// Bytes of free buffers that are kept whatever the work.
 const SLACK: usize = 64 << 20;
 
@@ -101,7 +103,9 @@ impl Pool {
                 _ if self.dry => Data::Dry,
                 None => {
                     let mut zeros = vec![0.0; len].into_boxed_slice();
-                    crate::pages::ask(&mut zeros);
+                    if bytes >= LARGE {
+                        crate::pages::ask(&mut zeros);
+                    }
                     Data::Host(zeros)
                 }
                 Some(cuda) => {

@@ -120,9 +120,7 @@ fn best<const N: usize>(weights: &[f32; 32], values: &[i8; N]) -> (f16, [u8; 32]
             let (mut inverse, mut near) = (0.0, [0.0; 32]);
             for _ in 0..ROUNDS {
                 inverse = scale.recip();
-                for (v, w) in near.iter_mut().zip(weights) {
-                    *v = nearest(w * inverse, values);
-                }
+                near = nearest(weights.map(|w| w * inverse), values);
                 scale = dot(weights, &near) / dot(&near, &near);
             }
             let scale = rounded(scale);
@@ -141,12 +139,15 @@ fn best<const N: usize>(weights: &[f32; 32], values: &[i8; N]) -> (f16, [u8; 32]
     (found.1, codes)
 }
 
-/// The nearest of the values, which ascend.
+/// The nearest of the values, which ascend, to each of some numbers.
 #[inline(always)]
-fn nearest<const N: usize>(v: f32, values: &[i8; N]) -> f32 {
-    let mut near = f32::from(values[0]);
+fn nearest<const N: usize>(of: [f32; 32], values: &[i8; N]) -> [f32; 32] {
+    let mut near = [f32::from(values[0]); 32];
     for two in values.windows(2) {
-        near += if v > middle(two) { f32::from(i16::from(two[1]) - i16::from(two[0])) } else { 0.0 };
+        let (middle, step) = (middle(two), f32::from(i16::from(two[1]) - i16::from(two[0])));
+        for i in 0..32 {
+            near[i] += if of[i] > middle { step } else { 0.0 };
+        }
     }
     near
 }

@@ -65,12 +65,19 @@ impl Quantised {
             let (codes, scales) = unsafe {
                 (all.get(here.start * code.bytes()..here.end * code.bytes()), of.get(here.start * NR..here.end * NR))
             };
-            let (mut row, mut of_row) = (vec![0; code.bytes_of(k)], vec![f16::ZERO; groups]);
-            for i in 0..NR.min(n - p * NR) {
-                read(p * NR + i, &mut row, &mut of_row);
-                for (g, from) in row.chunks(code.bytes_of(code.group())).enumerate() {
-                    place(code, &mut codes[g * code.bytes()..][..code.bytes()], i, from);
-                    scales[g * NR + i] = of_row[g];
+            let (bytes, outputs) = (code.bytes_of(k), NR.min(n - p * NR));
+            let (mut rows, mut of_rows) = (vec![0; NR * bytes], vec![f16::ZERO; NR * groups]);
+            for (i, (row, of_row)) in
+                rows.chunks_mut(bytes.max(1)).zip(of_rows.chunks_mut(groups.max(1))).take(outputs).enumerate()
+            {
+                read(p * NR + i, row, of_row);
+            }
+            // Group by group, so that what is written stays in the first-level cache.
+            let group = code.bytes_of(code.group());
+            for (g, to) in codes.chunks_exact_mut(code.bytes()).enumerate() {
+                for i in 0..outputs {
+                    place(code, to, i, &rows[i * bytes..][..bytes][g * group..bytes.min((g + 1) * group)]);
+                    scales[g * NR + i] = of_rows[i * groups + g];
                 }
             }
         });
