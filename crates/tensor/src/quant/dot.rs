@@ -2,7 +2,7 @@
 
 use super::NR;
 use super::rows::Tile;
-use crate::codes::{Code, VALUES};
+use crate::codes::Code;
 use half::f16;
 
 /// Groups of a panel of 16 outputs.
@@ -136,7 +136,8 @@ pub(super) fn scalar(panel: Panel<'_>, x: Tile<'_>, acc: &mut [[f32; NR]]) {
 #[cfg(target_arch = "x86_64")]
 pub(super) mod x86 {
     use super::super::rows::Live;
-    use super::{Code, HIGH, NR, Panel, Tile, VALUES};
+    use super::{Code, HIGH, NR, Panel, Tile};
+    use crate::codes::VALUES;
     use std::arch::x86_64::*;
 
     /// Bytes ahead of what is read that are fetched: the hardware stops at pages.
