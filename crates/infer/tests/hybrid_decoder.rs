@@ -49,7 +49,7 @@ fn forward(ctx: &Context, model: &Model, state: &State, tokens: &[u32], piece: u
     (logits, state)
 }
 
-const TYPES: [(DType, f64); 2] = [(DType::F16, 5e-3), (DType::BF16, 4e-2)];
+const TYPES: [(DType, f64); 2] = [(DType::F16, 2e-3), (DType::BF16, 1.6e-2)];
 
 /// All that a state is, as numbers: matrices, then what attention keeps of every block.
 fn all(state: &State) -> Vec<Vec<f32>> {
@@ -57,7 +57,8 @@ fn all(state: &State) -> Vec<Vec<f32>> {
     state.vars().map(|v| v.to_vec()).chain(pasts).collect()
 }
 
-/// Steps of `n` sequences after prompts of some tokens against the forward pass over the same tokens on the device, from the same state.
+/// Steps of `n` sequences after prompts of some tokens against the forward pass over the same tokens on the device, from the same state. Where chunks are chosen, scores that
+/// are equal up to rounding may tip a choice: a step in thirty may be farther off then.
 fn check(dtype: DType, tolerance: f64, model: &Model, cache: Option<Cache>, n: usize, [read, steps]: [usize; 2]) {
     let ctx = Context::with_activations(Device::Cuda(0), dtype, 2).unwrap();
     let device = model.packed(&ctx, dtype);
@@ -82,24 +83,30 @@ fn check(dtype: DType, tolerance: f64, model: &Model, cache: Option<Cache>, n: u
         let logits = decoder.step(&inputs).unwrap();
         logits.chunks(vocab).zip(&mut got).for_each(|(l, g)| g.extend_from_slice(l));
     }
-    let mut worst: f64 = 0.0;
+    let (mut worst, mut tipped, mut off): (f64, usize, f64) = (0.0, 0, 0.0);
     for i in 0..n {
         let (logits, state) = forward(&ctx, &device, &before[i], &sequences[i][lengths[i]..], usize::MAX);
-        worst = worst.max(error(&got[i], &logits));
+        for (a, b) in got[i].chunks(vocab).zip(logits.chunks(vocab)) {
+            let error = error(a, b);
+            if error < tolerance { worst = worst.max(error) } else { tipped += 1 }
+        }
         let mine = decoder.state(slots[i]).unwrap();
         for (a, b) in mine.attention.iter().zip(&state.attention) {
             assert_eq!(a.pasts[0].len(), b.pasts[0].len());
         }
         for (a, b) in all(&mine).iter().zip(&all(&state)) {
-            worst = worst.max(error(a, b));
+            off = off.max(error(a, b));
         }
     }
     let config = model.config();
+    let Hybrid { chunk, topk, .. } = config.hybrid.unwrap();
+    let chooses = chunk.saturating_mul(topk) < read + 13 + steps;
     println!(
-        "C {} N {} {dtype} B {n}, {:?}, {cache:?}, {read} + {steps}: from operation by operation {worst:.1e}",
+        "C {} N {} {dtype} B {n}, {:?}, {cache:?}, {read} + {steps}: from operation by operation {worst:.1e}, {tipped} steps tipped, states {off:.1e}",
         config.n_embd, config.head_size, config.hybrid
     );
-    assert!(worst < tolerance, "{worst:.1e}");
+    assert!(tipped <= if chooses { (n * steps / 30).max(1) } else { 0 }, "{tipped} steps of {}", n * steps);
+    assert!(off < tolerance, "{off:.1e}");
 }
 
 fn hybrid(layers: usize, chunk: usize, topk: usize) -> Hybrid {
@@ -121,7 +128,8 @@ fn steps_equal_the_forward_pass() {
     check(dtype, tolerance, &model(64, 128, hybrid(1, 8, 1)), None, 1, [20, 20]);
     check(dtype, tolerance, &model(64, 128, hybrid(1, usize::MAX, 1)), None, 1, [300, 20]);
     check(dtype, tolerance, &model(64, 64, hybrid(1, 1, 9)), None, 1, [600, 5]);
-    // More sequences than the kernels for few serve.
+    // More sequences than the kernels for few serve; with every chunk seen, too.
+    check(dtype, tolerance, &model(64, 128, hybrid(2, 16, 8)), None, 6, [50, 20]);
     check(dtype, tolerance, &model(64, 128, hybrid(2, 16, 3)), None, 6, [50, 20]);
 }
 
