@@ -54,7 +54,7 @@ unsafe fn avx2<R>(f: impl FnOnce() -> R) -> R {
 #[inline]
 pub fn prefetch<T>(memory: &[T]) {
     #[cfg(target_arch = "x86_64")]
-    for line in memory.chunks((64 / size_of::<T>()).max(1)) {
+    for line in memory.chunks((64 / size_of::<T>().max(1)).max(1)) {
         use std::arch::x86_64::*;
         // SAFETY: prefetching is harmless anywhere.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
