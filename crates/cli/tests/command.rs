@@ -102,14 +102,14 @@ fn long_sequences_are_measured() {
         assert!(rows.len() == count && rows[count - 1]["tokens"] == 2100, "{flat:?}");
         rows.iter().map(|r| ["bytes", "cached"].map(|key| r[key].as_u64().unwrap())).collect()
     };
-    // After 1024, 2048 and 2100 tokens, the hybrid and RWKV-7 in turns.
+    // After 1024, 2048 and 2100 tokens, the hybrid and RWKV-7 in turns; the first two are as far from when the cache was full.
     let flat = bytes(&bound, 6);
-    assert!(flat[0][0] == flat[4][0] && flat[4][1] < 100 && flat[1] == flat[5] && flat[5][1] == 0, "{flat:?}");
+    assert!(flat[0] == flat[2] && flat[4][1] < 100 && flat[1] == flat[5] && flat[5][1] == 0, "{flat:?}");
     let grows = bytes(&["--only", "hybrid", "--out", "f.svg"], 3);
     assert!(grows[2][0] > grows[0][0] && grows[2][1] == 2100, "{grows:?}");
     assert!(std::fs::read_to_string(f.0.join("f-state.svg")).unwrap().starts_with("<svg"));
     let (code, out, _) = anser(&f.0, &["bench", "flat", "--model", &model, "--tokens", "20", "--device", "cpu"]);
-    assert!(code == 0 && out.lines().count() == 3 && out.contains("state MB"), "{out}");
+    assert!(code == 0 && out.lines().count() == 2 && out.contains("state MB") && out.contains("rwkv7"), "{out}");
     assert_eq!(anser(&f.0, &["bench", "long", "--evict", "recent"]).0, 2);
 }
 
@@ -482,9 +482,13 @@ fn weights_of_8_and_4_bits_predict_nearly_as_well() {
         let of = |name: &str| v["report"]["tensors"][name].clone();
         let (matrix, vector) = (of("blocks.1.ffn.key.weight"), of("blocks.0.att.x_r"));
         let error = matrix["relative_error"].as_f64().unwrap();
-        assert!(of("head.weight")["relative_error"].as_f64().unwrap() == 0.0);
-        // The values were codes of 8 bits.
-        assert!(if dtype == "q4" { (0.05..0.1).contains(&error) } else { error == 0.0 }, "{dtype}: {error}");
+        let head = of("head.weight")["relative_error"].as_f64().unwrap();
+        // The values were codes of 8 bits; with 4 the head has 5.
+        let as_meant = match dtype {
+            "q4" => (0.05..0.1).contains(&error) && (0.02..0.05).contains(&head),
+            _ => error == 0.0 && head == 0.0,
+        };
+        assert!(as_meant, "{dtype}: {error}, head {head}");
         assert_eq!((vector["dtype"].as_str(), vector["largest"].as_f64()), (Some("F32"), Some(0.0)));
     }
     assert!(sizes[1] < 0.28 * sizes[0] && sizes[2] < 0.2 * sizes[0], "{sizes:?}");
