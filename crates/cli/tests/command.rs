@@ -104,6 +104,7 @@ fn long_sequences_are_measured() {
     };
     // After 1024, 2048 and 2100 tokens, the hybrid and RWKV-7 in turns; the first two are as far from when the cache was full.
     let flat = bytes(&bound, 6);
+    assert!(flat[4][0] * 64 < flat[0][0] * 100, "{flat:?}");
     assert!(flat[0] == flat[2] && flat[4][1] < 100 && flat[1] == flat[5] && flat[5][1] == 0, "{flat:?}");
     let grows = bytes(&["--only", "hybrid", "--out", "f.svg"], 3);
     assert!(grows[2][0] > grows[0][0] && grows[2][1] == 2100, "{grows:?}");
