@@ -227,21 +227,18 @@ pub struct DecodeBatch {
 /// Tokens of the prompt that [`decode_batch`] reads.
 pub const PROMPT: usize = 4096;
 
-/// Decodes `batch` sequences for `tokens` steps on a GPU with a model of noise of a preset size, with states in `state`. With `tune` the algorithms of
-/// products are chosen by timing.
+/// Decodes `batch` sequences for `tokens` steps on a GPU, with states in `state`. With `tune` the algorithms of products are chosen by timing.
 ///
 /// # Errors
-/// When there is no such size, or it needs more memory than there is.
+/// When it needs more memory than there is.
 pub fn decode_batch(
-    ctx: &Context, preset: &str, batch: usize, tokens: usize, state: DType, tune: bool,
+    ctx: &Context, model: &Model, batch: usize, tokens: usize, state: DType, tune: bool,
 ) -> Result<DecodeBatch, crate::Error> {
     if let Some(gpu) = ctx.cuda().filter(|_| tune) {
         gpu.tune_products("");
     }
-    let config = Config::preset(preset)?;
-    let model = Model::noise(ctx, &config, ctx.dtype(), 1)?;
-    let vocab = config.vocab_size as u32;
-    let mut decoder = Decoder::with_states(ctx, &model, batch, state)?
+    let vocab = model.config().vocab_size as u32;
+    let mut decoder = Decoder::with_states(ctx, model, batch, state)?
         .ok_or_else(|| crate::Error::Input("decoding in batches needs --device cuda and --dtype f16 or bf16".into()))?;
     let memory = ctx.memory().reserved;
     let inputs: Vec<(usize, u32)> = (0..batch).map(|i| (i, i as u32 * 7919 % vocab)).collect();
@@ -287,33 +284,51 @@ pub fn decode_batch(
     })
 }
 
-/// Decodes with a randomly initialised model of a preset size.
+/// Reads `text` with each model, whose matrices are kept as `kept`, token by token and in prompts of 256. The models take turns, so that
+/// they meet the same machine.
 ///
 /// # Errors
-/// When there is no such size.
-pub fn decode(ctx: &Context, preset: &str, kept: WeightType, tokens: usize) -> Result<Decode, crate::Error> {
-    let config = Config::preset(preset)?;
-    let model = Model::noise(ctx, &config, kept, 1)?;
-    let mut session = Session::new(ctx, &model);
-    let prompt: Vec<u32> = (0..256).map(|i| i * 37 % 60000).collect();
-    session.feed(&prompt)?;
-    let time = |n: usize, f: &mut dyn FnMut(u32) -> Result<(), anser_infer::Error>| {
-        let mut seconds = Vec::new();
-        for i in 0..n {
-            let start = Instant::now();
-            f(i as u32)?;
-            seconds.push(start.elapsed().as_secs_f64());
-        }
-        Ok::<f64, anser_infer::Error>(median(seconds))
+/// When a token is outside a model's vocabulary.
+pub fn decode(
+    ctx: &Context, models: &[Model], kept: WeightType, text: &[u32], tokens: usize,
+) -> Result<Vec<Decode>, crate::Error> {
+    /// Tokens of a turn.
+    const TURN: usize = 16;
+    let timed = |session: &mut Session<'_>, tokens: &[u32]| {
+        let start = Instant::now();
+        session.feed(tokens)?;
+        Ok::<f64, anser_infer::Error>(start.elapsed().as_secs_f64())
     };
-    let prefill = 256.0 / time(5, &mut |_| session.feed(&prompt))?;
-    let decode = 1.0 / time(tokens.max(1), &mut |i| session.feed(&[i]))?;
-    // One row of the embedding is read; the head may be kept otherwise.
-    let head = config.vocab_size * config.n_embd;
-    let of_head = kept_as(kept, "head.weight", &[config.vocab_size, config.n_embd]).unwrap_or(kept);
-    let matrices = kept.bytes_of(config.parameters() - 2 * head) + of_head.bytes_of(head);
-    let bytes = (matrices + config.state_len() * 4) as f64;
-    Ok(Decode { decode, prefill, bytes, bandwidth: bench::read_bandwidth(ctx) })
+    let prompt: Vec<u32> = text.iter().copied().cycle().take(256).collect();
+    let mut sessions: Vec<_> = models.iter().map(|m| Session::new(ctx, m)).collect();
+    let mut seconds = vec![(Vec::new(), Vec::new()); models.len()];
+    for session in &mut sessions {
+        session.feed(&prompt)?;
+    }
+    for _ in 0..5 {
+        for (session, (read, _)) in sessions.iter_mut().zip(&mut seconds) {
+            read.push(timed(session, &prompt)?);
+        }
+    }
+    let next: Vec<u32> = text.iter().copied().cycle().skip(256).take(tokens.max(1)).collect();
+    for turn in next.chunks(TURN) {
+        for (session, (_, step)) in sessions.iter_mut().zip(&mut seconds) {
+            for token in turn {
+                step.push(timed(session, &[*token])?);
+            }
+        }
+    }
+    let bandwidth = bench::read_bandwidth(ctx);
+    let of = |(model, (read, step)): (&Model, (Vec<f64>, Vec<f64>))| {
+        // One row of the embedding is read; the head may be kept otherwise.
+        let config = model.config();
+        let head = config.vocab_size * config.n_embd;
+        let of_head = kept_as(kept, "head.weight", &[config.vocab_size, config.n_embd]).unwrap_or(kept);
+        let matrices = kept.bytes_of(config.parameters() - 2 * head) + of_head.bytes_of(head);
+        let bytes = (matrices + config.state_len() * 4) as f64;
+        Decode { decode: 1.0 / median(step), prefill: 256.0 / median(read), bytes, bandwidth }
+    };
+    Ok(models.iter().zip(seconds).map(of).collect())
 }
 
 /// Speed of a tokenizer.

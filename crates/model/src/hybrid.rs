@@ -37,8 +37,8 @@ impl HybridBlock {
             }
         }
         let dx = t.linear(&y, &self.output);
-        let (x, h) = t.add_norm(x, &dx, self.ln2.weight, self.ln2.bias);
-        let (dx, ffn_x) = self.ffn.forward(t, &h, &state.ffn_x, segments);
-        (Residual { x, dx: Some(dx) }, AttentionState { ffn_x, pasts })
+        let x = Residual { x, dx: Some(dx) };
+        let (x, ffn_x) = self.ffn.forward(t, x, &self.ln2, &state.ffn_x, segments);
+        (x, AttentionState { ffn_x, pasts })
     }
 }

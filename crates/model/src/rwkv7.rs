@@ -38,13 +38,15 @@ pub(crate) struct TimeMix {
 }
 
 impl TimeMix {
-    /// x: [tokens, C] after ln1. Returns (output, v_first, new att_x arena, new wkv arena, the value and key that were written).
+    /// x: [tokens, C]. Returns (x + output, v_first, new att_x arena, new wkv arena, the value and key that were written).
     fn forward(
-        &self, t: &mut Tape<'_>, x: &Var, v_first: Option<&Var>, state: &LayerState, segments: &Arc<[Segment]>,
-    ) -> (Var, Var, Var, Var, [Var; 2]) {
+        &self, t: &mut Tape<'_>, x: Residual, norm: &Norm, v_first: Option<&Var>, state: &LayerState,
+        segments: &Arc<[Segment]>,
+    ) -> (Residual, Var, Var, Var, [Var; 2]) {
         // r, k and v side by side, for one product; their gradients come first going back, those of the low-rank maps are added.
         let [mr, mw, mk, mv, ma, mg] = self.mix;
-        let ([xr, xk, xv, xw, xa, xg], att_x) = t.token_shift(x, &state.att_x, segments, [mr, mk, mv, mw, ma, mg]);
+        let (x, [xr, xk, xv, xw, xa, xg], att_x) =
+            x.norm_shift(t, norm, &state.att_x, segments, [mr, mk, mv, mw, ma, mg]);
         let mut maps = vec![(&xg, &self.gate), (&xa, &self.rate), (&xw, &self.decay)];
         maps.extend(self.value_gate.as_ref().map(|m| (&xv, m)));
         let mut mapped = t.low_ranks(&maps);
@@ -61,7 +63,8 @@ impl TimeMix {
         let inputs = Wkv7Inputs { r: &r, w: &w, k: &key.k, v: &v, a: &key.a, b: &key.b };
         let (y, wkv) = t.wkv7(inputs, &state.wkv, segments, self.heads);
         let y = t.read_out(&y, &r, &key.k, &v, &gate, self.r_k, self.ln_x.weight, self.ln_x.bias, self.heads);
-        (t.linear(&y, &self.output), v_first, att_x, wkv, [v, key.k])
+        let dx = t.linear(&y, &self.output);
+        (Residual { x, dx: Some(dx) }, v_first, att_x, wkv, [v, key.k])
     }
 }
 
@@ -73,12 +76,15 @@ pub(crate) struct ChannelMix {
 }
 
 impl ChannelMix {
-    /// x: [tokens, C] after ln2. Returns (output, new ffn_x arena).
-    pub(crate) fn forward(&self, t: &mut Tape<'_>, x: &Var, last: &Var, segments: &Arc<[Segment]>) -> (Var, Var) {
-        let ([xk], ffn_x) = t.token_shift(x, last, segments, [self.mix]);
+    /// x: [tokens, C]. Returns (x + output, new ffn_x arena).
+    pub(crate) fn forward(
+        &self, t: &mut Tape<'_>, x: Residual, norm: &Norm, last: &Var, segments: &Arc<[Segment]>,
+    ) -> (Residual, Var) {
+        let (x, [xk], ffn_x) = x.norm_shift(t, norm, last, segments, [self.mix]);
         let k = t.linear(&xk, &self.key);
         let k = t.relu_squared(k);
-        (t.linear(&k, &self.value), ffn_x)
+        let dx = t.linear(&k, &self.value);
+        (Residual { x, dx: Some(dx) }, ffn_x)
     }
 }
 
@@ -98,6 +104,13 @@ impl Residual {
                 (self.x, h)
             }
         }
+    }
+
+    /// The sum and the token shift of its norm: see [`Tape::norm_shift`].
+    fn norm_shift<const K: usize>(
+        self, t: &mut Tape<'_>, n: &Norm, last: &Var, segments: &Arc<[Segment]>, mu: [Param; K],
+    ) -> (Var, [Var; K], Var) {
+        t.norm_shift(self.x, self.dx.as_ref(), [n.weight, n.bias], last, segments, mu)
     }
 
     pub(crate) fn sum(self, t: &mut Tape<'_>) -> Var {
@@ -128,15 +141,13 @@ impl Rwkv7Block {
         &self, t: &mut Tape<'_>, x: Residual, v_first: Option<&Var>, state: &LayerState, segments: &Arc<[Segment]>,
         written: Option<&mut Option<Written>>,
     ) -> (Residual, Var, LayerState) {
-        let (x, h) = x.norm(t, &self.ln1);
-        let (dx, v_first, att_x, wkv, rows) = self.att.forward(t, &h, v_first, state, segments);
+        let (x, v_first, att_x, wkv, rows) = self.att.forward(t, x, &self.ln1, v_first, state, segments);
         match written {
             Some(to) => *to = Some(Written { rows, states: wkv.clone() }),
             None => drop(rows),
         }
-        let (x, h) = t.add_norm(x, &dx, self.ln2.weight, self.ln2.bias);
-        let (dx, ffn_x) = self.ffn.forward(t, &h, &state.ffn_x, segments);
-        (Residual { x, dx: Some(dx) }, v_first, LayerState { att_x, wkv, ffn_x })
+        let (x, ffn_x) = self.ffn.forward(t, x, &self.ln2, &state.ffn_x, segments);
+        (x, v_first, LayerState { att_x, wkv, ffn_x })
     }
 }
 

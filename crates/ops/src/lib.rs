@@ -26,6 +26,7 @@ pub mod key_path;
 pub mod layer_norm;
 pub mod linear;
 pub mod low_rank;
+pub mod norm_shift;
 pub mod read_out;
 pub mod relu_squared;
 pub mod rotary;

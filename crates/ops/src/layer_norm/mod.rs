@@ -91,20 +91,23 @@ impl<'p> Tape<'p> {
         let ys = DisjointMut::new(y);
         blocks(self.ctx(), xs.len() / c, |_, r| {
             for i in r {
-                let y = row(&ys, i, c);
-                let x = &xs[i * c..(i + 1) * c];
-                vectorize(
-                    #[inline(always)]
-                    || {
-                        let (mean, inv) = stats(x, 1e-5);
-                        for j in 0..c {
-                            y[j] = (x[j] - mean) * inv * w[j] + bi[j];
-                        }
-                    },
-                );
+                normalise(&xs[i * c..(i + 1) * c], w, bi, row(&ys, i, c));
             }
         });
     }
+}
+
+/// LayerNorm of one row.
+pub(crate) fn normalise(x: &[f32], weight: &[f32], bias: &[f32], y: &mut [f32]) {
+    vectorize(
+        #[inline(always)]
+        || {
+            let (mean, inv) = stats(x, 1e-5);
+            for (((y, x), w), b) in y.iter_mut().zip(x).zip(weight).zip(bias) {
+                *y = (x - mean) * inv * w + b;
+            }
+        },
+    );
 }
 
 /// Adds the gradients of weight and bias and, if it is `wanted`, returns `prior` plus the gradient of x.

@@ -23,8 +23,20 @@ fn previous<'a>(x: &'a [f32], last: &'a [f32], zero: &'a [f32], s: &Segment, i: 
     }
 }
 
+/// y = x + (p - x) mu of one row.
+pub(crate) fn interpolate(x: &[f32], p: &[f32], mu: &[f32], y: &mut [f32]) {
+    vectorize(
+        #[inline(always)]
+        || {
+            for (((y, x), p), m) in y.iter_mut().zip(x).zip(p).zip(mu) {
+                *y = x + (p - x) * m;
+            }
+        },
+    );
+}
+
 /// The index of every row's segment.
-fn owner(segments: &[Segment], rows: usize) -> Vec<u32> {
+pub(crate) fn owner(segments: &[Segment], rows: usize) -> Vec<u32> {
     let mut o = vec![0; rows];
     for (n, s) in segments.iter().enumerate() {
         o[s.start..s.start + s.len].fill(n as u32);
@@ -174,17 +186,8 @@ impl<'p> Tape<'p> {
                 for i in r {
                     let p = previous(x, last, &zero, &segments[own[i] as usize], i, c);
                     let x = &x[i * c..(i + 1) * c];
-                    for k in 0..K {
-                        let y = row(&outs[k], i, c);
-                        let m = m[k];
-                        vectorize(
-                            #[inline(always)]
-                            || {
-                                for j in 0..c {
-                                    y[j] = x[j] + (p[j] - x[j]) * m[j];
-                                }
-                            },
-                        );
+                    for (out, m) in outs.iter().zip(m) {
+                        interpolate(x, p, m, row(out, i, c));
                     }
                 }
             });

@@ -1,6 +1,6 @@
 //! Activations rounded to 8 bits.
 
-use crate::{Context, DisjointMut};
+use crate::{Code, Context, DisjointMut};
 
 /// Rows of activations in codes of -127 to 127, a scale for each group. Rows that a kernel takes together lie together, four inputs of each in turn.
 pub(super) struct Rows {
@@ -55,28 +55,37 @@ impl Live {
         self.starts.len() - 1
     }
 
-    /// None if they are more than half.
-    fn new(codes: &[i8], group: usize) -> Option<Live> {
-        let (mut fours, mut starts) = (Vec::with_capacity(codes.len() / 4 + Live::AHEAD), vec![0]);
-        for (i, four) in codes.as_chunks::<4>().0.iter().enumerate() {
-            if *four != [0; 4] {
-                fours.push(i as u32);
-            }
-            if (i + 1).is_multiple_of(group / 4) {
-                starts.push(fours.len() as u32);
-            }
-        }
-        if fours.len() > codes.len() / 8 {
+    /// None if they are so many that reading all is sooner done: lines one after another come several times as fast as lines here and there, and
+    /// of 4 or 5 bits one has more than four inputs.
+    fn new(codes: &[i8], code: Code) -> Option<Live> {
+        let (group, one_in) = (code.group(), if code == Code::Int8 { 4 } else { 16 });
+        if codes.iter().filter(|c| **c == 0).count() < codes.len() / 2 {
             return None;
         }
-        fours.resize(fours.len() + Live::AHEAD, 0);
+        let codes = codes.as_chunks::<4>().0;
+        let (mut fours, mut starts) = (vec![0; codes.len() + Live::AHEAD], vec![0]);
+        let mut count = 0;
+        for (g, here) in codes.chunks_exact(group / 4).enumerate() {
+            // Without a branch, which nobody could predict.
+            for (i, four) in here.iter().enumerate() {
+                fours[count] = (g * (group / 4) + i) as u32;
+                count += usize::from(*four != [0; 4]);
+            }
+            starts.push(count as u32);
+        }
+        if count * one_in > codes.len() {
+            return None;
+        }
+        fours.truncate(count);
+        fours.resize(count + Live::AHEAD, 0);
         Some(Live { fours, starts })
     }
 }
 
 impl Rows {
-    /// Rounds x [m, k], for tiles of at most so many rows.
-    pub fn new(ctx: &Context, group: usize, k: usize, most: usize, x: &[f32]) -> Rows {
+    /// Rounds x [m, k] for weights in `code`, for tiles of at most so many rows.
+    pub fn new(ctx: &Context, code: Code, k: usize, most: usize, x: &[f32]) -> Rows {
+        let group = code.group();
         let (count, groups) = (x.len() / k, k.div_ceil(group));
         // As even as can be.
         let most = count.div_ceil(count.div_ceil(most).max(1)).max(1);
@@ -107,7 +116,7 @@ impl Rows {
             }
         });
         if count == 1 {
-            rows.live = Live::new(&rows.codes, group);
+            rows.live = Live::new(&rows.codes, code);
         }
         rows
     }

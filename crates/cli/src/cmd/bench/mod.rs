@@ -7,12 +7,12 @@ use anser_eval::flat::{self, Flat, Measured};
 use anser_eval::long::{Long, Row};
 use anser_eval::profile::{chrome_trace, kinds, table};
 use anser_formats::Checkpoint;
-use anser_model::{Config, Hybrid};
+use anser_model::{Config, Hybrid, Load, Model};
 use anser_tensor::DType;
 use anser_tokenizer::Tokenizer;
 use anyhow::{Context, ensure};
 use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 /// Measures speed, beside what limits it on this machine
@@ -70,11 +70,15 @@ enum What {
         #[arg(long, requires = "chunk")]
         top: Option<usize>,
     },
-    /// Decoding and prefill of a randomly initialised model: tokens/s and share of the memory bandwidth
+    /// Decoding and prefill: tokens/s and share of the memory bandwidth. A model from a file stands beside random weights of its shape, of which too few
+    /// activations are zero to skip weights
     Decode {
-        /// Size
+        /// Size, of random weights
         #[arg(long, default_value = "0.1b")]
         preset: String,
+        /// Checkpoint
+        #[arg(long, conflicts_with = "preset")]
+        model: Option<PathBuf>,
         /// Tokens measured
         #[arg(long, default_value_t = 64)]
         tokens: usize,
@@ -235,6 +239,28 @@ fn attention(a: &bench::Attention) -> String {
     text
 }
 
+/// What `bench decode` measures: its name, the model, on a CPU beside one from a file random weights of its shape, and text in the tokens of both.
+fn subjects(
+    preset: &str, model: Option<&Path>, ctx: &anser_tensor::Context, global: &Global,
+) -> anyhow::Result<(String, Vec<Model>, Vec<u32>)> {
+    let kept = global.weights(ctx)?;
+    let (name, mut models, config, tokenizer) = match model {
+        None => (preset.into(), Vec::new(), Config::preset(preset)?, "world".into()),
+        Some(path) => {
+            let file = Checkpoint::open(path)?;
+            let loaded = Model::load(ctx, &file, Load::Inference(kept)).with_context(|| path.display().to_string())?;
+            let config = loaded.config().clone();
+            let tokenizer = file.metadata().get("anser.tokenizer").cloned().unwrap_or_else(|| "world".into());
+            (path.display().to_string(), vec![loaded], config, tokenizer)
+        }
+    };
+    let text = Tokenizer::from_name(&tokenizer)?.encode(anser_data::bundled::corpus().as_bytes());
+    if models.is_empty() || ctx.cuda().is_none() {
+        models.push(Model::noise(ctx, &config, kept, 1)?);
+    }
+    Ok((name, models, text))
+}
+
 /// Runs the subcommand.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let ctx = global.context()?;
@@ -276,9 +302,10 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                 )
             })
         }
-        What::Decode { preset, tokens, batch, state, tune } if ctx.cuda().is_some() => {
+        What::Decode { preset, model, tokens, batch, state, tune } if ctx.cuda().is_some() => {
             ensure!(*state != DType::BF16, "--state must be f32 or f16");
-            let r = bench::decode_batch(&ctx, preset, *batch, *tokens, *state, *tune)?;
+            let (name, models, _) = subjects(preset, model.as_deref(), &ctx, global)?;
+            let r = bench::decode_batch(&ctx, &models[0], *batch, *tokens, *state, *tune)?;
             let rate = r.decode * r.bytes / *batch as f64;
             let part = |(name, seconds, bytes): &(String, f64, f64)| json!({ "part": name, "microseconds": seconds * 1e6, "bytes": bytes, "share_of_bandwidth": bytes / seconds / r.bandwidth });
             let json = json!({
@@ -294,7 +321,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             });
             global.result(json, || {
                 let mut text = format!(
-                    "{preset} {}, batch {batch}, states {state}: decode {:.0} tokens/s = {:.0} GB/s of {:.0} measured ({:.0}%), {:.1} MB a step, {:.0}% of relu^2 zero; {:.0} tokens/s with logits on the host; prefill of {} tokens {:.0} tokens/s; {:.2} GB of device memory\n",
+                    "{name} {}, batch {batch}, states {state}: decode {:.0} tokens/s = {:.0} GB/s of {:.0} measured ({:.0}%), {:.1} MB a step, {:.0}% of relu^2 zero; {:.0} tokens/s with logits on the host; prefill of {} tokens {:.0} tokens/s; {:.2} GB of device memory\n",
                     ctx.dtype(),
                     r.decode,
                     rate / 1e9,
@@ -352,27 +379,45 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         What::Decode { batch, state, tune, .. } if *batch != 1 || *state != DType::F32 || *tune => {
             anyhow::bail!("--batch, --state and --tune need --device cuda")
         }
-        What::Decode { preset, tokens, .. } => {
+        What::Decode { preset, model, tokens, .. } => {
             let dtype = global.weights(&ctx)?;
-            let r = bench::decode(&ctx, preset, dtype, *tokens)?;
-            let json = json!({
-                "decode_tokens_per_second": r.decode,
-                "prefill_256_tokens_per_second": r.prefill,
-                "bytes_per_token": r.bytes,
-                "bandwidth": r.bandwidth,
-                "share_of_bandwidth": r.decode * r.bytes / r.bandwidth,
-                "threads": ctx.threads().len(),
-            });
-            global.result(json, || {
-                format!(
-                    "{preset} {dtype}, {} threads: decode {:.1} tokens/s = {:.1} GB/s of {:.1} measured ({:.0}%); prefill of 256 tokens {:.0} tokens/s\n",
-                    ctx.threads().len(),
-                    r.decode,
-                    r.decode * r.bytes / 1e9,
-                    r.bandwidth / 1e9,
-                    100.0 * r.decode * r.bytes / r.bandwidth,
-                    r.prefill,
-                )
+            let (name, models, text) = subjects(preset, model.as_deref(), &ctx, global)?;
+            let measured = bench::decode(&ctx, &models, dtype, &text, *tokens)?;
+            let json = |r: &bench::Decode| {
+                json!({
+                    "decode_tokens_per_second": r.decode,
+                    "prefill_256_tokens_per_second": r.prefill,
+                    "bytes_per_token": r.bytes,
+                    "bandwidth": r.bandwidth,
+                    "share_of_bandwidth": r.decode * r.bytes / r.bandwidth,
+                    "threads": ctx.threads().len(),
+                })
+            };
+            let mut all = json(&measured[0]);
+            if let Some(random) = measured.get(1) {
+                all["random_weights"] = json(random);
+            }
+            global.result(all, || {
+                let line = |name: &str, r: &bench::Decode| {
+                    format!(
+                        "{name} {dtype}, {} threads: decode {:.1} tokens/s = {:.1} GB/s of {:.1} measured ({:.0}%); prefill of 256 tokens {:.0} tokens/s\n",
+                        ctx.threads().len(),
+                        r.decode,
+                        r.decode * r.bytes / 1e9,
+                        r.bandwidth / 1e9,
+                        100.0 * r.decode * r.bytes / r.bandwidth,
+                        r.prefill,
+                    )
+                };
+                let mut text = line(&name, &measured[0]);
+                if let Some(random) = measured.get(1) {
+                    text += &line("random weights of its shape", random);
+                    text += &format!(
+                        "{:.2} times the tokens/s of random weights: where relu^2 is zero, weights are not read\n",
+                        measured[0].decode / random.decode
+                    );
+                }
+                text
             })
         }
         What::Flat { dims, tokens, only, out } => {
