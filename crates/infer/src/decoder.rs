@@ -43,6 +43,8 @@ pub struct Decoder<'m> {
 impl<'m> Decoder<'m> {
     /// Slots at most.
     pub const MOST_SLOTS: usize = DecodeStep::MOST;
+    /// Sequences of a step at most of which each gives the same to the bit as alone: their sums have one order.
+    pub const APART: usize = DecodeStep::APART;
 
     /// A decoder with `slots` empty sequences, or `None` if [`DecodeStep::new`] gives none.
     ///

@@ -15,7 +15,7 @@ pub use engine::{Engine, EngineOptions, SavedState};
 pub use initial::InitialState;
 pub use sampler::{Sampler, SamplerOrder, Sampling};
 pub use session::Session;
-pub use text::TextStream;
+pub use text::{Cut, TextStream};
 
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]

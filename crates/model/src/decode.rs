@@ -107,6 +107,8 @@ impl Pass<'_> {
 impl<'m> DecodeStep<'m> {
     /// Sequences of a step at most.
     pub const MOST: usize = MOST;
+    /// Sequences at most of which each gives the same to the bit as alone: the kernels for so few add in one order, whatever the others are.
+    pub const APART: usize = BATCH;
 
     /// For steps of up to `batch` sequences. `None` if the model's matrices are not on a GPU in 16 bits or are too wide for the kernels, or if
     /// it has what they don't know: the doubled in-context rate, a Transformer's blocks, attention to hundreds of chunks.

@@ -2,8 +2,9 @@
 
 use crate::App;
 use crate::errors::{ApiError, blocking};
-use anser_infer::TextStream;
-use anser_infer::engine::{End, Event, Request, Start, Stream, TokenLogprob};
+use crate::reply::Parser;
+use anser_infer::engine::{Constraint, End, Event, Next, Request, Start, Stream, TokenLogprob};
+use anser_infer::{Cut, TextStream};
 use anser_tokenizer::Tokenizer;
 use axum::http::StatusCode;
 use std::time::Instant;
@@ -57,10 +58,8 @@ pub struct Answer {
     app: App,
     stream: Stream,
     text: TextStream,
-    stops: Vec<String>,
-    /// Tokens since all text was out, and the bytes of text that came out since.
+    /// Tokens since all text was out.
     held: Vec<TokenLogprob>,
-    out: usize,
     /// The tokens of the answer.
     tokens: Vec<u32>,
     /// Text that follows the answer where a conversation goes on from it.
@@ -80,21 +79,61 @@ struct Keep {
     name: String,
 }
 
+/// Ends an answer before a stop text, in the engine, whose state is then that before it, or where a grammar does.
+struct Ends {
+    text: TextStream,
+    reader: Option<Parser>,
+    grammar: Option<Box<dyn Constraint>>,
+    tokenizer: Tokenizer,
+}
+
+impl Constraint for Ends {
+    fn mask(&mut self, logits: &mut [f32]) -> Result<(), String> {
+        self.grammar.as_mut().map_or(Ok(()), |g| g.mask(logits))
+    }
+
+    fn accept(&mut self, token: u32) -> Result<Next, String> {
+        let next = self.grammar.as_mut().map_or(Ok(Next::More), |g| g.accept(token))?;
+        let (text, cut) = self.text.push(bytes(&self.tokenizer, token));
+        if let Some(cut) = cut {
+            return Ok(Next::Cut(cut.whole));
+        }
+        if let Some(reader) = &mut self.reader {
+            reader.push(&text, false);
+            if reader.called() {
+                self.text.lift_stops();
+                self.reader = None;
+            }
+        }
+        Ok(next)
+    }
+
+    fn masks(&self) -> bool {
+        self.grammar.as_ref().is_some_and(|g| g.masks())
+    }
+}
+
 impl Answer {
-    /// Submits a request. Where a conversation goes on from it, `close` follows the answer.
+    /// Submits a request. Stop texts end it until `reader`, if there is one, has read a call of a tool. Where a conversation goes on from it,
+    /// `close` follows the answer.
     ///
     /// # Errors
     /// When the engine refuses it.
-    pub async fn start(app: &App, request: Request, stops: &[String], close: &'static str) -> Result<Answer, ApiError> {
+    pub async fn start(
+        app: &App, mut request: Request, stops: &[String], reader: Option<Parser>, close: &'static str,
+    ) -> Result<Answer, ApiError> {
+        // Without a state to keep an answer ends when nobody reads it any more.
+        if request.save_as.is_some() && !stops.is_empty() {
+            let (text, grammar) = (TextStream::new(stops), request.constraint.take());
+            request.constraint = Some(Box::new(Ends { text, reader, grammar, tokenizer: app.tokenizer }));
+        }
         let keep = request.save_as.clone().map(|name| Keep { owner: request.owner.clone(), name });
         let stream = submit(app, request).await?;
         Ok(Answer {
             app: app.clone(),
             stream,
             text: TextStream::new(stops),
-            stops: stops.to_vec(),
             held: Vec::new(),
-            out: 0,
             tokens: Vec::new(),
             close,
             written: 0,
@@ -138,7 +177,6 @@ impl Answer {
     /// No stop text ends what comes from now on.
     pub fn lift_stops(&mut self) {
         self.text.lift_stops();
-        self.stops.clear();
     }
 
     async fn token(&mut self, token: TokenLogprob) -> Result<Option<Part>, ApiError> {
@@ -151,46 +189,25 @@ impl Answer {
         let bytes = bytes(&self.app.tokenizer, token.token);
         self.tokens.push(token.token);
         self.held.push(token);
-        let (text, stopped) = self.text.push(bytes);
-        self.out += text.len();
-        if stopped {
-            return self.stopped(text).await.map(Some);
+        let (text, cut) = self.text.push(bytes);
+        if let Some(cut) = cut {
+            return self.stopped(text, cut).await.map(Some);
         }
-        let mut tokens = Vec::new();
-        if self.text.is_clear() {
-            tokens = std::mem::take(&mut self.held);
-            self.out = 0;
-        }
+        let tokens = if self.text.is_clear() { std::mem::take(&mut self.held) } else { Vec::new() };
         Ok((!text.is_empty() || !tokens.is_empty()).then_some(Part::Text(Text { text, tokens })))
     }
 
     /// Ends before a stop text: tokens that begin in it are no part of the answer.
-    async fn stopped(&mut self, text: String) -> Result<Part, ApiError> {
+    async fn stopped(&mut self, text: String, cut: Cut) -> Result<Part, ApiError> {
         self.ended = true;
-        let held = std::mem::take(&mut self.held);
-        let all: Vec<u8> = held.iter().flat_map(|t| bytes(&self.app.tokenizer, t.token)).copied().collect();
-        let cut = self.out.min(all.len());
-        let stop = self.stops.iter().find(|s| !s.is_empty() && all[cut..].starts_with(s.as_bytes()));
-        let stop = stop.cloned().unwrap_or_default();
-        let before = self.written - held.len();
-        let (mut at, mut whole, mut whole_bytes, mut tokens) = (0, 0, 0, Vec::new());
-        for token in held {
-            let begin = at;
-            at += bytes(&self.app.tokenizer, token.token).len();
-            if at <= cut {
-                (whole, whole_bytes) = (whole + 1, at);
-            }
-            if begin < cut {
-                tokens.push(token);
-            }
-        }
-        self.tokens.truncate(before + whole);
+        let mut tokens = std::mem::take(&mut self.held);
+        tokens.truncate(cut.begun.saturating_sub(self.written - tokens.len()));
+        self.tokens.truncate(cut.whole);
         if self.keep.is_some() {
-            self.stream.stop(before + whole);
             kept(&mut self.stream).await?;
         }
-        self.close(&all[whole_bytes..cut]).await?;
-        Ok(Part::End(Text { text, tokens }, Finish::StopText(stop)))
+        self.close(&cut.rest).await?;
+        Ok(Part::End(Text { text, tokens }, Finish::StopText(cut.stop)))
     }
 
     /// The conversation goes on over what the answer has beyond its last whole token, and over the end of a turn, unless the model has

@@ -2,7 +2,7 @@
 
 use crate::errors::ApiError;
 use crate::fields::Fields;
-use anser_infer::engine::Constraint;
+use anser_infer::engine::{Constraint, Next};
 use anser_tokenizer::Tokenizer;
 use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{TokEnv, TokRxInfo, TokTrie, TokenId, TokenizerEnv};
@@ -143,7 +143,7 @@ impl Grammar {
             if logits[*token as usize] != 0.0 {
                 return false;
             }
-            if constraint.accept(*token).unwrap() {
+            if constraint.accept(*token).unwrap() == Next::End {
                 return i + 1 == tokens.len();
             }
         }
@@ -164,9 +164,9 @@ impl Constraint for Grammar {
         Ok(())
     }
 
-    fn accept(&mut self, token: u32) -> Result<bool, String> {
+    fn accept(&mut self, token: u32) -> Result<Next, String> {
         self.0.consume_token(token).map_err(|e| e.to_string())?;
-        Ok(self.0.is_stopped())
+        Ok(if self.0.is_stopped() { Next::End } else { Next::More })
     }
 }
 

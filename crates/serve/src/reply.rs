@@ -1,19 +1,48 @@
 //! An answer of the engine told apart: thoughts, text, calls of tools.
 
+use crate::App;
 use crate::answer::{Answer, Finish, Part, Text};
 use crate::api::Usage;
+use crate::api::conversation::Turn;
 use crate::calls::{CallPart, Reader};
 use crate::errors::ApiError;
 use crate::think::Splitter;
 use anser_infer::chat::Think;
-use anser_infer::engine::TokenLogprob;
+use anser_infer::engine::{Request, TokenLogprob};
+
+/// Tells the text of an answer apart as it comes.
+pub struct Parser {
+    splitter: Splitter,
+    /// Where there are tools.
+    reader: Option<Reader>,
+}
+
+impl Parser {
+    /// For an answer to a prompt that ends as `think` has it; with `tools` it may call some.
+    pub fn new(think: Think, tools: bool) -> Parser {
+        Parser { splitter: Splitter::new(think), reader: tools.then(Reader::new) }
+    }
+
+    /// Takes a piece, `end` when none will follow: thoughts, text and calls.
+    pub fn push(&mut self, text: &str, end: bool) -> (String, String, Vec<CallPart>) {
+        let told = self.splitter.push(text, end);
+        let (content, calls) = match &mut self.reader {
+            Some(reader) => reader.push(&told.content, end),
+            None => (told.content, Vec::new()),
+        };
+        (told.reasoning, content, calls)
+    }
+
+    /// Whether it calls a tool: a call is whole, whatever its arguments have in them.
+    pub fn called(&self) -> bool {
+        self.reader.as_ref().is_some_and(Reader::called)
+    }
+}
 
 /// An answer on its way.
 pub struct Reply {
     answer: Answer,
-    splitter: Splitter,
-    /// Where there are tools.
-    reader: Option<Reader>,
+    parser: Parser,
     /// Tokens of the thoughts.
     reasoning: usize,
     /// Tokens of the prompt that were cached.
@@ -36,9 +65,15 @@ pub struct Piece {
 }
 
 impl Reply {
-    /// Of an answer to a prompt that ends as `think` has it; with `tools` it may call some.
-    pub fn new(answer: Answer, think: Think, tools: bool) -> Reply {
-        Reply { answer, splitter: Splitter::new(think), reader: tools.then(Reader::new), reasoning: 0, cached: 0 }
+    /// Submits a request of a turn.
+    ///
+    /// # Errors
+    /// When the engine refuses it.
+    pub async fn start(app: &App, request: Request, turn: &Turn) -> Result<Reply, ApiError> {
+        let parser = || Parser::new(turn.think, turn.tools);
+        let close = app.options.template.turn_end();
+        let answer = Answer::start(app, request, &turn.options.stops, turn.tools.then(parser), close).await?;
+        Ok(Reply { answer, parser: parser(), reasoning: 0, cached: 0 })
     }
 
     /// The next piece, `None` after the end.
@@ -56,25 +91,20 @@ impl Reply {
                 Some(Part::End(text, finish)) => (text, Some(finish)),
                 None => return Ok(None),
             };
-            if self.splitter.thinking() {
+            if self.parser.splitter.thinking() {
                 self.reasoning += tokens.len();
             }
-            let told = self.splitter.push(&text, finish.is_some());
-            let (content, calls) = match &mut self.reader {
-                Some(reader) => reader.push(&told.content, finish.is_some()),
-                None => (told.content, Vec::new()),
-            };
+            let (reasoning, content, calls) = self.parser.push(&text, finish.is_some());
             if self.called() {
-                // A call is whole, whatever its arguments have in them.
                 self.answer.lift_stops();
             }
-            return Ok(Some(Piece { reasoning: told.reasoning, content, calls, tokens, finish }));
+            return Ok(Some(Piece { reasoning, content, calls, tokens, finish }));
         }
     }
 
     /// Whether it calls a tool.
     pub fn called(&self) -> bool {
-        self.reader.as_ref().is_some_and(Reader::called)
+        self.parser.called()
     }
 
     /// The tokens of the answer, after the end with those that close its turn.

@@ -2,12 +2,11 @@
 
 use crate::global::stop;
 use anser_infer::TextStream;
-use anser_infer::engine::Constraint;
+use anser_infer::engine::{Constraint, Next};
 use anser_tokenizer::Tokenizer;
 use std::sync::atomic::Ordering;
 
-/// Ends an answer with the token that completes a stop text, or with the next one after Ctrl-C: in the engine, which would otherwise be
-/// further on by the time that its reader asks it to stop.
+/// Ends an answer before a stop text, and with the next token after Ctrl-C.
 pub struct Ends {
     text: TextStream,
     tokenizer: Tokenizer,
@@ -25,9 +24,13 @@ impl Constraint for Ends {
         Ok(())
     }
 
-    fn accept(&mut self, token: u32) -> Result<bool, String> {
+    fn accept(&mut self, token: u32) -> Result<Next, String> {
         let bytes = self.tokenizer.token(token).map_err(|e| e.to_string())?;
-        Ok(self.text.push(bytes).1 || stop().load(Ordering::SeqCst))
+        Ok(match self.text.push(bytes).1 {
+            Some(cut) => Next::Cut(cut.whole),
+            None if stop().load(Ordering::SeqCst) => Next::End,
+            None => Next::More,
+        })
     }
 
     fn masks(&self) -> bool {

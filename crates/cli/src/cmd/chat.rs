@@ -168,8 +168,8 @@ impl Talk<'_> {
         let prompt = tokenizer.encode(chat::user(said, self.think).as_bytes());
         let stops = chat::STOPS.map(String::from);
         let mut stream = self.engine.submit(Request {
-            prompt: prompt.clone(),
-            start: Start::State(before.clone()),
+            prompt,
+            start: Start::State(before),
             sampler: Some(self.sampler.clone()),
             max_tokens: self.args.max_tokens,
             stop_tokens: vec![tokenizer.end_of_document()],
@@ -177,22 +177,16 @@ impl Talk<'_> {
             keep_state: true,
             ..Request::default()
         })?;
-        let (mut out, mut text, mut written) = (TextStream::new(&stops), String::new(), Vec::new());
-        // How many tokens, and bytes, there were when all text so far was out: a stop text is never part of what the model remembers.
-        let (mut clear, mut stopped, mut after) = ((0, 0), false, None);
+        let (mut out, mut text, mut cut, mut after) = (TextStream::new(&stops), String::new(), None, None);
         let end = loop {
             match stream.recv() {
                 Some(Event::Prompt { .. }) => {}
                 Some(Event::Token(token)) => {
                     let (piece, end) = out.push(tokenizer.token(token.token)?);
                     self.sampler.follow(token.token);
-                    written.push(token.token);
                     global.stream(&piece)?;
                     text += &piece;
-                    stopped = end;
-                    if !stopped && out.is_clear() {
-                        clear = (written.len(), text.len());
-                    }
+                    cut = end;
                 }
                 Some(Event::State(state)) => after = Some(state),
                 Some(Event::End(end)) => break end.checked()?,
@@ -202,18 +196,20 @@ impl Talk<'_> {
         if end == End::Stop {
             self.sampler.follow(tokenizer.end_of_document());
         }
-        if !stopped {
-            let rest = out.finish();
-            global.stream(&rest)?;
-            text += &rest;
-        }
-        global.stream("\n")?;
-        let rest = tokenizer.encode(format!("{}{}", &text[clear.1..], chat::TURN_END).as_bytes());
-        self.state = match after {
-            Some(after) if clear.0 == written.len() => self.read(&after, rest)?,
-            _ => self.read(&before, [&prompt, &written[..clear.0], &rest].concat())?,
+        // A stop text is never part of what the model remembers.
+        let rest = match &cut {
+            Some(cut) => cut.rest.clone(),
+            None => {
+                let rest = out.finish();
+                global.stream(&rest)?;
+                text += &rest;
+                Vec::new()
+            }
         };
+        global.stream("\n")?;
+        let after = after.context("the engine has kept no state")?;
+        self.state = self.read(&after, tokenizer.encode(&[&rest, chat::TURN_END.as_bytes()].concat()))?;
         self.turns.push(json!({ "user": said, "assistant": text.trim() }));
-        if end == End::Constraint && !stopped { Err(Interrupted.into()) } else { Ok(()) }
+        if end == End::Constraint && cut.is_none() { Err(Interrupted.into()) } else { Ok(()) }
     }
 }

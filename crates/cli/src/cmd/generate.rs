@@ -243,7 +243,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             Some(Event::Token(written)) => {
                 count += 1;
                 let (piece, end) = out.push(tokenizer.token(written.token)?);
-                stopped = end;
+                stopped = end.is_some();
                 emit(piece)?;
             }
             Some(Event::State(state)) => kept = Some(state),

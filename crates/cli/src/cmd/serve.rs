@@ -38,6 +38,10 @@ pub struct Args {
     /// Requests that wait at most, before others are refused
     #[arg(long, default_value_t = 256)]
     waiting: usize,
+    /// Has answers be the same to the bit whatever else is asked, as they always are on a CPU. On a GPU many requests take several times as long, and no
+    /// prefixes are kept
+    #[arg(long)]
+    deterministic: bool,
     /// MiB of states kept in memory, to go on from prompts that begin alike
     #[arg(long, default_value_t = 1024, value_name = "MIB")]
     cache_memory: usize,
@@ -132,6 +136,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         object_store: args.object_store.clone(),
         bound: args.source.bound(),
         guesses: args.source.guesses(),
+        deterministic: args.deterministic,
         ..EngineOptions::default()
     };
     let engine = Engine::start(ctx, Arc::new(model), engine)?;

@@ -61,6 +61,8 @@ pub(super) struct Batch<'m> {
     /// An empty state of one slot.
     empty: State,
     states: States<'m>,
+    /// See [`Batch::is_apart`].
+    apart: bool,
 }
 
 enum States<'m> {
@@ -131,7 +133,14 @@ impl<'m> Batch<'m> {
             None => States::Rows { arena: None, slots: Vec::new(), guesses },
         };
         ctx.check()?;
-        Ok(Batch { ctx: ctx.clone(), model, empty, states })
+        let apart = options.deterministic && ctx.cuda().is_some();
+        Ok(Batch { ctx: ctx.clone(), model, empty, states, apart })
+    }
+
+    /// Whether sequences are kept apart on a GPU, so that what comes of one is the same to the bit whatever others do: each is read alone, or by kernels whose
+    /// sums are those of one sequence.
+    pub fn is_apart(&self) -> bool {
+        self.apart
     }
 
     /// Adds a sequence behind the others, with a state of one slot.
@@ -224,9 +233,9 @@ impl<'m> Batch<'m> {
         Ok(())
     }
 
-    /// Whether it can choose tokens itself.
+    /// Whether it can choose tokens itself, from logits that stay where they are until the next step.
     pub fn chooses(&self) -> bool {
-        matches!(self.states, States::Slots { .. })
+        matches!(self.states, States::Slots { .. }) && !self.apart
     }
 
     /// The logits after what the sequence in `slot` read in the last step, if they stayed on the GPU; none otherwise.
@@ -274,7 +283,7 @@ impl<'m> Batch<'m> {
                     Some(guesses) => guesses.settle(ctx, model, &mut state),
                     None => Ok(()),
                 };
-                let result = result.and_then(|()| forward(ctx, model, &state, &work));
+                let result = result.and_then(|()| forward(ctx, model, &state, &work, self.apart));
                 let (outputs, state) = match result {
                     Ok((outputs, next)) => (Ok(outputs), next),
                     Err(e) => (Err(e), state),
@@ -287,29 +296,36 @@ impl<'m> Batch<'m> {
                 let (mut single, others): (Vec<usize>, Vec<usize>) = (0..work.len()).partition(|&i| work[i].is_one());
                 // Those whose logits the host needs first.
                 single.sort_by_key(|&i| work[i].wants.token.is_some());
-                let inputs: Vec<(usize, u32)> = single.iter().map(|&i| (work[i].slot, work[i].tokens[0])).collect();
-                decoder.feed(&inputs)?;
-                meanwhile();
                 used.fill(None);
-                single.iter().enumerate().for_each(|(at, &i)| used[work[i].slot] = Some(at));
-                let draw = |(row, &i): (usize, &usize)| work[i].wants.token.map(|from| Draw { row, from });
-                let draws: Vec<Draw> = single.iter().enumerate().filter_map(draw).collect();
-                let (here, chosen) = single.split_at(single.len() - draws.len());
-                if !draws.is_empty() {
-                    let tokens = decoder.choose(&draws)?;
-                    chosen.iter().zip(tokens).for_each(|(&i, token)| outputs[i].token = Some(token));
+                let mut meanwhile = Some(meanwhile);
+                let together = if self.apart { Decoder::APART } else { single.len().max(1) };
+                for single in single.chunks(together) {
+                    let inputs: Vec<(usize, u32)> = single.iter().map(|&i| (work[i].slot, work[i].tokens[0])).collect();
+                    decoder.feed(&inputs)?;
+                    meanwhile.take().into_iter().for_each(|f| f());
+                    let draw = |(row, &i): (usize, &usize)| work[i].wants.token.map(|from| Draw { row, from });
+                    let draws: Vec<Draw> = single.iter().enumerate().filter_map(draw).collect();
+                    let (here, chosen) = single.split_at(single.len() - draws.len());
+                    if !draws.is_empty() {
+                        let tokens = decoder.choose(&draws)?;
+                        for ((at, &i), token) in (here.len()..).zip(chosen).zip(tokens) {
+                            used[work[i].slot] = Some(at);
+                            outputs[i].token = Some(token);
+                        }
+                    }
+                    if !here.is_empty() {
+                        let logits = decoder.logits(0..here.len())?;
+                        let each = logits.chunks_exact(model.config().vocab_size);
+                        here.iter().zip(each).for_each(|(&i, logits)| outputs[i].logits = logits.to_vec());
+                    }
                 }
-                if !here.is_empty() {
-                    let logits = decoder.logits(0..here.len())?;
-                    let each = logits.chunks_exact(model.config().vocab_size);
-                    here.iter().zip(each).for_each(|(&i, logits)| outputs[i].logits = logits.to_vec());
-                }
+                meanwhile.take().into_iter().for_each(|f| f());
                 if !others.is_empty() {
                     let states = others.iter().map(|&i| decoder.state(work[i].slot)).collect::<Result<Vec<_>, _>>()?;
                     let state = State::gather(ctx, &states.iter().map(|s| (s, 0)).collect::<Vec<_>>());
                     let here: Vec<Work<'_>> =
                         others.iter().enumerate().map(|(slot, &i)| Work { slot, ..work[i] }).collect();
-                    let (done, next) = forward(ctx, model, &state, &here)?;
+                    let (done, next) = forward(ctx, model, &state, &here, self.apart)?;
                     for (at, (i, output)) in others.into_iter().zip(done).enumerate() {
                         decoder.set_state(work[i].slot, &State::gather(ctx, &[(&next, at)]))?;
                         outputs[i] = output;
@@ -322,8 +338,24 @@ impl<'m> Batch<'m> {
     }
 }
 
-/// One pass of the model over the tokens of several slots of a state: what each wants, and the state after it.
-fn forward(ctx: &Context, model: &Model, state: &State, work: &[Work<'_>]) -> Result<(Vec<Output>, State), Error> {
+/// The tokens of several slots of a state: what each wants, and the state after them. In one pass of the model, or `apart` in one for each.
+fn forward(
+    ctx: &Context, model: &Model, state: &State, work: &[Work<'_>], apart: bool,
+) -> Result<(Vec<Output>, State), Error> {
+    if !apart || work.len() < 2 {
+        return pass(ctx, model, state, work);
+    }
+    let (mut outputs, mut state) = (Vec::new(), state.clone());
+    for one in work {
+        let (output, next) = pass(ctx, model, &state, std::slice::from_ref(one))?;
+        outputs.extend(output);
+        state = next;
+    }
+    Ok((outputs, state))
+}
+
+/// One pass of the model.
+fn pass(ctx: &Context, model: &Model, state: &State, work: &[Work<'_>]) -> Result<(Vec<Output>, State), Error> {
     let tokens: Vec<u32> = work.iter().flat_map(|w| w.tokens).copied().collect();
     let mut start = 0;
     let segment = |w: &Work<'_>| {

@@ -3,7 +3,7 @@
 //! One thread owns the model's batch. Between two steps sequences join and leave it; a step reads one token of every sequence that
 //! writes, and of those that still read their prompt pieces in turn, of a bounded number of tokens in all, so that nobody waits long
 //! for anybody's prompt. A row's result depends on its own sequence only, so that on the CPU a request's tokens are the same to the
-//! bit whatever else runs.
+//! bit whatever else runs; on a GPU they are with [`EngineOptions::deterministic`].
 //!
 //! ```
 //! use anser_infer::engine::{Engine, EngineOptions, Event, Request};
@@ -54,7 +54,7 @@ use serde_json::json;
 use shared::{Job, Shared};
 use snapshot::Form;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -92,6 +92,10 @@ pub struct EngineOptions {
     pub prefill_piece: usize,
     /// Tokens read ahead at most for a sequence that is alone on a CPU, guessed where its text repeats itself: nothing but time changes.
     pub guesses: usize,
+    /// Has a request's tokens and log probabilities be the same to the bit whatever else runs. On a CPU they always are. On a GPU, whose products of more rows add
+    /// in another order, steps are of few sequences then, prompts are read one by one in pieces of `prefill_piece`, and nothing but named states is kept
+    /// to go on from, as after other pieces a state is another to the bit: many requests take several times as long.
+    pub deterministic: bool,
     /// Tokens of a prompt after which its state is kept for others that begin alike, and after multiples of these, which become rarer; 0: only at its end.
     pub stride: usize,
     /// Where named states and what memory has no room for are kept; without one everything is lost at the end.
@@ -120,6 +124,7 @@ impl Default for EngineOptions {
             unread: 1 << 14,
             prefill_piece: 0,
             guesses: 0,
+            deterministic: false,
             stride: 512,
             folder: None,
             disk_bytes: 16 << 30,
@@ -204,6 +209,17 @@ impl Request {
     }
 }
 
+/// Whether an answer goes on after a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// It does.
+    More,
+    /// It is complete.
+    End,
+    /// It ended with its first so many tokens, as before a stop text: a state that is kept is after these. The others come all the same.
+    Cut(usize),
+}
+
 /// What may come next in an answer, such as a grammar, and where it ends.
 pub trait Constraint: Send {
     /// Sets the logits of tokens that may not come next to minus infinity.
@@ -212,11 +228,11 @@ pub trait Constraint: Send {
     /// What is wrong with the constraint; the answer ends with it.
     fn mask(&mut self, logits: &mut [f32]) -> Result<(), String>;
 
-    /// Takes note of the token that was chosen: whether the answer is complete.
+    /// Takes note of the token that was chosen: whether the answer goes on.
     ///
     /// # Errors
     /// As [`Constraint::mask`].
-    fn accept(&mut self, token: u32) -> Result<bool, String>;
+    fn accept(&mut self, token: u32) -> Result<Next, String>;
 
     /// Whether there are tokens that may not come next: one that only ends answers, as stop texts do, is not asked for a mask.
     fn masks(&self) -> bool {
@@ -262,9 +278,9 @@ pub enum Event {
 pub enum End {
     /// It has as many tokens as were asked for.
     Length,
-    /// A stop token came, or [`Stream::stop`] was called.
+    /// A stop token came.
     Stop,
-    /// The constraint is satisfied.
+    /// The constraint has ended it.
     Constraint,
     /// The engine ended.
     Cancelled,
@@ -292,7 +308,6 @@ impl End {
 pub struct Stream {
     events: mpsc::Receiver<Event>,
     ended: bool,
-    stop: Arc<AtomicUsize>,
 }
 
 impl Stream {
@@ -327,12 +342,6 @@ impl Stream {
         }
         self.ended |= matches!(event, Some(Event::End(_)));
         event
-    }
-
-    /// Ends the answer after its first `keep` tokens, such as before a stop text: a state that is kept is that after these. Tokens
-    /// already on their way still come, then [`End::Stop`].
-    pub fn stop(&self, keep: usize) {
-        self.stop.store(keep, Ordering::Release);
     }
 }
 
@@ -445,9 +454,8 @@ impl Engine {
         }
         // The prompt, the state and the end come besides.
         let (to, events) = mpsc::channel(shared.unread.saturating_add(3).min(Semaphore::MAX_PERMITS));
-        let stop = Arc::new(AtomicUsize::new(usize::MAX));
-        shared.queue(Job::new(request, begin, sampler, to, stop.clone()))?;
-        Ok(Stream { events, ended: false, stop })
+        shared.queue(Job::new(request, begin, sampler, to))?;
+        Ok(Stream { events, ended: false })
     }
 
     /// What it has done and is doing.

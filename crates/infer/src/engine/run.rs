@@ -39,7 +39,8 @@ pub(super) fn run(
     let prefill_piece = if options.prefill_piece == 0 { piece(ctx) } else { options.prefill_piece };
     let strides = Strides { length: options.stride, bits: if model.config().hybrid.is_some() { 1 } else { 4 } };
     let (running, loading, done) = (Vec::new(), Vec::new(), Stats::default());
-    let mut runner = Runner { ctx, shared, batch, prefill_piece, strides, running, loading, turn: 0, done };
+    let apart = batch.is_apart();
+    let mut runner = Runner { ctx, shared, batch, prefill_piece, apart, strides, running, loading, turn: 0, done };
     while runner.admit() {
         runner.step();
     }
@@ -51,6 +52,8 @@ struct Runner<'m> {
     shared: &'m Shared,
     batch: Batch<'m>,
     prefill_piece: usize,
+    /// Whether how a prompt is cut must depend on nothing else: see [`Batch::is_apart`].
+    apart: bool,
     strides: Strides,
     /// In the order of their slots.
     running: Vec<Sequence>,
@@ -159,7 +162,8 @@ impl Runner<'_> {
         let named = (job.start > 0).then_some(job.start);
         let store = &self.shared.store;
         let root = store.root(&job.request.owner, job.initial.as_deref());
-        match store.look(&job.request.owner, root, &job.tokens[..job.most_cached()], named) {
+        let most = if self.apart { job.start } else { job.most_cached() };
+        match store.look(&job.request.owner, root, &job.tokens[..most], named) {
             Look::Here(hit) => self.start(job, hit),
             Look::Elsewhere(search) => {
                 self.loading.push(self.shared.size.of(job.most_tokens()));
@@ -171,7 +175,7 @@ impl Runner<'_> {
     /// Puts a request into the batch, as far on as what was found.
     fn start(&mut self, job: Job, hit: Option<Hit>) {
         let needed = self.shared.size.of(job.most_tokens());
-        let Job { request, tokens, start, initial, given, sampler, to, stop } = job;
+        let Job { request, tokens, start, initial, given, sampler, to } = job;
         let mut sequence = Sequence {
             prompt: start..tokens.len(),
             read: 0,
@@ -192,7 +196,6 @@ impl Runner<'_> {
             request,
             sampler,
             to,
-            stop,
             tokens,
         };
         let state = match (hit, &sequence.given) {
@@ -263,27 +266,16 @@ impl Runner<'_> {
         }
     }
 
-    /// Those whose clients have gone leave; those told to stop go back to where they are to stop.
+    /// Those whose clients have gone leave; those that were cut go back to the end of their prompt.
     fn take_leave(&mut self) {
         for slot in (0..self.running.len()).rev() {
-            if self.running[slot].to.is_closed() {
+            let s = &mut self.running[slot];
+            if s.to.is_closed() {
                 self.done.cancelled += 1;
                 self.remove(slot);
-                continue;
-            }
-            let s = &mut self.running[slot];
-            let keep = s.stop.load(Ordering::Acquire);
-            if keep == usize::MAX || matches!(s.phase, Phase::Prompt) {
-                continue;
-            }
-            s.stop.store(usize::MAX, Ordering::Release);
-            s.phase = Phase::Closing(End::Stop);
-            if !s.request.keeps_state() {
-                continue;
-            }
-            s.tokens.truncate(s.prompt.end.saturating_add(keep));
-            if s.read > s.tokens.len() {
-                let Some((snapshot, prefix)) = &s.after_prompt else { continue };
+            } else if s.is_beyond()
+                && let Some((snapshot, prefix)) = &s.after_prompt
+            {
                 (s.read, s.prefix, s.logits) = (s.prompt.end, prefix.clone(), snapshot.logits.clone());
                 let state = snapshot.state(self.shared.store.form());
                 if let Err(e) = self.batch.set_state(slot, state) {
@@ -313,7 +305,13 @@ impl Runner<'_> {
             let stride = self.strides.next(s.read) - s.read;
             let bounds = [s.prompt.start, s.prompt.end];
             let bound = bounds.into_iter().find(|&b| b > s.read).map_or(usize::MAX, |b| b - s.read);
-            lengths[slot] = [s.left(), piece, stride, bound, self.batch.room(slot)].into_iter().min().unwrap_or(0);
+            let most = [s.left(), bound, self.batch.room(slot)].into_iter().min().unwrap_or(0);
+            lengths[slot] = if self.apart {
+                // A whole piece or none.
+                Some(most.min(self.prefill_piece)).filter(|&n| n <= piece).unwrap_or(0)
+            } else {
+                most.min(piece).min(stride)
+            };
             piece -= lengths[slot];
             if lengths[slot] > 0 {
                 self.turn += 1;
@@ -325,7 +323,7 @@ impl Runner<'_> {
 
     /// Whether states of the sequence are kept for others: what a given state is after has no name.
     fn caches(&self, s: &Sequence) -> bool {
-        s.given.is_none() && self.shared.store.keeps()
+        s.given.is_none() && self.shared.store.keeps() && !self.apart
     }
 
     /// Keeps the state at the end of a stride of the prompt.
@@ -344,17 +342,18 @@ impl Runner<'_> {
         if !matches!(s.phase, Phase::Prompt) || s.left() > 0 {
             return Ok(());
         }
-        let save = s.request.keeps_state();
+        // A constraint may cut the answer anywhere.
+        let goes_back = s.request.keeps_state() && s.request.constraint.is_some();
         let keeps = self.caches(&self.running[slot]);
         let followers = self.followers(slot);
-        if save || keeps || !followers.is_empty() {
+        if goes_back || keeps || !followers.is_empty() {
             let s = &self.running[slot];
             let snapshot = Arc::new(self.batch.snapshot(slot, s.logits.clone())?);
             if keeps {
                 self.shared.store.insert(&s.request.owner, s.prefix.key(), s.read, snapshot.clone());
             }
             self.follow(slot, &followers, &snapshot)?;
-            if save {
+            if goes_back {
                 let s = &mut self.running[slot];
                 s.after_prompt = Some((snapshot, s.prefix.clone()));
             }
@@ -395,13 +394,12 @@ impl Runner<'_> {
         let written = AtomicU64::new(0);
         self.ctx.threads().run(each.len(), |i| {
             let mut s = each[i].lock().unwrap_or_else(|e| e.into_inner());
-            let before = s.tokens.len();
             // A constraint is not ours: its panic ends one answer.
             let result = catch_unwind(AssertUnwindSafe(|| s.choose()));
             if let Err(reason) = result.unwrap_or_else(|_| Err("choosing a token panicked".into())) {
                 s.phase = Phase::Closing(End::Failed(reason));
             }
-            written.fetch_add((s.tokens.len() - before) as u64, Ordering::Relaxed);
+            written.fetch_add(u64::from(s.said.is_some()), Ordering::Relaxed);
         });
         self.done.tokens_written += written.into_inner();
     }
@@ -409,8 +407,9 @@ impl Runner<'_> {
     /// Ends a sequence: its state is kept.
     fn finish(&mut self, slot: usize, end: End) -> Result<(), Error> {
         let failed = matches!(end, End::Failed(_));
+        let caches = self.caches(&self.running[slot]);
         let s = &mut self.running[slot];
-        let (save, caches) = (s.request.keeps_state(), s.given.is_none() && self.shared.store.keeps());
+        let save = s.request.keeps_state();
         let mut snapshot = None;
         if !failed && (save || caches) {
             let here = std::mem::take(&mut s.logits);

@@ -1,11 +1,10 @@
 use super::batch::{Output, Rows, Wants, Work};
 use super::snapshot::Snapshot;
 use super::store::Prefix;
-use super::{End, Event, Request, TokenLogprob};
+use super::{End, Event, Next, Request, TokenLogprob};
 use crate::{Error, InitialState, Sampler};
 use anser_ops::log_sum_exp;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
 use tokio::sync::mpsc::Sender;
 
@@ -14,7 +13,6 @@ pub(super) struct Sequence {
     pub request: Request,
     pub sampler: Sampler,
     pub to: Sender<Event>,
-    pub stop: Arc<AtomicUsize>,
     /// All tokens since the beginning, those not read yet last.
     pub tokens: Vec<u32>,
     /// What they begin from.
@@ -58,6 +56,11 @@ impl Sequence {
     /// Tokens that were not read yet.
     pub fn left(&self) -> usize {
         self.tokens.len() - self.read
+    }
+
+    /// Whether the state is after tokens that the answer doesn't have.
+    pub fn is_beyond(&self) -> bool {
+        self.read > self.tokens.len()
     }
 
     /// Whether it needs nothing of its prompt but the state and the prediction after it, which it may take from another that reads the same.
@@ -136,9 +139,17 @@ impl Sequence {
         };
         self.tokens.push(token);
         self.said = Some(Event::Token(written));
-        if let Some(constraint) = &mut self.request.constraint
-            && constraint.accept(token)?
+        let next = match &mut self.request.constraint {
+            Some(constraint) => constraint.accept(token)?,
+            None => Next::More,
+        };
+        if let Next::Cut(count) = next
+            && self.request.keeps_state()
         {
+            // Where the state is after more than these, it goes back ([`Sequence::is_beyond`]).
+            self.tokens.truncate(self.prompt.end.saturating_add(count));
+        }
+        if next != Next::More {
             self.phase = Phase::Closing(End::Constraint);
         } else if self.tokens.len() - self.prompt.end == self.request.max_tokens {
             self.phase = Phase::Closing(End::Length);
@@ -176,7 +187,7 @@ impl Sequence {
     /// How it ended, if it did: a state that is kept is after all tokens.
     pub fn ended(&self) -> Option<End> {
         match &self.phase {
-            Phase::Closing(end) if self.left() == 0 || !self.request.keeps_state() => Some(end.clone()),
+            Phase::Closing(end) if self.read == self.tokens.len() || !self.request.keeps_state() => Some(end.clone()),
             Phase::Closing(end @ End::Failed(_)) => Some(end.clone()),
             _ => None,
         }

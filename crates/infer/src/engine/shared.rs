@@ -6,7 +6,6 @@ use super::{End, EngineOptions, Event, Refused, Request, Stats};
 use crate::{InitialState, Sampler};
 use anser_model::{Config, Model};
 use std::collections::VecDeque;
-use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::sync::mpsc::Sender;
@@ -85,15 +84,14 @@ pub(super) struct Job {
     pub given: Option<Arc<Snapshot>>,
     pub sampler: Sampler,
     pub to: Sender<Event>,
-    pub stop: Arc<AtomicUsize>,
 }
 
 impl Job {
-    pub fn new(mut request: Request, begin: Begin, sampler: Sampler, to: Sender<Event>, stop: Arc<AtomicUsize>) -> Job {
+    pub fn new(mut request: Request, begin: Begin, sampler: Sampler, to: Sender<Event>) -> Job {
         let Begin { initial, history: mut tokens, given } = begin;
         let start = tokens.len();
         tokens.append(&mut request.prompt);
-        Job { request, tokens, start, initial, given, sampler, to, stop }
+        Job { request, tokens, start, initial, given, sampler, to }
     }
 
     /// Tokens that need not be read where a state after them is kept. Predictions of the prompt's tokens come of reading them; the hidden vector of

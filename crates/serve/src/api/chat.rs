@@ -5,7 +5,7 @@ use super::conversation::{Turn, effort, messages, think};
 use super::options::Options;
 use super::{Usage, id, now};
 use crate::App;
-use crate::answer::{Answer, Finish, bytes};
+use crate::answer::{Finish, bytes};
 use crate::auth::Owner;
 use crate::calls::{Call, CallPart, collect};
 use crate::errors::ApiError;
@@ -43,8 +43,7 @@ pub async fn completions(
     for number in 0..turn.options.n {
         let mut request = turn.options.request(&owner, turn.prompt.clone(), max_tokens, number);
         request.logprobs = logprobs.then_some(best.unwrap_or(0));
-        let answer = Answer::start(&app, request, &turn.options.stops, app.options.template.turn_end()).await?;
-        let reply = Reply::new(answer, turn.think, turn.tools);
+        let reply = Reply::start(&app, request, &turn).await?;
         choices.push(Choice { reply, app: app.clone(), index: number, logprobs });
     }
     let prompt = turn.prompt.len();

@@ -121,7 +121,7 @@ impl Choice {
         app: &App, request: Request, index: usize, echo: Vec<u32>, options: &Options, logprobs: Option<usize>,
     ) -> Result<Choice, ApiError> {
         let prompt = request.prompt.len();
-        let answer = Answer::start(app, request, &options.stops, "").await?;
+        let answer = Answer::start(app, request, &options.stops, None, "").await?;
         Ok(Choice { answer, app: app.clone(), index, echo, logprobs, offset: 0, prompt, cached: 0 })
     }
 

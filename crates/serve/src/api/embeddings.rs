@@ -31,7 +31,7 @@ pub async fn embeddings(
     let mut answers = Vec::new();
     for prompt in inputs {
         let request = Request { prompt, owner: owner.clone(), max_tokens: 0, hidden: true, ..Request::default() };
-        answers.push(Answer::start(&app, request, &[], "").await?);
+        answers.push(Answer::start(&app, request, &[], None, "").await?);
     }
     let vectors = try_join_all(answers.into_iter().map(vector)).await?;
     let data: Vec<Value> = vectors

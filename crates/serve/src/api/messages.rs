@@ -4,7 +4,7 @@ use super::conversation::{Turn, content, role, think};
 use super::options::{self, Options};
 use super::{Usage, id};
 use crate::App;
-use crate::answer::{Answer, Finish};
+use crate::answer::Finish;
 use crate::auth::Owner;
 use crate::calls::{Call, CallPart, collect};
 use crate::errors::ApiError;
@@ -52,8 +52,7 @@ pub async fn messages(
     let think = think(&f, &options, thinking(&app, &f)?)?;
     let turn = Turn::new(&app, conversation(&f)?, think, tools.as_ref(), told, options)?;
     let request = turn.options.request(&owner, turn.prompt.clone(), max_tokens, 0);
-    let answer = Answer::start(&app, request, &turn.options.stops, app.options.template.turn_end()).await?;
-    let reply = Reply::new(answer, turn.think, turn.tools);
+    let reply = Reply::start(&app, request, &turn).await?;
     let mut head = json!({
         "id": id("msg_"), "type": "message", "role": "assistant", "model": app.options.model, "content": [],
         "stop_reason": null, "stop_sequence": null, "usage": usage(Usage { prompt: turn.prompt.len(), ..Usage::default() }),

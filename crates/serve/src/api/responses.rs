@@ -5,7 +5,7 @@ use super::items::Items;
 use super::options::Options;
 use super::{Usage, id, now};
 use crate::App;
-use crate::answer::{Answer, Finish};
+use crate::answer::Finish;
 use crate::auth::Owner;
 use crate::errors::ApiError;
 use crate::fields::Fields;
@@ -53,9 +53,8 @@ pub async fn create(
     let store = store && f.get("state").is_none();
     let head = head(&app, &f, max_tokens, store)?;
     let request = turn.options.request(&owner, turn.prompt.clone(), max_tokens, 0);
-    let answer = Answer::start(&app, request, &turn.options.stops, app.options.template.turn_end()).await?;
     let work = Work {
-        reply: Reply::new(answer, turn.think, turn.tools),
+        reply: Reply::start(&app, request, &turn).await?,
         head,
         prompt: turn.prompt,
         tools: text.or_else(|| before.and_then(|b| b.tools.clone())),
