@@ -132,7 +132,8 @@ impl Sampler {
         *self.counts.entry(token).or_default() += 1.0;
     }
 
-    fn greedy(&self) -> bool {
+    /// Whether it takes the most probable token.
+    pub(crate) fn greedy(&self) -> bool {
         self.options.temperature == 0.0 || self.options.top_k == 1
     }
 

@@ -289,7 +289,7 @@ fn a_cut_answer_leaves_the_state_before_the_cut() {
     let of = plain();
     let greedy = samplings()[0].clone();
     // Whether or not the last token is the last that there may be; with guesses, too.
-    for (most, guesses) in [(12, 0), (100, 0), (100, 8)] {
+    for (most, guesses) in [(12, Some(0)), (100, Some(0)), (100, None), (100, Some(8))] {
         let engine = engine(&of, EngineOptions { guesses, ..EngineOptions::default() });
         let whole = Request { sampling: greedy.clone(), ..request(prompt(4, 40), 20) };
         let whole = answer(engine.submit(whole).unwrap()).tokens;
@@ -729,12 +729,13 @@ fn guesses_change_nothing_but_the_number_of_rows() {
     for (of, bound) in [(plain(), None), (hybrid(), None), (hybrid(), Some(bound))] {
         for kept in [DType::F32.into(), DType::BF16.into(), WeightType::Int8, WeightType::Q4] {
             let of = (of.0.clone(), Arc::new(of.1.packed(&of.0, kept)));
-            let run = |guesses: usize, company: bool| {
+            let run = |guesses: Option<usize>, company: bool| {
                 let engine = engine(&of, EngineOptions { guesses, bound, cache_bytes: 0, ..EngineOptions::default() });
                 let start = Start::State(SavedState::beginning(&of.0, &of.1, bound, None).unwrap());
                 let constraint: Option<Box<dyn Constraint>> = Some(Box::new(Repeats(10)));
-                let first =
-                    Request { start, constraint, logprobs: Some(2), keep_state: true, ..request(prompt(3, 10), 200) };
+                let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
+                let first = Request { start, constraint, sampling, ..request(prompt(3, 10), 200) };
+                let first = Request { logprobs: Some(2), keep_state: true, ..first };
                 let stream = engine.submit(first).unwrap();
                 // Others come and go meanwhile.
                 for seed in 0..if company { 3 } else { 0 } {
@@ -746,10 +747,10 @@ fn guesses_change_nothing_but_the_number_of_rows() {
                 let r = Request { start, constraint, logprobs: Some(2), ..request(vec![5], 60) };
                 (first.logprobs, answer(engine.submit(r).unwrap()).logprobs)
             };
-            let want = run(0, false);
+            let want = run(Some(0), false);
             assert!(want.0.len() == 200 && want.1.len() == 60);
-            for guesses in [1, 3, 8] {
-                assert!(run(guesses, false) == want && run(guesses, true) == want, "{kept} {guesses}");
+            for guesses in [None, Some(1), Some(3), Some(8)] {
+                assert!(run(guesses, false) == want && run(guesses, true) == want, "{kept} {guesses:?}");
             }
         }
     }

@@ -54,9 +54,10 @@ pub struct Source {
     chunks: Chunks,
     #[command(flatten)]
     bound: Bound,
-    /// On a CPU, for one text at a time: tokens read ahead at most, guessed where it repeats itself, as quotations and edited code do; the output stays the same
-    #[arg(long, value_name = "TOKENS", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=64))]
-    speculate: u8,
+    /// On a CPU, for one text at a time: tokens read ahead at most, guessed where it repeats itself, as quotations and edited code do; the output stays the
+    /// same [default: 4 at temperature 0, else none]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u8).range(0..=64))]
+    speculate: Option<u8>,
 }
 
 /// What `generate` and `chat` share: the model and how tokens are chosen.
@@ -190,8 +191,8 @@ impl Source {
     }
 
     /// Tokens read ahead at most.
-    pub fn guesses(&self) -> usize {
-        self.speculate.into()
+    pub fn guesses(&self) -> Option<usize> {
+        self.speculate.map(usize::from)
     }
 }
 

@@ -9,6 +9,9 @@ use anser_tensor::Context;
 use std::borrow::Cow;
 use std::ops::Range;
 
+/// Tokens of a guess at most, unless something else is asked for: of 4, 8 and 16 these gained most.
+const GUESSES: usize = 4;
+
 /// What a step does for one sequence.
 pub(super) struct Work<'a> {
     pub slot: usize,
@@ -17,6 +20,8 @@ pub(super) struct Work<'a> {
     /// Tokens to read, at least one.
     pub tokens: &'a [u32],
     pub wants: Wants,
+    /// Whether the most probable token will follow.
+    pub greedy: bool,
 }
 
 /// What is wanted after the tokens of a [`Work`].
@@ -69,7 +74,7 @@ enum States<'m> {
     /// For [`Model::forward`]: an arena, and where the state of each slot is. Who joins waits for the next step and takes a free row then; the arena is
     /// made anew only when it is too small, or much too large. A sequence that is alone may have tokens pending, of which its row
     /// knows nothing.
-    Rows { arena: Option<State>, slots: Vec<Place>, guesses: Option<Box<Guesses>> },
+    Rows { arena: Option<State>, slots: Vec<Place>, guesses: Option<Box<Guesses>>, guesses_draws: bool },
     /// On a GPU: slots of a decoder, of which the first ones are in use, each with its place in the last step if it had one.
     Slots { decoder: Box<Decoder<'m>>, used: Vec<Option<usize>> },
 }
@@ -127,10 +132,11 @@ fn settle(ctx: &Context, empty: &State, arena: Option<State>, slots: &mut [Place
 impl<'m> Batch<'m> {
     /// A batch of sequences whose states begin as `empty`.
     pub fn new(ctx: &Context, model: &'m Model, options: &EngineOptions, empty: State) -> Result<Batch<'m>, Error> {
-        let guesses = (options.guesses > 0 && ctx.cuda().is_none()).then(|| Box::new(Guesses::new(options.guesses)));
+        let most = options.guesses.unwrap_or(GUESSES);
+        let guesses = (most > 0 && ctx.cuda().is_none()).then(|| Box::new(Guesses::new(most)));
         let states = match Decoder::new(ctx, model, options.slots.min(Decoder::MOST_SLOTS))? {
             Some(decoder) => States::Slots { decoder: Box::new(decoder), used: Vec::new() },
-            None => States::Rows { arena: None, slots: Vec::new(), guesses },
+            None => States::Rows { arena: None, slots: Vec::new(), guesses, guesses_draws: options.guesses.is_some() },
         };
         ctx.check()?;
         let apart = options.deterministic && ctx.cuda().is_some();
@@ -162,7 +168,7 @@ impl<'m> Batch<'m> {
     /// Takes the sequence in `slot` out; the last one takes its place.
     pub fn swap_remove(&mut self, slot: usize) -> Result<(), Error> {
         match &mut self.states {
-            States::Rows { arena, slots, guesses } => {
+            States::Rows { arena, slots, guesses, .. } => {
                 guesses.iter_mut().for_each(|g| g.forget());
                 if let (Place::Arena(row), Some(arena)) = (slots.swap_remove(slot), arena)
                     && arena.attention.iter().any(|a| a.pasts[row].len() > 0)
@@ -252,7 +258,7 @@ impl<'m> Batch<'m> {
     /// Tokens that the sequence in `slot` may read in one step ([`State::room`]).
     pub fn room(&self, slot: usize) -> usize {
         match &self.states {
-            States::Rows { arena, slots, guesses } => match (&slots[slot], arena) {
+            States::Rows { arena, slots, guesses, .. } => match (&slots[slot], arena) {
                 (Place::Arena(row), Some(arena)) => {
                     let pending = guesses.as_ref().map_or(0, |g| g.pending());
                     arena.room(*row).saturating_sub(pending).max(1)
@@ -268,12 +274,12 @@ impl<'m> Batch<'m> {
     pub fn step(&mut self, work: &[Work<'_>], meanwhile: impl FnOnce()) -> Result<Vec<Output>, Error> {
         let (ctx, model) = (&self.ctx, self.model);
         match &mut self.states {
-            States::Rows { arena, slots, guesses } => {
+            States::Rows { arena, slots, guesses, guesses_draws } => {
                 meanwhile();
                 let (mut state, rows) = settle(ctx, &self.empty, arena.take(), slots);
                 let work: Vec<Work<'_>> = work.iter().map(|w| Work { slot: rows[w.slot], ..*w }).collect();
                 // A failure leaves the states as they were.
-                let alone = slots.len() == 1 && work.iter().all(Work::is_one);
+                let alone = slots.len() == 1 && work.iter().all(|w| w.is_one() && (w.greedy || *guesses_draws));
                 let result = match guesses {
                     Some(guesses) if alone => {
                         let result = guesses.feed(ctx, model, &mut state, work[0].before, work[0].tokens[0]);

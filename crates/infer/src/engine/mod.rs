@@ -90,8 +90,9 @@ pub struct EngineOptions {
     pub unread: usize,
     /// Tokens of prompts that a step reads at most; 0: what suits the device.
     pub prefill_piece: usize,
-    /// Tokens read ahead at most for a sequence that is alone on a CPU, guessed where its text repeats itself: nothing but time changes.
-    pub guesses: usize,
+    /// Tokens read ahead at most for a sequence that is alone on a CPU, guessed where its text repeats itself: nothing but time changes. `None`: as many as
+    /// pay, for requests that take the most probable token; drawn tokens are seldom the guessed ones.
+    pub guesses: Option<usize>,
     /// Has a request's tokens and log probabilities be the same to the bit whatever else runs. On a CPU they always are. On a GPU, whose products of more rows add
     /// in another order, steps are of few sequences then, prompts are read one by one in pieces of `prefill_piece`, and nothing but named states is kept
     /// to go on from, as after other pieces a state is another to the bit: many requests take several times as long.
@@ -123,7 +124,7 @@ impl Default for EngineOptions {
             memory: 0,
             unread: 1 << 14,
             prefill_piece: 0,
-            guesses: 0,
+            guesses: None,
             deterministic: false,
             stride: 512,
             folder: None,

@@ -95,6 +95,7 @@ impl Sequence {
             before: &self.tokens[..self.read],
             tokens: &self.tokens[self.read..end],
             wants: Wants { logits, hidden, token },
+            greedy: self.sampler.greedy(),
         }
     }
 
