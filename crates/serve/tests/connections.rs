@@ -1,87 +1,23 @@
 //! Connections: TLS, clients that are slow or do nothing.
 
-use anser_formats::Checkpoint;
-use anser_infer::chat::Think;
-use anser_infer::{Engine, EngineOptions};
-use anser_model::{Config, Load, Model};
-use anser_serve::{Keys, Options, Shared, Template, Tls, serve};
-use anser_tensor::{Context, DType};
-use anser_tokenizer::Tokenizer;
+mod common;
+
+use anser_infer::EngineOptions;
+use anser_serve::{Options, Tls};
+use common::Server;
 use rustls::pki_types::CertificateDer;
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-struct Server {
-    address: SocketAddr,
-    engine: Engine,
-    stop: Option<tokio::sync::oneshot::Sender<()>>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
 fn options() -> Options {
-    Options {
-        model: "anser-12m".into(),
-        keys: Keys::default(),
-        template: Template::Rwkv,
-        think: Think::Off,
-        max_tokens: 100_000,
-        max_prompt: 2000,
-        max_body: 1 << 16,
-        timeout: Duration::from_secs(60),
-        read_timeout: Duration::from_secs(2),
-        write_timeout: Duration::from_secs(1),
-        connections: 64,
-        per_key: 64,
-        cors: Vec::new(),
-    }
+    Options { max_tokens: 100_000, write_timeout: Duration::from_secs(1), ..common::options() }
 }
 
-impl Server {
-    fn start(options: Options, tls: Option<Tls>) -> Server {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/anser-12m.safetensors");
-        let ckpt = Checkpoint::open(path.as_ref()).unwrap();
-        let tokenizer = Tokenizer::from_name(&ckpt.metadata()["anser.tokenizer"]).unwrap();
-        let ctx = Context::cpu(2);
-        let config = Config::from_checkpoint(&ckpt).unwrap();
-        let model = Model::load_as(&ctx, &ckpt, config, Load::Inference(DType::BF16.into())).unwrap();
-        let engine = Engine::start(ctx, Arc::new(model), EngineOptions::default()).unwrap();
-        let app = Shared::new(engine.clone(), tokenizer, options);
-        let runtime = tokio::runtime::Runtime::new().unwrap();
-        let listener = {
-            let _inside = runtime.enter();
-            let socket = tokio::net::TcpSocket::new_v4().unwrap();
-            // Little room, so that it is soon full where nobody reads.
-            socket.set_send_buffer_size(8 << 10).unwrap();
-            socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-            socket.listen(4096).unwrap()
-        };
-        let address = listener.local_addr().unwrap();
-        let (stop, stopped) = tokio::sync::oneshot::channel();
-        let thread = std::thread::spawn(move || {
-            let stopped = async {
-                let _ = stopped.await;
-            };
-            runtime.block_on(serve(app, listener, tls, stopped, Duration::from_secs(5)));
-        });
-        Server { address, engine, stop: Some(stop), thread: Some(thread) }
-    }
-
-    fn connect(&self) -> TcpStream {
-        let socket = TcpStream::connect(self.address).unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        socket
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.stop.take().unwrap().send(());
-        let done = self.thread.take().unwrap().join();
-        assert!(done.is_ok() || std::thread::panicking());
-    }
+fn start(options: Options, tls: Option<Tls>) -> Server {
+    Server::over(options, EngineOptions::default(), tls)
 }
 
 /// The answer to a request for `/health` over a connection.
@@ -161,7 +97,7 @@ fn tls_and_its_certificate_are_renewed() {
     let first = folder.make();
     assert!(Tls::open(&key, &cert).is_err());
     let tls = Tls::open(&cert, &key).unwrap();
-    let s = Server::start(options(), Some(tls.clone()));
+    let s = start(options(), Some(tls.clone()));
     assert!(secure_health(s.connect(), &first).unwrap().contains("200 OK"));
     let second = folder.make();
     assert!(secure_health(s.connect(), &first).is_ok() && secure_health(s.connect(), &second).is_err());
@@ -181,7 +117,7 @@ fn tls_and_its_certificate_are_renewed() {
 
 #[test]
 fn a_client_that_never_reads_is_dropped() {
-    let s = Server::start(options(), None);
+    let s = start(options(), None);
     let mut socket = s.connect();
     socket.write_all(post(ENDLESS).as_bytes()).unwrap();
     until("it to run", Duration::from_secs(10), || s.engine.stats().running == 2);
@@ -202,7 +138,7 @@ fn a_client_that_never_reads_is_dropped() {
 
 #[test]
 fn headers_byte_by_byte_are_cut_off() {
-    let s = Server::start(options(), None);
+    let s = start(options(), None);
     let (mut socket, start) = (s.connect(), Instant::now());
     // It would take more than a minute.
     let sent = "GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ".bytes().chain(std::iter::repeat_n(b'a', 600));
@@ -235,7 +171,7 @@ fn ten_thousand_idle_connections_keep_nobody_out() {
     let count = files.saturating_sub(1000).min(10_000);
     assert!(count == 10_000 || files < 11_000, "{files} files");
     let many = Options { connections: 20_000, read_timeout: Duration::from_secs(120), ..options() };
-    let s = Server::start(many, None);
+    let s = start(many, None);
     let mut child = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["holds_connections_until_it_is_told", "--exact", "--nocapture"])
         .env("ANSER_TEST_CONNECTIONS", format!("{} {count}", s.address))

@@ -53,6 +53,7 @@ use anser_tensor::Context;
 use serde_json::json;
 use shared::{Job, Shared};
 use snapshot::Form;
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -75,7 +76,7 @@ struct Handle {
 }
 
 /// How an [`Engine`] runs.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct EngineOptions {
     /// Sequences that run at the same time at most, up to [`Decoder::MOST_SLOTS`].
     pub slots: usize,
@@ -135,6 +136,16 @@ impl Default for EngineOptions {
             initial: Vec::new(),
             bound: None,
         }
+    }
+}
+
+/// Without addresses, which may have a password in them.
+impl fmt::Debug for EngineOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = f.debug_struct("EngineOptions");
+        f.field("slots", &self.slots).field("waiting", &self.waiting).field("deterministic", &self.deterministic);
+        f.field("cache_bytes", &self.cache_bytes).field("memory", &self.memory).field("folder", &self.folder);
+        f.finish_non_exhaustive()
     }
 }
 

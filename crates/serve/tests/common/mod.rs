@@ -6,12 +6,12 @@ use anser_formats::Checkpoint;
 use anser_infer::chat::Think;
 use anser_infer::{Engine, EngineOptions};
 use anser_model::{Config, Init, Load, Model};
-use anser_serve::{Keys, Options, Shared, Template, serve};
+use anser_serve::{Keys, Options, Shared, Template, Tls, serve};
 use anser_tensor::{Context, DType};
 use anser_tokenizer::Tokenizer;
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -45,34 +45,48 @@ pub fn options() -> Options {
 impl Server {
     /// The bundled model.
     pub fn start(options: Options, engine: EngineOptions) -> Server {
+        Server::over(options, engine, None)
+    }
+
+    /// The bundled model, where there is TLS, over that.
+    pub fn over(options: Options, engine: EngineOptions, tls: Option<Tls>) -> Server {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/anser-12m.safetensors");
         let ckpt = Checkpoint::open(path.as_ref()).unwrap();
         let tokenizer = Tokenizer::from_name(&ckpt.metadata()["anser.tokenizer"]).unwrap();
         let ctx = Context::cpu(2);
         let config = Config::from_checkpoint(&ckpt).unwrap();
         let model = Model::load_as(&ctx, &ckpt, config, Load::Inference(DType::BF16.into())).unwrap();
-        Server::of(ctx, model, tokenizer, options, engine)
+        Server::of(ctx, model, tokenizer, options, engine, tls)
     }
 
     /// A small model that knows nothing.
     pub fn random() -> Server {
         let (ctx, tokenizer) = (Context::cpu(2), Tokenizer::world_4096());
         let model = Model::init(&ctx, &Config::new(1, 64, tokenizer.vocab_size()), Init::Current, 7).unwrap();
-        Server::of(ctx, model, tokenizer, options(), EngineOptions::default())
+        Server::of(ctx, model, tokenizer, options(), EngineOptions::default(), None)
     }
 
-    fn of(ctx: Context, model: Model, tokenizer: Tokenizer, options: Options, engine: EngineOptions) -> Server {
+    fn of(
+        ctx: Context, model: Model, tokenizer: Tokenizer, options: Options, engine: EngineOptions, tls: Option<Tls>,
+    ) -> Server {
         let engine = Engine::start(ctx, Arc::new(model), engine).unwrap();
         let app = Shared::new(engine.clone(), tokenizer, options);
         let runtime = tokio::runtime::Runtime::new().unwrap();
-        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+        let listener = {
+            let _inside = runtime.enter();
+            let socket = tokio::net::TcpSocket::new_v4().unwrap();
+            // Little room, so that it is soon full where nobody reads.
+            socket.set_send_buffer_size(8 << 10).unwrap();
+            socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+            socket.listen(4096).unwrap()
+        };
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = tokio::sync::oneshot::channel();
         let thread = std::thread::spawn(move || {
             let stopped = async {
                 let _ = stopped.await;
             };
-            runtime.block_on(serve(app, listener, None, stopped, Duration::from_secs(20)));
+            runtime.block_on(serve(app, listener, tls, stopped, Duration::from_secs(20)));
         });
         Server { address, engine, stop: Some(stop), thread: Some(thread) }
     }
@@ -80,6 +94,13 @@ impl Server {
     /// The bundled model.
     pub fn plain() -> Server {
         Server::start(options(), EngineOptions::default())
+    }
+
+    /// A connection.
+    pub fn connect(&self) -> TcpStream {
+        let socket = TcpStream::connect(self.address).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        socket
     }
 
     /// Any request.

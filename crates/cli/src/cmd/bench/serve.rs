@@ -34,6 +34,9 @@ pub struct Args {
     /// Requests that run at the same time at most, in a server in this process
     #[arg(long, default_value_t = 32, conflicts_with = "url", value_parser = clap::value_parser!(u16).range(1..))]
     slots: u16,
+    /// Has its answers be the same to the bit whatever else is asked
+    #[arg(long, conflicts_with = "url")]
+    deterministic: bool,
     /// MiB of states that it keeps in memory; 0: none
     #[arg(long, default_value_t = 1024, conflicts_with = "url", value_name = "MIB")]
     cache_memory: usize,
@@ -165,6 +168,7 @@ impl Args {
         let engine = EngineOptions {
             slots: self.slots.into(),
             cache_bytes: self.cache_memory << 20,
+            deterministic: self.deterministic,
             bound: self.source.bound(),
             ..EngineOptions::default()
         };
