@@ -45,6 +45,17 @@ pub struct Row {
     pub bytes: usize,
     /// Tokens that attention keeps.
     pub cached: usize,
+    /// Where a GPU's time goes.
+    pub shares: Option<Shares>,
+}
+
+/// Shares of the time that the kernels take of reading a prompt's next [`STRETCH`] tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Shares {
+    /// Of attention, without the products before and after it.
+    pub attention: f64,
+    /// Of scoring and choosing chunks, which is part of that.
+    pub choosing: f64,
 }
 
 /// What came of it.
@@ -57,7 +68,7 @@ pub struct Measured {
 }
 
 /// Tokens between two looks at the clock: as many as a GPU reads at a time.
-const STRETCH: usize = 4096;
+pub const STRETCH: usize = 4096;
 /// Stretches that are read on a GPU before anything is measured, at most: more than the usual chunks that a query sees.
 const WARM: usize = 4;
 
@@ -135,6 +146,7 @@ impl Long {
                     decode_seconds: if decode { Some(one_more(&r.session, &tokens, self.decode)?) } else { None },
                     bytes: r.session.bytes(),
                     cached: r.session.cached(),
+                    shares: shares(ctx, &r.session, &tokens)?,
                 });
             }
         }
@@ -173,6 +185,20 @@ fn one_more(session: &Session<'_>, tokens: &[u32], count: usize) -> Result<f64, 
     Ok(median(seconds))
 }
 
+/// Where a GPU's time goes while more tokens are read. The session stays as it is.
+fn shares(ctx: &Context, session: &Session<'_>, tokens: &[u32]) -> Result<Option<Shares>, crate::Error> {
+    let Some(gpu) = ctx.cuda() else { return Ok(None) };
+    let mut fork = session.fork();
+    let (read, spans) = gpu.profiled(|| fork.feed(tokens));
+    read?;
+    let of = |kinds: &[&str]| -> f64 {
+        spans.iter().filter(|s| kinds.iter().any(|k| s.name.starts_with(k))).map(|s| s.duration).sum()
+    };
+    let all = of(&[""]);
+    let choosing = of(&["chunk_means", "chunk_split", "chunk_select"]);
+    Ok((all > 0.0).then(|| Shares { attention: of(&["chunk_"]) / all, choosing: choosing / all }))
+}
+
 impl Measured {
     /// How many times faster a row is than the model `other` after as many tokens: reading them, and one more.
     pub fn faster_than(&self, other: &str, row: &Row) -> [Option<f64>; 2] {
@@ -184,15 +210,16 @@ impl Measured {
     /// The rows as a table.
     pub fn table(&self) -> String {
         let mut text = String::from(
-            "times faster: x      reading                              one token more                       state\n\
-             model       tokens          ms  tokens/s  x dense  x rwkv7          ms  x dense  x rwkv7          MB    kept\n",
+            "times faster: x      reading                              one token more                       state              attention, of it\n\
+             model       tokens          ms  tokens/s  x dense  x rwkv7          ms  x dense  x rwkv7          MB    kept  at its end  choosing\n",
         );
         let or = |x: Option<f64>| x.map_or("-".into(), |x| format!("{x:.2}"));
+        let share = |x: Option<f64>| x.map_or("-".into(), |x| format!("{:.1}%", 100.0 * x));
         for r in &self.rows {
             let [dense, rwkv7] = ["dense", "rwkv7"].map(|other| self.faster_than(other, r).map(or));
             let rate = r.tokens as f64 / r.prefill_seconds;
             text += &format!(
-                "{:8} {:9}  {:10.1} {rate:9.0} {:>8} {:>8}  {:>10} {:>8} {:>8}  {:10.2} {:7}\n",
+                "{:8} {:9}  {:10.1} {rate:9.0} {:>8} {:>8}  {:>10} {:>8} {:>8}  {:10.2} {:7}  {:>10} {:>9}\n",
                 r.model,
                 r.tokens,
                 1e3 * r.prefill_seconds,
@@ -203,6 +230,8 @@ impl Measured {
                 rwkv7[1],
                 r.bytes as f64 / 1e6,
                 r.cached,
+                share(r.shares.map(|s| s.attention)),
+                share(r.shares.map(|s| s.choosing)),
             );
         }
         for (model, tokens) in &self.skipped {
