@@ -49,7 +49,7 @@ pub struct Row {
     pub shares: Option<Shares>,
 }
 
-/// Shares of the time that the kernels take of reading a prompt's next [`STRETCH`] tokens.
+/// Shares of the time that the kernels take of reading a prompt's next 16,384 tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Shares {
     /// Of attention, without the products before and after it.
@@ -67,10 +67,13 @@ pub struct Measured {
     pub skipped: Vec<(&'static str, usize)>,
 }
 
-/// Tokens between two looks at the clock: as many as a GPU reads at a time.
-pub const STRETCH: usize = 4096;
-/// Stretches that are read on a GPU before anything is measured, at most: more than the usual chunks that a query sees.
-const WARM: usize = 4;
+/// Stretches that are read on a GPU before anything is measured, at most: more than the usual chunks that a query sees, and what goes on from them.
+const WARM: usize = 2;
+
+/// Tokens between two looks at the clock: as many as a GPU reads at a time at most.
+fn stretch(ctx: &Context) -> usize {
+    if ctx.cuda().is_some() { 16384 } else { 4096 }
+}
 
 impl Long {
     /// The three models.
@@ -108,14 +111,15 @@ impl Long {
         let variants = self.models();
         let model = |(_, config, _): &(_, Config, _)| Model::noise(ctx, config, self.kept, 1);
         let models = variants.iter().map(model).collect::<Result<Vec<Model>, _>>()?;
-        let tokens: Vec<u32> = (0..STRETCH).map(|i| (i * 7919 % self.config.vocab_size) as u32).collect();
+        let stretch = stretch(ctx);
+        let tokens: Vec<u32> = (0..stretch).map(|i| (i * 7919 % self.config.vocab_size) as u32).collect();
         let mut readers = Vec::new();
         for ((name, _, cache), model) in variants.iter().zip(&models) {
             // Kernels are loaded and memory is taken; a GPU has other ones when not all chunks are seen.
             let (longest, stretches) = (positions[positions.len() - 1], if ctx.cuda().is_some() { WARM } else { 1 });
             let mut warm = Session::new(ctx, model);
-            for first in (0..longest).step_by(STRETCH).take(stretches) {
-                warm.feed(&tokens[..STRETCH.min(longest - first)])?;
+            for first in (0..longest).step_by(stretch).take(stretches) {
+                warm.feed(&tokens[..stretch.min(longest - first)])?;
             }
             one_more(&warm, &tokens, 3)?;
             let fresh = Session::new(ctx, model);
@@ -128,7 +132,7 @@ impl Long {
             let decode = self.decode_at.is_empty() || self.decode_at.contains(&position);
             for r in &mut readers {
                 while r.read < position && r.seconds < self.budget && !stop.load(Ordering::SeqCst) {
-                    r.read(&tokens[..STRETCH.min(position - r.read)])?;
+                    r.read(&tokens[..stretch.min(position - r.read)])?;
                 }
                 if stop.load(Ordering::SeqCst) {
                     return Ok(measured);
@@ -192,7 +196,7 @@ fn shares(ctx: &Context, session: &Session<'_>, tokens: &[u32]) -> Result<Option
     let (read, spans) = gpu.profiled(|| fork.feed(tokens));
     read?;
     let of = |kinds: &[&str]| -> f64 {
-        spans.iter().filter(|s| kinds.iter().any(|k| s.name.starts_with(k))).map(|s| s.duration).sum()
+        spans.iter().filter(|s| kinds.iter().any(|k| s.name.starts_with(k))).fold(0.0, |sum, s| sum + s.duration)
     };
     let all = of(&[""]);
     let choosing = of(&["chunk_means", "chunk_split", "chunk_select"]);

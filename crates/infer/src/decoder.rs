@@ -241,7 +241,7 @@ impl<'m> Decoder<'m> {
         let mut rest = tokens;
         while !rest.is_empty() {
             let now;
-            (now, rest) = rest.split_at(rest.len().min(piece(&self.ctx)).min(state.room(0)));
+            (now, rest) = rest.split_at(rest.len().min(piece(&self.ctx, self.model)).min(state.room(0)));
             (logits, state) = read(&self.ctx, self.model, now, 1, &state)?;
         }
         self.set_state(slot, &state)?;

@@ -91,7 +91,7 @@ impl<'m> Session<'m> {
         let mut rest = tokens;
         while !rest.is_empty() {
             let now;
-            (now, rest) = rest.split_at(rest.len().min(piece(&self.ctx)).min(self.state.room(0)));
+            (now, rest) = rest.split_at(rest.len().min(piece(&self.ctx, self.model)).min(self.state.room(0)));
             (self.logits, self.state) = read(&self.ctx, self.model, now, 1, &self.state)?;
         }
         Ok(())
@@ -137,9 +137,13 @@ impl<'m> Session<'m> {
     }
 }
 
-/// Tokens of one piece of a prompt, which bounds memory: many on a GPU, which a few don't fill.
-pub(crate) fn piece(ctx: &Context) -> usize {
-    if ctx.cuda().is_some() { 4096 } else { 256 }
+/// Tokens of one piece of a prompt, which bounds memory: many on a GPU, which a few don't fill, the more the narrower the model is, for about a gigabyte of
+/// activations in all.
+pub(crate) fn piece(ctx: &Context, model: &Model) -> usize {
+    if ctx.cuda().is_none() {
+        return 256;
+    }
+    ((16384 << 10) / model.config().n_embd.next_power_of_two()).clamp(4096, 16384)
 }
 
 /// Reads a piece of a prompt, going on from a state of one slot: the logits after its last `rows` tokens and the next state. The host waits for the GPU only at the end.

@@ -36,7 +36,7 @@ pub(super) fn run(
         }
     };
     let _ = ready.send(Ok(()));
-    let prefill_piece = if options.prefill_piece == 0 { piece(ctx) } else { options.prefill_piece };
+    let prefill_piece = if options.prefill_piece == 0 { piece(ctx, model) } else { options.prefill_piece };
     let strides = Strides { length: options.stride, bits: if model.config().hybrid.is_some() { 1 } else { 4 } };
     let (running, loading, done) = (Vec::new(), Vec::new(), Stats::default());
     let apart = batch.is_apart();
