@@ -160,6 +160,11 @@ fn what_cannot_be_trained_is_said_in_one_line() {
         (train(&["data.needles=0.5"]), "train.ctx: a sample of passkey has at least 253 tokens of bytes"),
         (train(&["data.needles=1", "data.needle_min=40"]), "data.needle_min: a sample of passkey has at least"),
         (train(&["data.needles=1", "data.needle_task=niah4"]), "`niah3`"),
+        (train(&["data.needle_keys=2"]), "data.needle_keys"),
+        (
+            train(&["data.needles=1", "data.needle_task=niah2", "data.needle_keys=9"]),
+            "train.ctx: a sample of niah2 with 9 keys has at least",
+        ),
         (train(&["data.needles=1", "data.needle_task=niah2", "data.needle_text=no.txt"]), "no.txt"),
         (train(&["train.long_ce_context=16", "train.long_ce_from=8"]), "train.long_ce_from: it must be at least"),
         (train(&["train.long_ce_context=16"]), "no target of a row of train.ctx = 32"),
@@ -296,7 +301,11 @@ fn needles_are_trained_on_and_asked_for() {
     assert!(first == train(&[]), "the same rows twice");
     assert!(first != train(&["--set", "data.needles=0.25"]));
     let model = "run/model.safetensors";
-    for (task, rest) in [(&["passkey"][..], "passkey"), (&["niah", "--task", "3", "--text", "t.txt"], "niah3")] {
+    for (task, rest) in [
+        (&["passkey"][..], "passkey"),
+        (&["niah", "--task", "3", "--text", "t.txt"], "niah3"),
+        (&["niah", "--task", "2", "--keys", "4", "--text", "t.txt"], "niah2-keys4"),
+    ] {
         let args = ["--model", model, "--lengths", "700,600,700", "--depths", "2", "--count", "2", "--json"];
         let (code, out, err) = anser(&f.0, &[&["eval"], task, &args].concat());
         assert_eq!(code, 0, "{err}");
@@ -315,6 +324,8 @@ fn needles_are_trained_on_and_asked_for() {
         (&["passkey", "--lengths", "90"], 1, "another experiment"),
         (&["niah", "--task", "1", "--text", "t.txt"], 1, "tasks 2 and 3 take one"),
         (&["niah", "--task", "2", "--text", "no.txt"], 1, "no.txt"),
+        (&["niah", "--task", "2", "--keys", "0"], 1, "--keys: a prompt of niah2 can have 1 to 1600 needles, not 0"),
+        (&["niah", "--task", "2", "--keys", "99"], 1, "a prompt of niah2 with 99 keys has at least"),
         (&["niah", "--task", "4"], 2, "4 is not in 1..=3"),
         (&["niah"], 2, "--task"),
     ] {

@@ -2,7 +2,8 @@
 //!
 //! The wording is that of the tests that others report: the pass key of Mohtashami and Jaggi ("Landmark Attention", arXiv 2305.16300),
 //! which RWKV-X is tested with too, and the three single needles of RULER (Hsieh et al., arXiv 2404.06654). Lengths are exact, in
-//! tokens of the model's own tokenizer.
+//! tokens of the model's own tokenizer. With several needles under different names, of which one is asked for ([`Needles::with_keys`]), they are
+//! RULER's multi-key needles: S-NIAH-2 with 4 keys is its MK-NIAH-1.
 //!
 //! ```
 //! use anser_data::needle::{Keys, Needles, Task};
@@ -44,6 +45,16 @@ impl Task {
     /// Whether the haystack is a text, not sentences that repeat.
     pub fn takes_text(self) -> bool {
         matches!(self, Task::Niah2 | Task::Niah3)
+    }
+
+    /// Needles that a sample can have: as many as there are names. A pass key has none.
+    pub fn most_keys(self) -> usize {
+        if self == Task::Passkey { 1 } else { ADJECTIVES.len() * NOUNS.len() }
+    }
+
+    /// What it is called with so many needles in a sample.
+    pub fn with_keys(self, keys: usize) -> String {
+        if keys == 1 { self.to_string() } else { format!("{self} with {keys} keys") }
     }
 
     /// Instruction, needle and question. Between bars stand the key, by which the secret is asked for, and the value, which is the
@@ -159,6 +170,8 @@ pub struct Needles {
     tokenizer: Tokenizer,
     /// Sentences of the haystack, each with the white space before it: a space, in S-NIAH-1 a line break.
     hay: Vec<String>,
+    /// Needles of a sample.
+    keys: usize,
 }
 
 /// A prompt and what belongs after it.
@@ -166,7 +179,7 @@ pub struct Needles {
 pub struct Sample {
     /// An end of document, as before every document; instruction, haystack with the needle, question.
     pub prompt: Vec<u32>,
-    /// Where in the prompt the needle is.
+    /// Where in the prompt the needle is that is asked for.
     pub needle: Range<usize>,
     /// The secret.
     pub answer: String,
@@ -195,7 +208,17 @@ impl Needles {
             (_, Some(text)) if !text.trim().is_empty() => sentences(text),
             _ => sentences(&bundled::corpus()),
         };
-        Needles { task, tokenizer, hay }
+        Needles { task, tokenizer, hay, keys: 1 }
+    }
+
+    /// With so many needles in a sample, 1 by default: all have different names and secrets and one is asked for. The others stand at random
+    /// places, as sentences of the haystack.
+    ///
+    /// # Panics
+    /// When that is 0, or more than [`Task::most_keys`].
+    pub fn with_keys(self, keys: usize) -> Needles {
+        assert!((1..=self.task.most_keys()).contains(&keys), "{} needles of {}", keys, self.task);
+        Needles { keys, ..self }
     }
 
     /// The task.
@@ -203,12 +226,24 @@ impl Needles {
         self.task
     }
 
-    /// Tokens that a prompt has at least, so that the longest secret fits.
+    /// Needles of a sample.
+    pub fn keys(&self) -> usize {
+        self.keys
+    }
+
+    /// Tokens that a prompt has at least, so that the longest secrets fit.
     pub fn shortest(&self) -> usize {
+        self.shortest_with(1)
+    }
+
+    /// The same where so many needles are asked for, one after the other.
+    fn shortest_with(&self, asked: usize) -> usize {
         let most = |words: &[&str]| words.iter().map(|w| w.len()).max().unwrap_or(0);
         let key = vec![0; 2 + most(&ADJECTIVES) + most(&NOUNS)];
         let value = vec![0; 1 + self.task.longest_secret()];
-        1 + self.frame(&key, &value).iter().map(Vec::len).sum::<usize>()
+        let [instruction, needle, question] = self.frame(&key, &value).map(|part| part.len());
+        let answer = value.len() + self.full_stop().len();
+        1 + instruction + self.keys * needle + asked * (question + answer) - answer
     }
 
     /// A prompt of `len` tokens, its needle at `depth` (0: before the haystack, 1: after it) as near as the ends of sentences allow, and
@@ -220,7 +255,7 @@ impl Needles {
     pub fn sample(&self, keys: Keys, seed: u64, stream: u64, len: usize, depth: f64) -> Sample {
         let mut random = Random::new(seed, stream);
         let answer = self.secret(keys, &mut random);
-        self.hide(answer, &mut random, len, depth)
+        self.hide(answer, &mut random, len, depth, 1).0
     }
 
     fn secret(&self, keys: Keys, random: &mut Random) -> String {
@@ -235,6 +270,10 @@ impl Needles {
     /// Tokens of a key or value: with the space before it, and the same wherever it stands.
     fn word(&self, word: &str) -> Vec<u32> {
         self.tokenizer.encode(format!(" {word}").as_bytes())
+    }
+
+    fn full_stop(&self) -> Vec<u32> {
+        self.tokenizer.encode(b".")
     }
 
     /// Instruction, needle and question, as tokens.
@@ -255,19 +294,45 @@ impl Needles {
         [fill(&instruction), fill(&format!("{space}{needle}")), fill(&question)]
     }
 
-    fn hide(&self, answer: String, random: &mut Random, len: usize, depth: f64) -> Sample {
-        let key = format!("{}-{}", ADJECTIVES[random.below(ADJECTIVES.len())], NOUNS[random.below(NOUNS.len())]);
-        let [instruction, needle, question] = self.frame(&self.word(&key), &self.word(&answer));
-        let frame = 1 + instruction.len() + needle.len() + question.len();
-        assert!(len >= frame, "a prompt of {len} tokens has no room for {frame}");
-        let room = len - frame;
+    /// A sample whose prompt asks for `asked` needles, one after the other: the one with `answer` last, and before it others with their answers.
+    /// Where in the prompt those answers are, each with its full stop.
+    fn hide(
+        &self, answer: String, random: &mut Random, len: usize, depth: f64, asked: usize,
+    ) -> (Sample, Vec<Range<usize>>) {
+        let name = |random: &mut Random| [ADJECTIVES[random.below(ADJECTIVES.len())], NOUNS[random.below(NOUNS.len())]];
+        let mut hidden = vec![(name(random), answer.clone())];
         let first = if self.task.takes_text() { random.below(self.hay.len()) } else { 0 };
-        let hay = self.filler(first, room);
+        while hidden.len() < self.keys {
+            let (name, secret) = (name(random), self.secret(Keys::of(&answer), random));
+            if hidden.iter().all(|(n, s)| *n != name && *s != secret) {
+                hidden.push((name, secret));
+            }
+        }
+        let parts = |(name, secret): &([&str; 2], String)| self.frame(&self.word(&name.join("-")), &self.word(secret));
+        let [instruction, needle, question] = parts(&hidden[0]);
+        let mut others: Vec<[Vec<u32>; 3]> = hidden[1..].iter().map(parts).collect();
+
+        // Questions before the last one, each with its answer.
+        let (mut before, mut answers) = (Vec::new(), Vec::new());
+        for ([_, _, question], (_, secret)) in others.iter().zip(&hidden[1..]).take(asked - 1) {
+            before.extend(question);
+            let start = before.len();
+            before.extend([self.word(secret), self.full_stop()].concat());
+            answers.push(start..before.len());
+        }
+        let questions = before.len() + question.len();
+        let needles = needle.len() + others.iter().map(|[_, needle, _]| needle.len()).sum::<usize>();
+        let frame = 1 + instruction.len() + needles + questions;
+        assert!(len >= frame, "a prompt of {len} tokens has no room for {frame}");
+        let mut hay = self.filler(first, len - frame);
+        for [_, other, _] in &mut others {
+            hay.insert(random.below(hay.len() + 1), std::mem::take(other));
+        }
 
         // Ends of sentences; the needle goes to the one that is nearest to its depth.
         let mut ends = vec![0];
         hay.iter().for_each(|s| ends.push(ends[ends.len() - 1] + s.len()));
-        let wanted = (depth.clamp(0.0, 1.0) * room as f64).round() as usize;
+        let wanted = (depth.clamp(0.0, 1.0) * ends[hay.len()] as f64).round() as usize;
         let place = (0..ends.len()).min_by_key(|&i| ends[i].abs_diff(wanted)).unwrap_or(0);
         let start = 1 + instruction.len() + ends[place];
         let end = start + needle.len();
@@ -276,8 +341,11 @@ impl Needles {
         prompt.extend(hay[..place].iter().flatten());
         prompt.extend(needle);
         prompt.extend(hay[place..].iter().flatten());
+        let asking = prompt.len();
+        prompt.extend(before);
         prompt.extend(question);
-        Sample { prompt, needle: start..end, answer }
+        let answers = answers.into_iter().map(|a| asking + a.start..asking + a.end).collect();
+        (Sample { prompt, needle: start..end, answer }, answers)
     }
 
     /// Sentences from the `first` on, `room` tokens in all; the last one is cut.
@@ -317,7 +385,7 @@ fn sentences(text: &str) -> Vec<String> {
 }
 
 /// Rows of needle samples among rows of text, for training. A sample is its prompt, the answer, a full stop and the end of the
-/// document.
+/// document; where several needles are asked for, questions and answers before the last ones are part of the prompt.
 pub struct Mix {
     /// The samples.
     pub needles: Needles,
@@ -326,6 +394,8 @@ pub struct Mix {
     /// Tokens of a sample at least: a row holds samples of random lengths side by side, as packed documents, while another one fits.
     /// 0: a row is one sample.
     pub shortest: usize,
+    /// Needles of a sample that are asked for, one after the other, 1 to all of its keys: as many answers to learn from.
+    pub asked: usize,
     /// Whether only answers are targets, or prompts too.
     pub answer_only: bool,
     /// Seed of the samples.
@@ -336,7 +406,7 @@ impl Mix {
     /// Tokens that a sample has at least in training: the shortest prompt and the longest answer.
     pub fn least(&self) -> usize {
         // A space, the secret, a full stop and the end of the document, which is a target only.
-        self.needles.shortest() + self.needles.task.longest_secret() + 2
+        self.needles.shortest_with(self.asked) + self.needles.task.longest_secret() + 2
     }
 
     /// Of the first n rows of a run so many are needles.
@@ -386,15 +456,20 @@ impl Mix {
     fn document(&self, random: &mut Random, len: usize) -> Batch {
         let Needles { tokenizer, .. } = &self.needles;
         let secret = self.needles.secret(Keys::Train, random);
-        let mut answer = self.needles.word(&secret);
-        answer.extend(tokenizer.encode(b"."));
+        let mut answer = [self.needles.word(&secret), self.needles.full_stop()].concat();
         answer.push(tokenizer.end_of_document());
         let (prompt_len, depth) = (len + 1 - answer.len(), random.unit());
-        let mut tokens = self.needles.hide(secret, random, prompt_len, depth).prompt;
+        let (sample, mut answers) = self.needles.hide(secret, random, prompt_len, depth, self.asked);
+        answers.push(prompt_len..len + 1);
+        let mut tokens = sample.prompt;
         tokens.extend(&answer);
         let mut targets: Vec<i32> = tokens[1..].iter().map(|&t| t as i32).collect();
         if self.answer_only {
-            targets[..prompt_len - 1].fill(-1);
+            let mut last = 0;
+            for Range { start, end } in answers {
+                targets[last..start - 1].fill(-1);
+                last = end - 1;
+            }
         }
         tokens.pop();
         Batch::rows(tokens, targets, len)
@@ -479,6 +554,107 @@ mod tests {
         assert!(parts == [8, 4, 4, 4, 12] && uuid.as_bytes()[14] == b'4', "{uuid}");
     }
 
+    /// Names and secrets of the needles in a text, in order.
+    fn hidden(text: &str) -> Vec<(&str, &str)> {
+        let needles = text.split("One of the special magic numbers for ").skip(1);
+        needles.map(|n| n.split_once('.').unwrap().0.split_once(" is: ").unwrap()).collect()
+    }
+
+    #[test]
+    fn of_many_needles_one_is_asked_for() {
+        for tokenizer in [Tokenizer::bytes(), Tokenizer::world_4096()] {
+            let text = |ids: &[u32]| String::from_utf8(tokenizer.decode(ids).unwrap()).unwrap();
+            for keys in [2, 20] {
+                let n = Needles::new(Task::Niah2, tokenizer, Some(TEXT)).with_keys(keys);
+                let mut places = HashSet::new();
+                for (i, len) in [n.shortest(), n.shortest() + 1, n.shortest() + 2000].into_iter().enumerate() {
+                    for depth in [0.0, 0.3, 0.5, 1.0] {
+                        let s = n.sample(Keys::Test, 1, i as u64, len, depth);
+                        assert_eq!(s.prompt.len(), len);
+                        assert_eq!(s, n.sample(Keys::Test, 1, i as u64, len, depth));
+                        let whole = text(&s.prompt);
+                        let all = hidden(&whole);
+                        let distinct = |words: Vec<&str>| words.into_iter().collect::<HashSet<_>>().len();
+                        assert_eq!(all.len(), keys, "{whole}");
+                        assert_eq!(distinct(all.iter().map(|(name, _)| *name).collect()), keys);
+                        assert_eq!(distinct(all.iter().map(|(_, secret)| *secret).collect()), keys);
+                        assert!(all.iter().all(|(_, secret)| Keys::of(secret) == Keys::Test));
+                        // The question is that of the needle at the depth.
+                        let needle = text(&s.prompt[s.needle.clone()]);
+                        let [(name, secret)] = hidden(&needle)[..] else { panic!("{needle}") };
+                        assert_eq!(secret, s.answer);
+                        let asked = format!(" {name} mentioned in the provided text is");
+                        assert!(whole.ends_with(&asked), "{whole}");
+                        assert_eq!(s.judge(&format!(" {secret}.")), Some(true));
+                        let wrong = all.iter().find(|(_, other)| *other != secret).unwrap().1;
+                        assert_eq!(s.judge(&format!(" {wrong}.")), Some(false));
+                        let place = all.iter().position(|(_, s)| *s == secret).unwrap();
+                        places.insert(place);
+                        assert!((depth > 0.0 || place == 0) && (depth < 1.0 || place == keys - 1), "{depth}: {place}");
+                        let off = (s.needle.start as f64 / len as f64 - depth).abs();
+                        assert!(depth == 0.0 || depth == 1.0 || len < 2000 || off < 0.1, "{depth}: off by {off}");
+                    }
+                }
+                assert!(keys == 2 || places.len() > 3, "{places:?}");
+            }
+        }
+        assert_eq!((Task::Passkey.most_keys(), Task::Niah2.most_keys()), (1, 1600));
+        let all = Needles::new(Task::Niah2, Tokenizer::bytes(), Some(TEXT)).with_keys(1600);
+        let s = all.sample(Keys::Test, 1, 1, all.shortest(), 0.5);
+        let text: Vec<u8> = s.prompt.iter().map(|&t| t as u8).collect();
+        assert_eq!(hidden(&String::from_utf8(text).unwrap()).len(), 1600);
+    }
+
+    #[test]
+    #[should_panic(expected = "has no room for")]
+    fn a_prompt_too_short_for_its_needles_is_refused() {
+        let n = Needles::new(Task::Niah2, Tokenizer::bytes(), Some(TEXT)).with_keys(20);
+        n.sample(Keys::Test, 1, 0, n.shortest() - 200, 0.5);
+    }
+
+    #[test]
+    fn several_questions_are_several_answers_to_learn() {
+        let (ctx, data, tokenizer) = (4000, text(4000), Tokenizer::bytes());
+        let mix = |asked, answer_only| {
+            let needles = Needles::new(Task::Niah2, tokenizer, Some(TEXT)).with_keys(8);
+            let mut m = Mix { needles, share: 1.0, shortest: 0, asked, answer_only, seed: 5 };
+            m.shortest = m.least();
+            m
+        };
+        for asked in [1, 3, 8] {
+            let m = mix(asked, true);
+            let b = m.train(&data, 1, 6);
+            assert_eq!((b.tokens.len(), b.targets.len()), (6 * ctx, 6 * ctx));
+            for (i, &start) in b.starts.iter().enumerate() {
+                let end = b.starts.get(i + 1).copied().unwrap_or(b.tokens.len()).min((start / ctx + 1) * ctx);
+                let text: Vec<u8> = b.tokens[start..end].iter().map(|&t| t as u8).collect();
+                let text = String::from_utf8(text).unwrap();
+                let all = hidden(&text);
+                assert_eq!(all.len(), 8);
+                // What is learnt is each answer, and the document's end after the last.
+                let learnt: Vec<u8> = b.targets[start..end].iter().filter(|&&t| t >= 0).map(|&t| t as u8).collect();
+                let learnt = String::from_utf8(learnt).unwrap();
+                let learnt: Vec<&str> = learnt.strip_suffix(".\0").unwrap().split('.').collect();
+                let questions = text.split("\nWhat is the special magic number for ").skip(1);
+                let names: Vec<&str> = questions.map(|q| q.split_once(' ').unwrap().0).collect();
+                assert_eq!((learnt.len(), names.len()), (asked, asked));
+                assert_eq!(names.iter().collect::<HashSet<_>>().len(), asked);
+                for (name, said) in names.iter().zip(learnt) {
+                    assert!(all.contains(&(name, said.strip_prefix(' ').unwrap())), "{name} {said}");
+                    assert_eq!(Keys::of(said.trim_start()), Keys::Train);
+                }
+                // Each is predicted where it is asked for.
+                let asks: Vec<usize> =
+                    (start + 1..end).filter(|&p| b.targets[p] >= 0 && b.targets[p - 1] < 0).map(|p| p + 1).collect();
+                assert_eq!(asks.len(), asked);
+                let before = |p: usize| b.tokens[start..p].iter().map(|&t| t as u8 as char).collect::<String>();
+                assert!(asks.iter().all(|&p| before(p).ends_with("mentioned in the provided text is")));
+            }
+            let whole = mix(asked, false).train(&data, 1, 6);
+            assert_eq!(whole.tokens, b.tokens);
+        }
+    }
+
     #[test]
     fn sentences_of_text() {
         let s = sentences(TEXT);
@@ -537,7 +713,7 @@ mod tests {
         let (ctx, data) = (500, text(500));
         let mix = |share, shortest, answer_only| {
             let needles = Needles::new(Task::Passkey, Tokenizer::bytes(), None);
-            Mix { needles, share, shortest, answer_only, seed: 5 }
+            Mix { needles, share, shortest, asked: 1, answer_only, seed: 5 }
         };
         let none = mix(0.0, 0, true);
         assert_eq!(none.train(&data, 3, 4), data.train(3, 4));
@@ -574,7 +750,7 @@ mod tests {
     fn samples_of_several_lengths_share_a_row() {
         let (ctx, data) = (2000, text(2000));
         let needles = Needles::new(Task::Passkey, Tokenizer::bytes(), None);
-        let mut m = Mix { needles, share: 1.0, shortest: 0, answer_only: true, seed: 5 };
+        let mut m = Mix { needles, share: 1.0, shortest: 0, asked: 1, answer_only: true, seed: 5 };
         m.shortest = m.least();
         let b = m.train(&data, 1, 30);
         assert_eq!((b.tokens.len(), b.targets.len(), b.len(ctx)), (30 * ctx, 30 * ctx, 30));

@@ -20,6 +20,9 @@ use std::time::Instant;
 pub struct Test {
     /// The samples.
     pub task: Task,
+    /// Needles of a sample, of which one is asked for.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub keys: usize,
     /// Lengths of prompts in tokens.
     pub lengths: Vec<usize>,
     /// Number of depths, evenly from 0 to 1; one alone is in the middle.
@@ -37,6 +40,14 @@ pub struct Test {
     /// The bound on what attention keeps, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<Cache>,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn is_one(n: &usize) -> bool {
+    *n == 1
 }
 
 /// How samples of one length and depth were answered.
@@ -78,11 +89,16 @@ impl Test {
             _ => match self.lengths.iter().find(|&&l| l < least) {
                 Some(l) => wrong(format!(
                     "lengths: a prompt of {} has at least {least} tokens of {}, not {l}: name a greater length",
-                    self.task, self.tokenizer
+                    self.name(),
+                    self.tokenizer
                 )),
                 None => Ok(()),
             },
         }
+    }
+
+    fn name(&self) -> String {
+        self.task.with_keys(self.keys)
     }
 
     /// The i-th depth.
@@ -98,12 +114,12 @@ impl Test {
     /// As [`Test::validate`]; when `out` cannot be written or holds the results of another test; what `answer` gives.
     ///
     /// # Panics
-    /// When `needles` is of another task.
+    /// When `needles` is of another task or has other keys.
     pub fn run(
         &self, needles: &Needles, out: Option<&Path>, stop: &AtomicBool, note: &dyn Fn(String),
         answer: &mut dyn FnMut(&Sample) -> Result<String, Error>,
     ) -> Result<Vec<Cell>, Error> {
-        assert!(needles.task() == self.task);
+        assert!((needles.task(), needles.keys()) == (self.task, self.keys));
         self.validate(needles)?;
         let mut results = Results::<Cell>::open(self, out)?;
         for (place, (length, i)) in self.lengths.iter().flat_map(|&l| (0..self.depths).map(move |i| (l, i))).enumerate()
@@ -139,7 +155,7 @@ impl Test {
             let percent = 100.0 * depth;
             note(format!(
                 "{}: {length} tokens, depth {percent:.0}%: {right} of {asked} right, {seconds:.1} s",
-                self.task
+                self.name()
             ));
         }
         Ok(results.runs)
@@ -183,7 +199,7 @@ impl Test {
         let depths: Vec<String> = self.depth_names().collect();
         let row = |i| self.lengths.iter().map(|&l| self.cell(cells, l, i).map(Cell::share)).collect();
         let shares: Vec<Vec<Option<f64>>> = (0..self.depths).map(row).collect();
-        heat_map(&format!("{}: right answers, %", self.task), "tokens", &lengths, "depth", &depths, &shares)
+        heat_map(&format!("{}: right answers, %", self.name()), "tokens", &lengths, "depth", &depths, &shares)
     }
 }
 
@@ -240,7 +256,18 @@ mod tests {
         let lengths = vec![needles.shortest(), 1000];
         (
             needles,
-            Test { task, lengths, depths, count: 3, seed: 1, model, tokenizer: "bytes".into(), text, cache: None },
+            Test {
+                task,
+                keys: 1,
+                lengths,
+                depths,
+                count: 3,
+                seed: 1,
+                model,
+                tokenizer: "bytes".into(),
+                text,
+                cache: None,
+            },
         )
     }
 
@@ -278,6 +305,13 @@ mod tests {
             let at = |depth| cells.iter().find(|c| c.length == 1000 && c.depth == depth).unwrap().share();
             assert_eq!((at(0.0), at(1.0)), (0.0, 1.0), "{task}");
         }
+        // Of many needles the first is the right one at the start only.
+        let (needles, t) = test(Task::Niah2, 2);
+        let needles = needles.with_keys(4);
+        let t = Test { keys: 4, lengths: vec![1500], ..t };
+        let cells = t.run(&needles, None, &go, &|_| {}, &mut |s| look_up(s, " is:", ".")).unwrap();
+        assert_eq!(cells.iter().map(|c| (c.asked, c.right)).collect::<Vec<_>>(), [(3, 3), (3, 0)]);
+        assert!(t.picture(&cells).contains("niah2 with 4 keys"));
     }
 
     #[test]
@@ -346,6 +380,10 @@ mod tests {
         assert!(e(Test { depths: 0, ..t.clone() }).contains("depths"));
         assert!(e(Test { count: 0, ..t.clone() }).contains("count"));
         assert!(e(Test { lengths: vec![], ..t }).contains("lengths"));
+        let needles = Needles::new(Task::Niah2, Tokenizer::bytes(), None).with_keys(50);
+        let (_, t) = test(Task::Niah2, 2);
+        let said = Test { keys: 50, ..t }.validate(&needles).unwrap_err().to_string();
+        assert!(said.contains("a prompt of niah2 with 50 keys has at least"), "{said}");
     }
 
     #[test]

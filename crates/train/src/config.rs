@@ -49,6 +49,8 @@ pub struct DataConfig {
     pub seed: u64,
     pub needles: f64,
     pub needle_task: needle::Task,
+    pub needle_keys: usize,
+    pub needle_asked: usize,
     pub needle_text: PathBuf,
     pub needle_min: usize,
     pub needle_answer_only: bool,
@@ -229,6 +231,16 @@ impl RunConfig {
         if !(0.0..=1.0).contains(&d.needles) {
             return wrong("data.needles", "it must be at least 0 and at most 1");
         }
+        let most = d.needle_task.most_keys();
+        if !(1..=most).contains(&d.needle_keys) {
+            return wrong(
+                "data.needle_keys",
+                &format!("it must be at least 1 and at most {most} of {}", d.needle_task),
+            );
+        }
+        if !(1..=d.needle_keys).contains(&d.needle_asked) {
+            return wrong("data.needle_asked", "it must be at least 1 and at most data.needle_keys");
+        }
         Ok(())
     }
 
@@ -357,6 +369,10 @@ mod tests {
             "data.held_out=1.0",
             "data.needles=1.5",
             "data.needles=nan",
+            "data.needle_keys=0",
+            "data.needle_keys=2",
+            "data.needle_asked=0",
+            "data.needle_asked=2",
             "train.lr_init=nan",
             "train.adam_eps=0.0",
             "train.grad_clip=-1.0",

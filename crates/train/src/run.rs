@@ -449,9 +449,9 @@ fn needles(config: &RunConfig, tokenizer: Option<&Tokenizer>) -> Result<Option<M
         }
     };
     let (share, shortest, answer_only, seed) = (d.needles, d.needle_min, d.needle_answer_only, d.seed);
-    let needles = Needles::new(d.needle_task, tokenizer, text.as_deref());
-    let mix = Mix { needles, share, shortest, answer_only, seed };
-    let (task, name, least) = (d.needle_task, tokenizer.name(), mix.least());
+    let needles = Needles::new(d.needle_task, tokenizer, text.as_deref()).with_keys(d.needle_keys);
+    let mix = Mix { needles, share, shortest, asked: d.needle_asked, answer_only, seed };
+    let (task, name, least) = (d.needle_task.with_keys(d.needle_keys), tokenizer.name(), mix.least());
     if shortest > 0 && shortest < least {
         return Err(Error::Config(format!(
             "data.needle_min: a sample of {task} has at least {least} tokens of {name}"

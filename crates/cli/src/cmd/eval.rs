@@ -77,17 +77,22 @@ enum Task {
         #[arg(long, default_value = "passkey.json")]
         out: PathBuf,
     },
-    /// The single needles of RULER: a number in sentences that repeat (1), a number (2) or a UUID (3) in a text
+    /// The single needles of RULER: a number in sentences that repeat (1), a number (2) or a UUID (3) in a text; with --keys, many of which one is
+    /// asked for
     Niah {
         /// 1, 2 or 3
         #[arg(long, value_parser = clap::value_parser!(u8).range(1..=3))]
         task: u8,
+        /// Needles of a prompt under different names, 1 to 1600, of which one is asked for; 4 with task 2 is RULER's MK-NIAH-1
+        #[arg(long, default_value_t = 1)]
+        keys: usize,
         /// The text of tasks 2 and 3, a text or .jsonl file (also .xz, .zst, .gz) [default: the bundled text]
         #[arg(long)]
         text: Option<PathBuf>,
         #[command(flatten)]
         needles: Grid,
-        /// Results, from which an interrupted test goes on; a picture (SVG) beside it [default: niah1.json, niah2.json or niah3.json]
+        /// Results, from which an interrupted test goes on; a picture (SVG) beside it [default: niah1.json, niah2.json or niah3.json; with several keys niah2-keys4.json
+        /// and so on]
         #[arg(long)]
         out: Option<PathBuf>,
     },
@@ -164,11 +169,12 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             picture(out, "", &recall::picture(&runs))?;
             global.result(json!({ "runs": runs }), || recall::table(&e.task, &runs))
         }
-        Task::Passkey { needles, out } => hidden(Hidden::Passkey, None, needles, out, global),
-        Task::Niah { task, text, needles, out } => {
+        Task::Passkey { needles, out } => hidden(Hidden::Passkey, 1, None, needles, out, global),
+        Task::Niah { task, keys, text, needles, out } => {
             let task = [Hidden::Niah1, Hidden::Niah2, Hidden::Niah3][usize::from(*task) - 1];
-            let out = out.clone().unwrap_or_else(|| format!("{task}.json").into());
-            hidden(task, text.as_deref(), needles, &out, global)
+            let several = if *keys == 1 { String::new() } else { format!("-keys{keys}") };
+            let out = out.clone().unwrap_or_else(|| format!("{task}{several}.json").into());
+            hidden(task, *keys, text.as_deref(), needles, &out, global)
         }
         Task::Text(files) => text(files, global),
         Task::Pairs { files, each } => pairs(files, *each, global),
@@ -204,7 +210,11 @@ fn pairs(of: &Files, each: bool, global: &Global) -> anyhow::Result<()> {
     })
 }
 
-fn hidden(task: Hidden, file: Option<&Path>, grid: &Grid, out: &Path, global: &Global) -> anyhow::Result<()> {
+fn hidden(
+    task: Hidden, keys: usize, file: Option<&Path>, grid: &Grid, out: &Path, global: &Global,
+) -> anyhow::Result<()> {
+    let most = task.most_keys();
+    ensure!((1..=most).contains(&keys), "--keys: a prompt of {task} can have 1 to {most} needles, not {keys}");
     ensure!(
         file.is_none() || task.takes_text(),
         "--text: the haystack of {task} is not a text; tasks 2 and 3 take one"
@@ -212,12 +222,13 @@ fn hidden(task: Hidden, file: Option<&Path>, grid: &Grid, out: &Path, global: &G
     let text = file.map(anser_data::documents).transpose()?.map(|d| d.join("\n"));
     let ctx = global.context()?;
     let (model, tokenizer) = grid.source.load(&ctx, global)?;
-    let needles = Needles::new(task, tokenizer, text.as_deref());
+    let needles = Needles::new(task, tokenizer, text.as_deref()).with_keys(keys);
     let mut lengths = grid.lengths.clone();
     lengths.sort_unstable();
     lengths.dedup();
     let test = needle::Test {
         task,
+        keys,
         lengths,
         depths: grid.depths,
         count: grid.count,
