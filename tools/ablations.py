@@ -6,7 +6,7 @@
 
 --data is what is trained on; --text, a file that isn't in it, is the haystack of the tests and what bits per byte are measured on. Goes on from --out
 if it is there: a variant and seed that has a result is not run again. --gpus and --jobs say how many run at a time; --quick tries everything out on
-a CPU with a few tokens.
+a CPU with a few tokens; --only many runs the variants with many needles.
 """
 
 import argparse
@@ -26,11 +26,19 @@ BASE = {
     "topk": 16,
     "init": "identity",
     "task": "niah2",
+    "tests": {1: [4096, 16384, 32768, 65536, 131072]},
     "answer_only": True,
     "long_ce": False,
     "first": (16384, 200),
     "second": (65536, 600),
 }
+# Many needles under different names, all of which are asked for in training and one in tests, by lengths for each number of them. First 4 in short
+# samples: with 16 at once models learn to say any of the numbers, and no further. (Needles, tokens of a row, rows, steps, first and last rate.)
+MANY = {
+    "tests": {4: [2048, 8192], 16: [2048, 8192, 16384], 64: [8192]},
+    "stages": [(4, 640, 26, 750, 1e-3, 1e-3), (16, 2048, 8, 250, 6e-4, 1e-5)],
+}
+MANY_ALONE = {**MANY, "train_only": ["moba.*"], "stages": [(4, 640, 26, 900, 1.5e-3, 1.5e-3), (16, 2048, 8, 250, 6e-4, 1e-5)]}
 PASSKEY = {"task": "passkey", "first": (16384, 1000), "second": (65536, 900)}
 VARIANTS = {
     "2 blocks": {},
@@ -46,11 +54,20 @@ VARIANTS = {
     "all text, LongCE": {"answer_only": False, "long_ce": True},
     "chunks of 512, 2 seen": {"chunk": 512, "topk": 2},
     "4 chunks seen": {"topk": 4},
+    "many, rwkv7": {**MANY, "layers": 0},
+    "many, 2 blocks": MANY,
+    "many, 4 blocks": {**MANY, "layers": 4},
+    "many, 4 blocks alone trained": {**MANY_ALONE, "layers": 4},
 }
-LENGTHS = [4096, 16384, 32768, 65536, 131072]
-QUICK_LENGTHS = [300, 400]
-# Bounds on what attention keeps, tried on the first variant with the first seed.
-CACHES = [(most, evict, tokens) for most in (2048, 4096, 8192) for evict in ("recent", "attention", "error") for tokens in (False, True)]
+# Bounds on what attention keeps, tried with the first seed of a variant: needles, tokens, samples of a depth; tokens kept, how they are chosen, whether
+# one by one.
+HOWS = [(evict, tokens) for evict in ("recent", "attention", "error") for tokens in (False, True)]
+CACHES = {
+    "2 blocks": (1, 65536, 3, [(most, *how) for most in (2048, 4096, 8192) for how in HOWS]),
+    "many, 2 blocks": (16, 8192, 4, [(256, "recent", False), (1024, "recent", False), *((1024, *how) for how in HOWS[2:])]),
+    "many, 4 blocks": (16, 8192, 4, [(256, "recent", False), (1024, "recent", False), (1024, "attention", False)]),
+    "many, 4 blocks alone trained": (16, 8192, 4, [(256, "recent", False)]),
+}
 
 
 def run(command, env):
@@ -68,6 +85,9 @@ class Job:
         self.spec = {**BASE, **VARIANTS[name]}
         if args.quick:
             self.spec.update(first=(512, 1), second=(512, 1), chunk=min(self.spec["chunk"], 32))
+            if "stages" in self.spec:
+                self.spec["stages"] = [(*stage[:2], 1, 1, *stage[4:]) for stage in self.spec["stages"]]
+            self.spec["tests"] = {keys: [300 + 50 * keys, 400 + 50 * keys] for keys in self.spec["tests"]}
 
     def anser(self, *arguments):
         device = "cpu" if self.args.quick else "cuda"
@@ -112,6 +132,16 @@ class Job:
             shape = ["--layers", spec["layers"], "--chunk", spec["chunk"], "--topk", spec["topk"], "--init", spec["init"]]
             start = self.path("start.safetensors")
             self.anser("expand", model, start, *shape)
+        if "stages" in spec:
+            model = start if spec["layers"] else model
+            for i, (keys, ctx, rows, steps, first_rate, last_rate) in enumerate(spec["stages"]):
+                name = "second" if i + 1 == len(spec["stages"]) else "first"
+                fields = {"train.rows": rows, "train.lr_init": first_rate, "train.lr_final": last_rate, "train.warmup": min(20, steps)}
+                fields |= {"data.needles": 1.0, "data.needle_keys": keys, "data.needle_asked": keys, "data.seed": 100 * i + self.seed}
+                fields["data.needle_min"] = 60 + 120 * keys if keys < 8 else 120 * keys
+                model = self.train(model, name, ctx, steps, spec.get("train_only", []), **fields)
+            return model
+        if spec["layers"]:
             rates = {"train.lr_init": 2e-3 if spec["layers"] == 1 else 1e-3, "train.warmup": min(50, first)}
             rates["train.lr_final"] = rates["train.lr_init"]
             model = self.train(start, "first", first_ctx, first, ["moba.*"], **{"data.needle_min": max(200, first_ctx // 16)}, **rates)
@@ -122,11 +152,10 @@ class Job:
             fields |= {f"train.long_ce_{k}": ctx // 16 for k in ("context", "stride")} | {"train.long_ce_from": ctx // 16}
         return self.train(model, "second", ctx, steps, **fields)
 
-    def find(self, model, lengths, count, cache=()):
-        """Share of right answers of each length."""
-        task = ["passkey"] if self.spec["task"] == "passkey" else ["niah", "--task", "2", "--text", self.args.text]
-        lengths = QUICK_LENGTHS if self.args.quick else lengths
-        out = self.path(f"test-{'-'.join(map(str, cache))}.json")
+    def find(self, model, keys, lengths, count, cache=()):
+        """Right answers and questions of each length, where a sample has so many needles."""
+        task = ["passkey"] if self.spec["task"] == "passkey" else ["niah", "--task", "2", "--keys", keys, "--text", self.args.text]
+        out = self.path(f"test-{keys}-{'-'.join(map(str, cache))}.json")
         options = ["--lengths", ",".join(map(str, lengths)), "--depths", 6, "--count", count, "--seed", 1000 + self.seed, "--out", out]
         self.anser("eval", *task, "--model", model, *options, *cache)
         with open(out) as f:
@@ -139,14 +168,15 @@ class Job:
         model = self.trained()
         seconds = round(time.time() - start, 1)
         [text] = self.anser("eval", "text", "--model", model, self.args.text)
-        right = self.find(model, LENGTHS, 1 if self.args.quick else 8)
-        return {"right": right, "text": text["prediction"], "training_seconds": seconds}
+        count = 1 if self.args.quick else 8
+        right = {keys: self.find(model, keys, lengths, count) for keys, lengths in self.spec["tests"].items()}
+        return {"right": right.get(1, right), "text": text["prediction"], "training_seconds": seconds}
 
-    def bounded(self, most, evict, tokens):
+    def bounded(self, keys, length, count, most, evict, tokens):
         if self.args.quick:
-            most = 128
+            length, count, most = self.spec["tests"][keys][0], 1, 128
         cache = ["--cache", most, "--evict", evict, *(["--evict-tokens"] if tokens else [])]
-        return {"right": self.find(self.path("second/model.safetensors"), [65536], 1 if self.args.quick else 3, cache)}
+        return {"right": self.find(self.path("second/model.safetensors"), keys, [length], count, cache)}
 
 
 def main():
@@ -160,6 +190,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--gpus", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=2, help="at a time on a GPU")
+    parser.add_argument("--only", default="", help="variants whose names begin so")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
 
@@ -167,13 +198,16 @@ def main():
     if os.path.exists(args.out):
         with open(args.out) as f:
             results = json.load(f)
-    names, lock, work = list(VARIANTS), threading.Lock(), queue.PriorityQueue()
-    folders = {(names[0], 1): tempfile.mkdtemp()}  # of models that are needed again
-    bounds = {f"{names[0]}, seed 1, at most {most} by {evict}, {'tokens' if t else 'chunks'}": (most, evict, t) for most, evict, t in CACHES}
+    names, lock, work = [n for n in VARIANTS if n.startswith(args.only)], threading.Lock(), queue.PriorityQueue()
+    folders = {(name, 1): tempfile.mkdtemp() for name in CACHES}  # of models that are needed again
+    bounds = {}
+    for name, (keys, length, count, caches) in CACHES.items():
+        said = lambda most, evict, t: f"{name}, seed 1, at most {most} by {evict}, {'tokens' if t else 'chunks'}"
+        bounds[name, 1] = {said(*cache): (keys, length, count, *cache) for cache in caches}
     for i, name in enumerate(names):
         for seed in range(1, args.seeds + 1):
             key = f"{name}, seed {seed}"
-            if key not in results or ((name, seed) in folders and not bounds.keys() <= results.keys()):
+            if key not in results or not bounds.get((name, seed), {}).keys() <= results.keys():
                 work.put((i * args.seeds + seed, key, name, seed, None))
 
     def keep(key, result):
@@ -197,9 +231,9 @@ def main():
                     keep(key, job.bounded(*bound))
                     continue
                 keep(key, job.result())
-                if (name, seed) in folders:
+                if (name, seed) in bounds:
                     # After the variants that were waiting before most others.
-                    for i, (bound_key, bound) in enumerate(bounds.items()):
+                    for i, (bound_key, bound) in enumerate(bounds[name, seed].items()):
                         if bound_key not in results:
                             work.put((9 * args.seeds + i / 100, bound_key, name, seed, bound))
             except (RuntimeError, OSError, ValueError) as e:
