@@ -8,6 +8,7 @@ use anser_ops::attention::Chunks;
 use anser_tensor::{Context, WeightType};
 use anser_train::{Line, chart};
 use serde::Serialize;
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -67,8 +68,9 @@ pub struct Measured {
     pub skipped: Vec<(&'static str, usize)>,
 }
 
-/// Stretches that are read on a GPU before anything is measured, at most: more than the usual chunks that a query sees, and what goes on from them.
-const WARM: usize = 2;
+/// Tokens that are read on a GPU before anything is measured, at most, and then a piece of every length that is still new: beyond the usual chunks that
+/// a query sees.
+const WARM: usize = 32768;
 
 /// Tokens between two looks at the clock: as many as a GPU reads at a time at most.
 fn stretch(ctx: &Context) -> usize {
@@ -115,11 +117,13 @@ impl Long {
         let tokens: Vec<u32> = (0..stretch).map(|i| (i * 7919 % self.config.vocab_size) as u32).collect();
         let mut readers = Vec::new();
         for ((name, _, cache), model) in variants.iter().zip(&models) {
-            // Kernels are loaded and memory is taken; a GPU has other ones when not all chunks are seen.
-            let (longest, stretches) = (positions[positions.len() - 1], if ctx.cuda().is_some() { WARM } else { 1 });
-            let mut warm = Session::new(ctx, model);
-            for first in (0..longest).step_by(stretch).take(stretches) {
-                warm.feed(&tokens[..stretch.min(longest - first)])?;
+            // Kernels are loaded and memory is taken; a GPU has other ones when not all chunks are seen, and for every length of a piece.
+            let (mut warm, mut read, mut seen) = (Session::new(ctx, model), 0, HashSet::new());
+            for &piece in pieces(&positions, stretch).iter().take(if ctx.cuda().is_some() { usize::MAX } else { 1 }) {
+                if seen.insert(piece) || read < WARM {
+                    warm.feed(&tokens[..piece])?;
+                    read += piece;
+                }
             }
             one_more(&warm, &tokens, 3)?;
             let fresh = Session::new(ctx, model);
@@ -156,6 +160,18 @@ impl Long {
         }
         Ok(measured)
     }
+}
+
+/// How long the pieces are in which a sequence is read that stops at all of these positions.
+fn pieces(positions: &[usize], stretch: usize) -> Vec<usize> {
+    let (mut pieces, mut read) = (Vec::new(), 0);
+    for &position in positions {
+        while read < position {
+            pieces.push(stretch.min(position - read));
+            read += pieces[pieces.len() - 1];
+        }
+    }
+    pieces
 }
 
 /// A model on its way through a sequence.

@@ -89,7 +89,7 @@ pub struct EngineOptions {
     pub memory: usize,
     /// Tokens that may wait for a client to read them; the answer to one that lets more wait fails.
     pub unread: usize,
-    /// Tokens of prompts that a step reads at most; 0: what suits the device.
+    /// Tokens of prompts that a step reads at most; 0: what suits the device, more for a request that is alone.
     pub prefill_piece: usize,
     /// Tokens read ahead at most for a sequence that is alone on a CPU, guessed where its text repeats itself: nothing but time changes. `None`: as many as
     /// pay, for requests that take the most probable token; drawn tokens are seldom the guessed ones.

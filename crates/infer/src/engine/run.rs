@@ -16,6 +16,9 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+/// Tokens of prompts that a step reads at most where others wait for it.
+const TOGETHER: usize = 4096;
+
 /// The thread: until the last handle is gone. Says whether it could start.
 pub(super) fn run(
     ctx: &Context, model: &Model, options: &EngineOptions, shared: &Shared, ready: &Sender<Result<(), Error>>,
@@ -36,11 +39,17 @@ pub(super) fn run(
         }
     };
     let _ = ready.send(Ok(()));
-    let prefill_piece = if options.prefill_piece == 0 { piece(ctx, model) } else { options.prefill_piece };
+    let [prefill_piece, alone_piece] = match options.prefill_piece {
+        0 => [piece(ctx, model).min(TOGETHER), piece(ctx, model)],
+        given => [given; 2],
+    };
     let strides = Strides { length: options.stride, bits: if model.config().hybrid.is_some() { 1 } else { 4 } };
     let (running, loading, done) = (Vec::new(), Vec::new(), Stats::default());
     let apart = batch.is_apart();
-    let mut runner = Runner { ctx, shared, batch, prefill_piece, apart, strides, running, loading, turn: 0, done };
+    // How a prompt is cut must not depend on others then.
+    let alone_piece = if apart { prefill_piece } else { alone_piece };
+    let mut runner =
+        Runner { ctx, shared, batch, prefill_piece, alone_piece, apart, strides, running, loading, turn: 0, done };
     while runner.admit() {
         runner.step();
     }
@@ -51,7 +60,9 @@ struct Runner<'m> {
     ctx: &'m Context,
     shared: &'m Shared,
     batch: Batch<'m>,
+    /// Tokens of prompts that a step reads at most, and of one that is alone.
     prefill_piece: usize,
+    alone_piece: usize,
     /// Whether how a prompt is cut must depend on nothing else: see [`Batch::is_apart`].
     apart: bool,
     strides: Strides,
@@ -299,7 +310,7 @@ impl Runner<'_> {
             self.running.iter().zip(&waits).map(|(s, waits)| usize::from(s.left() == 1 && !waits)).collect();
         let mut reading: Vec<usize> = (0..lengths.len()).filter(|&i| self.running[i].left() > 1 && !waits[i]).collect();
         reading.sort_by_key(|&i| self.running[i].turn);
-        let mut piece = self.prefill_piece;
+        let mut piece = if lengths.len() == 1 { self.alone_piece } else { self.prefill_piece };
         for slot in reading {
             let s = &mut self.running[slot];
             let stride = self.strides.next(s.read) - s.read;
