@@ -263,20 +263,35 @@ impl<'m> Decoder<'m> {
     /// # Errors
     /// When there is no such slot.
     pub fn state(&self, slot: usize) -> Result<State, Error> {
-        self.check(slot)?;
-        let part = |v: &Var| Var::constant(1, v.cols(), v.buf().part(slot * v.cols(), v.cols()));
+        self.states(&[slot])
+    }
+
+    /// The same of several slots, as a state with as many, in that order: a copy for each run of neighbours.
+    pub(crate) fn states(&self, slots: &[usize]) -> Result<State, Error> {
+        slots.iter().try_for_each(|&slot| self.check(slot))?;
+        let part = |v: &Var| {
+            let n = v.cols();
+            let mut to = self.ctx.alloc_as(v.buf().dtype(), slots.len() * n);
+            runs(slots).for_each(|(at, first, count)| to.write_part(at * n, v.buf(), first * n, count * n));
+            Var::constant(slots.len(), n, to)
+        };
         let in_f32 = |v: &Var| {
             let (n, dtype) = (v.cols(), v.buf().dtype());
-            let buf = self.ctx.alloc_f32(n);
-            self.cuda.widen(v.buf().ptr().offset(slot * n, dtype), dtype, buf.ptr(), n);
-            Var::constant(1, n, buf)
+            let to = self.ctx.alloc_f32(slots.len() * n);
+            for (at, first, count) in runs(slots) {
+                let [to, from] = [to.ptr().offset(at * n, DType::F32), v.buf().ptr().offset(first * n, dtype)];
+                self.cuda.widen(from, dtype, to, count * n);
+            }
+            Var::constant(slots.len(), n, to)
         };
         let layer = |l: &LayerState| {
             let (att_x, wkv, ffn_x) = (part(&l.att_x), in_f32(&l.wkv), part(&l.ffn_x));
             LayerState { att_x, wkv, ffn_x }
         };
-        let attention =
-            |a: &AttentionState| AttentionState { ffn_x: part(&a.ffn_x), pasts: vec![a.pasts[slot].clone()] };
+        let attention = |a: &AttentionState| {
+            let pasts = slots.iter().map(|&slot| a.pasts[slot].clone()).collect();
+            AttentionState { ffn_x: part(&a.ffn_x), pasts }
+        };
         Ok(State {
             layers: self.state.layers.iter().map(layer).collect(),
             attention: self.state.attention.iter().map(attention).collect(),
@@ -324,22 +339,29 @@ impl<'m> Decoder<'m> {
     /// # Errors
     /// When there is no such slot.
     pub fn set_state(&mut self, slot: usize, state: &State) -> Result<(), Error> {
-        self.check(slot)?;
+        self.set_states(&[slot], state)
+    }
+
+    /// The same of several slots, all different, from a state with as many, in that order.
+    pub(crate) fn set_states(&mut self, slots: &[usize], state: &State) -> Result<(), Error> {
+        slots.iter().try_for_each(|&slot| self.check(slot))?;
         for (to, from) in self.state.vars().zip(state.vars()) {
-            let (n, dtype) = (to.cols(), to.buf().dtype());
-            assert!(from.cols() == n);
-            let at = to.buf().ptr().offset(slot * n, dtype);
-            let (from, other) = (from.buf().ptr(), from.buf().dtype());
-            if other == dtype {
-                self.cuda.copy(from, at, n * dtype.size());
-            } else {
-                let wide = self.ctx.alloc_f32(n);
-                self.cuda.widen(from, other, wide.ptr(), n);
-                self.cuda.round(wide.ptr(), at, n, dtype);
+            let (n, dtype, other) = (to.cols(), to.buf().dtype(), from.buf().dtype());
+            assert!(from.cols() == n && from.rows() == slots.len());
+            for (at, first, count) in runs(slots) {
+                let (from, len) = (from.buf().ptr().offset(at * n, other), count * n);
+                let to = to.buf().ptr().offset(first * n, dtype);
+                if other == dtype {
+                    self.cuda.copy(from, to, len * dtype.size());
+                } else {
+                    let wide = self.ctx.alloc_f32(len);
+                    self.cuda.widen(from, other, wide.ptr(), len);
+                    self.cuda.round(wide.ptr(), to, len, dtype);
+                }
             }
         }
         for (to, from) in self.state.attention.iter_mut().zip(&state.attention) {
-            to.pasts[slot] = from.pasts[0].clone();
+            slots.iter().zip(&from.pasts).for_each(|(&slot, past)| to.pasts[slot] = past.clone());
         }
         if self.state.cache != state.cache {
             // What is noted of a token is part of the recorded work.
@@ -411,5 +433,24 @@ impl<'m> Decoder<'m> {
             (part, seconds, step.bytes(n, kept, zero_share, Some(part)))
         };
         Part::ALL.into_iter().map(time).collect()
+    }
+}
+
+/// Runs of neighbouring slots: where each begins in the list, its first slot and how many there are.
+fn runs(slots: &[usize]) -> impl Iterator<Item = (usize, usize, usize)> {
+    let mut at = 0;
+    slots.chunk_by(|a, b| a + 1 == *b).map(move |run| {
+        at += run.len();
+        (at - run.len(), run[0], run.len())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn runs_of_neighbours() {
+        let runs = |slots: &[usize]| super::runs(slots).collect::<Vec<_>>();
+        assert_eq!(runs(&[3, 4, 5, 7, 6, 0, 1]), [(0, 3, 3), (3, 7, 1), (4, 6, 1), (5, 0, 2)]);
+        assert_eq!(runs(&[]), []);
     }
 }

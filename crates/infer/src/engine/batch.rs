@@ -327,15 +327,13 @@ impl<'m> Batch<'m> {
                 }
                 meanwhile.take().into_iter().for_each(|f| f());
                 if !others.is_empty() {
-                    let states = others.iter().map(|&i| decoder.state(work[i].slot)).collect::<Result<Vec<_>, _>>()?;
-                    let state = State::gather(ctx, &states.iter().map(|s| (s, 0)).collect::<Vec<_>>());
+                    let slots: Vec<usize> = others.iter().map(|&i| work[i].slot).collect();
+                    let state = decoder.states(&slots)?;
                     let here: Vec<Work<'_>> =
                         others.iter().enumerate().map(|(slot, &i)| Work { slot, ..work[i] }).collect();
                     let (done, next) = forward(ctx, model, &state, &here, self.apart)?;
-                    for (at, (i, output)) in others.into_iter().zip(done).enumerate() {
-                        decoder.set_state(work[i].slot, &State::gather(ctx, &[(&next, at)]))?;
-                        outputs[i] = output;
-                    }
+                    decoder.set_states(&slots, &next)?;
+                    others.into_iter().zip(done).for_each(|(i, output)| outputs[i] = output);
                 }
                 ctx.check()?;
                 Ok(outputs)
