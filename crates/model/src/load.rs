@@ -448,7 +448,11 @@ impl Model {
         let [emb, head] = ["emb.weight", "head.weight"].map(|m| weight(&outside(m)));
         let (ln0, ln_out) = (norm(&outside("blocks.0.ln0")), norm(&outside("ln_out")));
         let names: BTreeMap<_, _> = weights.iter().collect();
-        let digests = names.values().filter_map(|w| if let Weight::Packed(w) = w { Some(w.digest()) } else { None });
+        let digests = names.values().filter_map(|w| match w {
+            Weight::Packed(w) => Some(w.digest()),
+            Weight::Device(w) => Some(w.digest()),
+            Weight::OutIn(_) | Weight::InOut(_) => None,
+        });
         let packed = digests.fold(0, |hash: u64, d| (hash.rotate_left(5) ^ d).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         Model { emb, ln0, blocks, ln_out, head, packed, config, params }
     }
@@ -539,13 +543,14 @@ fn to_device(
                 values = if ctx.dtype() == DType::F32 { transposed::<4>(ctx, of) } else { transposed::<2>(ctx, of) };
             }
             buf.write_raw(start, &values);
-            places.push((name, start, outputs, inputs, in_out));
+            let digest = DeviceMatrix::digest_of(ctx.dtype(), &values);
+            places.push((name, start, (outputs, inputs), in_out, digest));
             start += size(name);
         }
         ctx.check()?;
         let buf = Arc::new(buf);
-        for (name, start, outputs, inputs, in_out) in places {
-            weights.insert(name.clone(), Weight::Device(DeviceMatrix::new(&buf, start, outputs, inputs, in_out)));
+        for (name, start, shape, in_out, digest) in places {
+            weights.insert(name.clone(), Weight::Device(DeviceMatrix::new(&buf, start, shape, in_out, digest)));
         }
         Ok(())
     };
@@ -637,6 +642,29 @@ mod tests {
         prints.sort();
         prints.dedup();
         assert_eq!(prints.len(), 2 * all.len());
+    }
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn exact_fingerprints_on_a_gpu() {
+        use crate::{Config, Init, Model};
+        use anser_tensor::{Context, DType, Device};
+        let config = Config::new(2, 64, 300);
+        let host = Context::cpu(1);
+        let mut model = Model::init(&host, &config, Init::Noise, 1).unwrap();
+        let mut prints = vec![model.packed(&host, DType::F16).exact_fingerprint()];
+        let on_gpu = |model: &Model, dtype: DType| {
+            let ctx = Context::with_activations(Device::Cuda(0), dtype, 1).unwrap();
+            model.packed(&ctx, dtype).exact_fingerprint()
+        };
+        prints.extend([DType::F32, DType::F16, DType::BF16].map(|dtype| on_gpu(&model, dtype)));
+        assert_eq!(prints[2], on_gpu(&model, DType::F16));
+        let at = model.params().specs().iter().find(|s| s.name.ends_with("1.att.key.weight")).unwrap().range.clone();
+        model.params_mut().values_mut()[at].iter_mut().for_each(|v| *v += 0.01);
+        prints.push(on_gpu(&model, DType::F16));
+        prints.sort();
+        prints.dedup();
+        assert_eq!(prints.len(), 5);
     }
 
     #[test]

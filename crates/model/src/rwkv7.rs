@@ -161,7 +161,7 @@ pub struct Model {
     pub(crate) blocks: Vec<(String, Block)>,
     pub(crate) ln_out: Norm,
     pub(crate) head: Weight,
-    /// Of its packed matrices.
+    /// Of its matrices that are packed or lie on a GPU.
     pub(crate) packed: u64,
 }
 
@@ -297,8 +297,8 @@ impl Model {
         format!("{hash:016x}")
     }
 
-    /// The same with how and what the matrices are that are packed on a CPU: states of models that agree in it go on alike to the bit. On a GPU
-    /// it tells no more than [`Model::fingerprint`].
+    /// The same with how and what the matrices are that are packed on a CPU or lie on a GPU: on a CPU, states of models that agree in it go on alike to
+    /// the bit.
     pub fn exact_fingerprint(&self) -> String {
         format!("{}-{:016x}", self.fingerprint(), self.packed)
     }

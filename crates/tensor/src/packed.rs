@@ -126,16 +126,11 @@ impl Packed {
 
     /// A hash of how weights are kept and of some thousands of them, from everywhere: matrices of which most weights differ differ in it.
     pub fn digest(&self) -> u64 {
-        fn some<T: Copy>(of: &[T], bits: impl Fn(T) -> u32, seed: u64) -> u64 {
-            let add = |hash: u64, v: &T| (hash ^ u64::from(bits(*v))).wrapping_mul(0x0100_0000_01b3);
-            // An odd step, so that all places of a panel are met.
-            of.iter().step_by((of.len() / 4096) | 1).fold(0xcbf2_9ce4_8422_2325 ^ seed, add)
-        }
         match &self.data {
-            Data::F32(w) => some(w, f32::to_bits, 1),
-            Data::F16(w) => some(w, u32::from, 2),
-            Data::BF16(w) => some(w, u32::from, 3),
-            Data::Coded(w) => some(w.codes(), u32::from, 4 + w.code() as u64),
+            Data::F32(w) => hash_some(w, f32::to_bits, 1),
+            Data::F16(w) => hash_some(w, u32::from, 2),
+            Data::BF16(w) => hash_some(w, u32::from, 3),
+            Data::Coded(w) => hash_some(w.codes(), u32::from, 4 + w.code() as u64),
         }
     }
 
@@ -309,6 +304,13 @@ fn convert<S: Stored>(from: &[S::Bits], to: &mut [f32]) {
         return unsafe { fast::<S>(from, to) };
     }
     from.iter().zip(to).for_each(|(f, t)| *t = S::one(*f));
+}
+
+/// A hash of some thousands of elements, from everywhere.
+pub(crate) fn hash_some<T: Copy>(of: &[T], bits: impl Fn(T) -> u32, seed: u64) -> u64 {
+    let add = |hash: u64, v: &T| (hash ^ u64::from(bits(*v))).wrapping_mul(0x0100_0000_01b3);
+    // An odd step, so that all places of a panel are met.
+    of.iter().step_by((of.len() / 4096) | 1).fold(0xcbf2_9ce4_8422_2325 ^ seed, add)
 }
 
 /// The even inputs that are not zero together with the next one, if they are few: weights of the others needn't be read. Those of two inputs in
