@@ -108,6 +108,7 @@ impl From<StateError> for ApiError {
         let message = error.to_string();
         match error {
             StateError::Missing(_) => ApiError::not_found(message),
+            StateError::Taken(_) => ApiError::new(StatusCode::CONFLICT, message),
             StateError::Refused(_) => ApiError::new(StatusCode::BAD_REQUEST, message),
             StateError::Unreachable(_) => ApiError::unreachable(message),
         }

@@ -161,6 +161,8 @@ fn chat_and_states() {
 
     let branch = s.post("/v1/states/talk/branch", json!({ "to": "other" }));
     assert_eq!(branch["tokens"], listed["data"][0]["tokens"]);
+    let (status, said) = s.refused("/v1/states/talk/branch", r#"{"to": "other"}"#);
+    assert_eq!((status, &said["error"]["param"]), (409, &json!("to")), "{said}");
     assert_eq!(s.call("DELETE", "/v1/states/talk", None, "").status(), 200);
     assert_eq!(s.call("DELETE", "/v1/states/talk", None, "").status(), 404);
     let gone = s.refused("/v1/chat/completions", &talk(json!({ "state": "talk" })).to_string());

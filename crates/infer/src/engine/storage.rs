@@ -270,9 +270,7 @@ impl Storage {
     pub fn branch(&self, owner: &str, from: &str, to: &str) -> Result<StateInfo, StateError> {
         let named = self.named(owner, from)?;
         if self.home().call(|t| t.name(owner, to))?.is_some() {
-            return Err(StateError::Refused(format!(
-                "there is a state {to} already: delete it or choose another name"
-            )));
+            return Err(StateError::Taken(format!("there is a state {to} already: delete it or choose another name")));
         }
         let branch = Named { created: SystemTime::now(), branched: true, ..named.clone() };
         self.home().call(|t| {

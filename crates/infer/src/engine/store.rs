@@ -74,6 +74,9 @@ pub enum StateError {
     /// There is none of this name.
     #[error("{0}")]
     Missing(String),
+    /// There is one of this name already.
+    #[error("{0}")]
+    Taken(String),
     /// It makes no sense, or there is no room.
     #[error("{0}")]
     Refused(String),

@@ -41,7 +41,10 @@ pub async fn branch(
     let to = f.text("to")?.ok_or_else(|| ApiError::field("to", "it is missing: the name of the branch"))?.to_string();
     let made = with(app, move |states| states.branch(&owner, &name, &to)).await;
     // Only its name can be wrong.
-    let of_name = |e: ApiError| if e.status == 400 { ApiError::field("to", e.message) } else { e };
+    let of_name = |e: ApiError| match e.status.as_u16() {
+        400 | 409 => ApiError { status: e.status, ..ApiError::field("to", e.message) },
+        _ => e,
+    };
     Ok(Json(entry(&made.map_err(of_name)?)))
 }
 
