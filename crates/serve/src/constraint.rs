@@ -112,6 +112,9 @@ fn of_schema(mut schema: Value) -> TopLevelGrammar {
 /// The schema that OpenAI's field asks for.
 fn response_format(f: &Fields) -> Result<Option<Value>, ApiError> {
     let Some(format) = f.object("response_format")? else { return Ok(None) };
+    if format.get("json_schema").is_some_and(|s| !s.is_object() && !s.is_null()) {
+        return Err(ApiError::field("response_format.json_schema", "it must be an object"));
+    }
     match format.get("type").and_then(Value::as_str) {
         Some("text") => Ok(None),
         Some("json_object") => Ok(Some(json!({ "type": "object" }))),
@@ -205,6 +208,7 @@ mod tests {
             (json!({ "guided_regex": "a", "guided_json": {} }), "guided_regex"),
             (json!({ "response_format": { "type": "xml" } }), "response_format.type"),
             (json!({ "response_format": { "type": "json_schema" } }), "response_format.json_schema.schema"),
+            (json!({ "response_format": { "type": "text", "json_schema": 5 } }), "response_format.json_schema"),
         ] {
             let error = read(body.clone()).err().unwrap_or_else(|| panic!("{body}"));
             assert_eq!(error.param.as_deref(), Some(name));
