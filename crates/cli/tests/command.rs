@@ -62,6 +62,29 @@ fn bad_input_is_1_with_one_line() {
 }
 
 #[test]
+fn decoding_of_a_file_is_measured_beside_random_weights() {
+    let f = Folder::new("decode");
+    let model = format!("{}/../../models/anser-12m.safetensors", env!("CARGO_MANIFEST_DIR"));
+    let run = |model: &str| {
+        anser(
+            &f.0,
+            &["bench", "decode", "--device", "cpu", "--tokens", "3", "--dtype", "int8", "--json", "--model", model],
+        )
+    };
+    let (code, out, err) = run(&model);
+    assert!(code == 0, "{err}");
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    for of in [&json, &json["random_weights"]] {
+        for key in ["decode_tokens_per_second", "prefill_256_tokens_per_second", "bytes_per_token"] {
+            assert!(of[key].as_f64().unwrap() > 0.0, "{key}: {json}");
+        }
+    }
+    assert_eq!(json["bytes_per_token"], json["random_weights"]["bytes_per_token"]);
+    let (code, _, err) = run("no.pth");
+    assert!(code == 1 && err.contains("no.pth"), "{err}");
+}
+
+#[test]
 fn long_sequences_are_measured() {
     let f = Folder::new("long");
     let model = fixture("rwkv7.safetensors");

@@ -273,3 +273,33 @@ async fn kept(stream: &mut Stream) -> Result<(), ApiError> {
 pub fn bytes(tokenizer: &Tokenizer, token: u32) -> &'static [u8] {
     tokenizer.token(token).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anser_infer::chat::Think;
+
+    /// Where answers end that would be these texts, a token at a time.
+    fn ends(text: &str, tools: bool) -> Option<Next> {
+        let tokenizer = Tokenizer::world_4096();
+        let reader = tools.then(|| Parser::new(Think::Off, true));
+        let stream = TextStream::new(&["STOP".into()]);
+        let mut ends = Ends { text: stream, reader, grammar: None, tokenizer };
+        assert!(!ends.masks());
+        let tokens = tokenizer.encode(text.as_bytes());
+        tokens.into_iter().map(|t| ends.accept(t).unwrap()).find(|next| *next != Next::More)
+    }
+
+    #[test]
+    fn stop_texts_end_what_is_kept_unless_a_tool_is_called() {
+        let call = "Sure.\n\n**Tool Call:**\n```json\n{\"name\": \"a\", \"arguments\": {\"x\": \"STOP\"}}\n```";
+        assert_eq!(ends(call, true), None);
+        assert!(matches!(ends(call, false), Some(Next::Cut(_))));
+        assert_eq!(ends("STOP", true), Some(Next::Cut(0)));
+        // Before the marker it ends a text that has tools, too.
+        let before = ends(&format!("Sure. STOP {call}"), true);
+        let whole = Tokenizer::world_4096().encode(b"Sure. ").len();
+        assert!(matches!(before, Some(Next::Cut(n)) if (1..=whole).contains(&n)), "{before:?}");
+        assert_eq!(ends("Sure.", true), None);
+    }
+}
