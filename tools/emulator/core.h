@@ -1,7 +1,8 @@
 // What the emulated driver and the emulated kernels share: the thread that runs now, and how it waits for others.
 //
 // A block's threads are fibers of one system thread. A fiber runs until it waits for its warp or its block; then the next one
-// goes on. Blocks run one after another.
+// goes on. Blocks run one after another, but those of a cooperative launch in turns: such a kernel has no __shared__ variables, which
+// all its blocks would share here, only dynamic shared memory.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -28,6 +29,8 @@ struct State {
     unsigned char* dynamic_shared;
     void (*wait_warp)();
     void (*wait_block)(int barrier, int threads); // threads = 0: all of the block
+    void (*arrive_block)(int barrier, int threads);
+    void (*yield)();                              // lets others run
 };
 
 // One kernel: its name, how to call it with the driver's argument pointers, and the sizes of its arguments.

@@ -57,15 +57,22 @@ struct Fiber {
     bool done;
 };
 
+struct Block {
+    uint3 index;
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    std::vector<int> live;
+    std::vector<Barrier> warp_barriers;
+    Barrier barriers[BARRIERS];
+    int live_threads;
+    unsigned char* dynamic_shared;
+};
+
 std::recursive_mutex one;
 State state;
-std::vector<Fiber> fibers;
-std::vector<Warp> warps;
-std::vector<int> live;
-std::vector<Barrier> warp_barriers;
-Barrier barriers[BARRIERS];
-int live_in_block;
-unsigned char* stacks;
+Block* block; // that runs now
+unsigned char *stacks, *dynamic_shared;
+constexpr size_t TOGETHER = 8, SHARED = 256 << 10; // blocks that run in turns at most, and the dynamic shared memory of each
 void* scheduler;
 const Kernel* kernel;
 void** arguments;
@@ -73,35 +80,43 @@ uint64_t order;
 
 void yield() { emulator_switch(&reinterpret_cast<Fiber*>(state.self)->sp, scheduler); }
 
+template <class Needed> void end_if_all(Barrier& b, Needed needed) {
+    if (b.arrived < needed()) return;
+    b.arrived = 0;
+    b.generation++;
+}
 template <class Needed> void wait(Barrier& b, Needed needed) {
     const unsigned generation = b.generation;
     b.arrived++;
-    while (b.generation == generation) {
-        if (b.arrived >= needed()) {
-            b.arrived = 0;
-            b.generation++;
-            return;
-        }
+    for (end_if_all(b, needed); b.generation == generation; end_if_all(b, needed)) {
         yield();
+        if (b.generation != generation) return;
     }
 }
 
 void wait_warp() {
-    const size_t w = state.self->warp - warps.data();
-    wait(warp_barriers[w], [w] { return live[w]; });
+    const size_t w = state.self->warp - block->warps.data();
+    wait(block->warp_barriers[w], [w] { return block->live[w]; });
 }
 
 void wait_block(int barrier, int threads) {
     if (barrier >= BARRIERS) abort();
-    wait(barriers[barrier], [threads] { return threads ? threads : live_in_block; });
+    wait(block->barriers[barrier], [threads] { return threads ? threads : block->live_threads; });
+}
+
+void arrive_block(int barrier, int threads) {
+    if (barrier >= BARRIERS) abort();
+    Barrier& b = block->barriers[barrier];
+    b.arrived++;
+    end_if_all(b, [threads] { return threads; });
 }
 
 void run_fiber() {
     kernel->call(arguments);
     auto* f = reinterpret_cast<Fiber*>(state.self);
     f->done = true;
-    live_in_block--;
-    live[f->thread.warp - warps.data()]--;
+    block->live_threads--;
+    block->live[f->thread.warp - block->warps.data()]--;
     yield();
     abort();
 }
@@ -114,36 +129,47 @@ bool skipped() {
     return order & 1;
 }
 
-void run_block() {
+// The `place`-th of the blocks that run in turns.
+Block begin_block(uint3 index, size_t place, size_t shared) {
+    Block b;
+    b.index = index;
     const dim3 n = state.block_size;
     const size_t threads = size_t(n.x) * n.y * n.z;
-    fibers.resize(threads);
-    warps.resize((threads + 31) / 32);
-    warp_barriers.assign(warps.size(), {});
-    live.assign(warps.size(), 0);
-    for (Barrier& b : barriers) b = {};
-    live_in_block = int(threads);
+    b.fibers.resize(threads);
+    b.warps.resize((threads + 31) / 32);
+    b.warp_barriers.assign(b.warps.size(), {});
+    b.live.assign(b.warps.size(), 0);
+    b.live_threads = int(threads);
+    b.dynamic_shared = dynamic_shared + place * SHARED;
+    memset(b.dynamic_shared, 0xff, shared);
     for (size_t i = 0; i < threads; i++) {
-        Fiber& f = fibers[i];
-        f.thread = {{unsigned(i % n.x), unsigned(i / n.x % n.y), unsigned(i / n.x / n.y)}, int(i % 32), 0, &warps[i / 32]};
+        Fiber& f = b.fibers[i];
+        f.thread = {{unsigned(i % n.x), unsigned(i / n.x % n.y), unsigned(i / n.x / n.y)}, int(i % 32), 0, &b.warps[i / 32]};
         f.done = false;
-        live[i / 32]++;
-        void** sp = reinterpret_cast<void**>(stacks + (i + 1) * STACK);
+        b.live[i / 32]++;
+        void** sp = reinterpret_cast<void**>(stacks + (place * 1024 + i + 1) * STACK);
         *--sp = nullptr; // keeps the stack aligned as after a call
         *--sp = reinterpret_cast<void*>(run_fiber);
         for (int r = 0; r < 6; r++) *--sp = nullptr;
         f.sp = sp;
     }
-    while (live_in_block)
-        for (size_t w = 0; w < warps.size(); w++) {
-            if (skipped()) continue;
-            for (size_t i = w * 32; i < std::min(threads, w * 32 + 32); i++) {
-                Fiber& f = fibers[i];
-                if (f.done) continue;
-                state.self = &f.thread;
-                emulator_switch(&scheduler, f.sp);
-            }
+    return b;
+}
+
+// Every thread until it waits.
+void turn(Block& b) {
+    block = &b;
+    state.block = b.index;
+    state.dynamic_shared = b.dynamic_shared;
+    for (size_t w = 0; w < b.warps.size(); w++) {
+        if (skipped()) continue;
+        for (size_t i = w * 32; i < std::min(b.fibers.size(), w * 32 + 32); i++) {
+            Fiber& f = b.fibers[i];
+            if (f.done) continue;
+            state.self = &f.thread;
+            emulator_switch(&scheduler, f.sp);
         }
+    }
 }
 
 std::map<std::string, const Kernel*> kernels;
@@ -151,9 +177,11 @@ std::map<std::string, const Kernel*> kernels;
 void load() {
     state.wait_warp = wait_warp;
     state.wait_block = wait_block;
+    state.arrive_block = arrive_block;
+    state.yield = yield;
     if (const char* seed = getenv("ANSER_EMULATOR_SEED")) order = strtoull(seed, nullptr, 10) * 0x9e3779b97f4a7c15 | 1;
-    stacks = static_cast<unsigned char*>(mmap(nullptr, 1024 * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    state.dynamic_shared = static_cast<unsigned char*>(aligned_alloc(1024, 256 << 10));
+    stacks = static_cast<unsigned char*>(mmap(nullptr, TOGETHER * 1024 * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    dynamic_shared = static_cast<unsigned char*>(aligned_alloc(1024, TOGETHER * SHARED));
     Dl_info self;
     dladdr(reinterpret_cast<void*>(load), &self);
     std::string folder = self.dli_fname;
@@ -237,7 +265,7 @@ EXPORT cuDeviceGet(int* d, int) { return *d = 0, 0; }
 EXPORT cuDeviceGetName(char* name, int n, int) { return snprintf(name, n, "emulator"), 0; }
 EXPORT cuDeviceGetAttribute(int* v, int attribute, int) {
     switch (attribute) {
-    case 16: *v = 4; break;          // multiprocessors
+    case 16: *v = 7; break;          // multiprocessors
     case 75: *v = 9; break;          // compute capability
     case 76: *v = 0; break;
     case 97: *v = 227 << 10; break;  // shared memory of a block
@@ -326,42 +354,65 @@ EXPORT cuFuncSetAttribute(void* f, int attribute, int value) {
 EXPORT cuFuncGetAttribute(int* v, int, void*) { return *v = 0, 0; }
 EXPORT cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n, void*, int, size_t) { return *n = 2, 0; }
 
-EXPORT cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-                      void* stream, void** args, void**) {
+// CUlaunchConfig: grid, block, shared bytes, stream, attributes.
+struct LaunchAttribute {
+    int id;
+    char pad[4];
+    union {
+        int cooperative;
+        char bytes[64];
+    };
+};
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared;
+    void* stream;
+    const LaunchAttribute* attributes;
+    unsigned count;
+};
+EXPORT cuLaunchKernelEx(const LaunchConfig* c, void* f, void** args, void**) {
     const auto* function = static_cast<Function*>(f);
+    const auto [gx, gy, gz] = c->grid;
+    const auto [bx, by, bz] = c->block;
+    const unsigned shared = c->shared;
+    bool together = false;
+    for (unsigned i = 0; i < c->count; i++) together |= c->attributes[i].id == 2 && c->attributes[i].cooperative;
     if (size_t(bx) * by * bz > 1024 || shared > function->shared || shared > (227u << 10) || gy > 65535 || gz > 65535) return 1;
+    if (together && size_t(gx) * gy * gz > TOGETHER) return 720;
     const Kernel* k = function->kernel;
     std::vector<std::vector<unsigned char>> copies(k->count);
     for (size_t i = 0; i < k->count; i++) {
         const auto* from = static_cast<unsigned char*>(args[i]);
         copies[i].assign(from, from + k->sizes[i]);
     }
-    return run([=]() mutable {
+    return run([=, gx = gx, gy = gy, gz = gz, bx = bx, by = by, bz = bz]() mutable {
         std::vector<void*> pointers;
         for (auto& c : copies) pointers.push_back(c.data());
         kernel = k;
         arguments = pointers.data();
         state.block_size = dim3(bx, by, bz);
         state.grid_size = dim3(gx, gy, gz);
+        std::vector<Block> blocks;
+        const auto run_blocks = [&] {
+            for (bool running = true; running;) {
+                running = false;
+                for (Block& b : blocks)
+                    if (b.live_threads) running = true, turn(b);
+            }
+            blocks.clear();
+        };
         for (unsigned z = 0; z < gz; z++)
             for (unsigned y = 0; y < gy; y++)
                 for (unsigned x = 0; x < gx; x++) {
-                    state.block = {x, y, z};
-                    memset(state.dynamic_shared, 0xff, shared);
-                    run_block();
+                    blocks.push_back(begin_block({x, y, z}, blocks.size(), shared));
+                    if (!together) run_blocks();
                 }
-    }, stream);
+        run_blocks();
+    }, c->stream);
 }
-
-// CUlaunchConfig: grid, block, shared bytes, stream, attributes.
-struct LaunchConfig {
-    unsigned grid[3], block[3], shared;
-    void* stream;
-    void* attributes;
-    unsigned count;
-};
-EXPORT cuLaunchKernelEx(const LaunchConfig* c, void* f, void** args, void** extra) {
-    return cuLaunchKernel(f, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared, c->stream, args, extra);
+EXPORT cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                      void* stream, void** args, void** extra) {
+    const LaunchConfig config{{gx, gy, gz}, {bx, by, bz}, shared, stream, nullptr, 0};
+    return cuLaunchKernelEx(&config, f, args, extra);
 }
 
 EXPORT cuStreamBeginCapture_v2(void*, int) { return capture = new Work, 0; }

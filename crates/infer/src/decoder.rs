@@ -43,8 +43,6 @@ pub struct Decoder<'m> {
 impl<'m> Decoder<'m> {
     /// Slots at most.
     pub const MOST_SLOTS: usize = DecodeStep::MOST;
-    /// Sequences of a step at most of which each gives the same to the bit as alone: their sums have one order.
-    pub const APART: usize = DecodeStep::APART;
 
     /// A decoder with `slots` empty sequences, or `None` if [`DecodeStep::new`] gives none.
     ///
@@ -93,6 +91,11 @@ impl<'m> Decoder<'m> {
             ctx: ctx.clone(),
             model,
         }))
+    }
+
+    /// Sequences of a step at most of which each gives the same to the bit as alone: their sums have one order.
+    pub fn apart(&self) -> usize {
+        self.step.apart()
     }
 
     /// Number of slots.

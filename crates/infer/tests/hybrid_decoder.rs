@@ -121,8 +121,8 @@ fn steps_equal_the_forward_pass() {
     }
     let (dtype, tolerance) = TYPES[0];
     check(dtype, tolerance, &model(64, 128, hybrid(1, 5, 4)), None, 1, [0, 60]);
-    check(dtype, tolerance, &model(16, 48, hybrid(1, 24, 2)), None, 3, [40, 30]);
-    check(dtype, tolerance, &model(32, 64, hybrid(1, 7, 20)), None, 4, [130, 20]);
+    check(dtype, tolerance, &model(64, 192, hybrid(1, 24, 2)), None, 3, [40, 30]);
+    check(dtype, tolerance, &model(64, 64, hybrid(1, 7, 20)), None, 4, [130, 20]);
     check(dtype, tolerance, &model(128, 256, hybrid(1, 40, 3)), None, 4, [170, 20]);
     // Own chunk alone, dense attention, and chunks that are shared among blocks.
     check(dtype, tolerance, &model(64, 128, hybrid(1, 8, 1)), None, 1, [20, 20]);

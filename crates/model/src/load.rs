@@ -462,6 +462,9 @@ impl Model {
 pub(crate) const STACK: [&str; 7] =
     ["att.receptance.weight", "att.key.weight", "att.value.weight", "att.v1", "att.w1", "att.a1", "att.g1"];
 
+/// The second halves of the low-rank maps, in the order of their first halves, all [in, out].
+const STACK_UP: [&str; 4] = ["att.v2", "att.w2", "att.a2", "att.g2"];
+
 /// Elements that one thread converts at a time.
 const PIECE: usize = 1 << 15;
 
@@ -520,7 +523,7 @@ fn copy_finite(ctx: &Context, from: &[u8], out: &mut [u8]) -> Option<usize> {
 }
 
 /// Copies the matrices to the GPU in the type of activations, one after another; `read` gives a tensor's values in this type. Those of [`STACK`] of a layer share
-/// a buffer; the second matrix of channel mixing lies [in, out], so that rows under zeros can be skipped.
+/// a buffer, and those of [`STACK_UP`]; the second matrix of channel mixing lies [in, out], so that rows under zeros can be skipped.
 fn to_device(
     ctx: &Context, config: &Config, read: impl Fn(&str, &[usize], &mut [u8]) -> Result<(), Error>,
 ) -> Result<HashMap<String, Weight>, Error> {
@@ -529,13 +532,16 @@ fn to_device(
     let mut weights = HashMap::new();
     let mut values = Vec::new();
     let mut copy = |names: &[String]| -> Result<(), Error> {
+        if names.is_empty() {
+            return Ok(());
+        }
         let size = |name: &String| shapes[name.as_str()].iter().product::<usize>();
         let mut buf = ctx.alloc(names.iter().map(size).sum());
         let (mut start, mut places) = (0, Vec::new());
         for name in names {
             let (shape, stored) = (shapes[name.as_str()], packed_layout(name) == Some(true));
             let (outputs, inputs) = if stored { (shape[1], shape[0]) } else { (shape[0], shape[1]) };
-            let in_out = (stored && names.len() == 1) || name.ends_with("ffn.value.weight");
+            let in_out = (stored && !STACK.contains(&place(name).1)) || name.ends_with("ffn.value.weight");
             values.resize(size(name) * ctx.dtype().size(), 0);
             read(name, shape, &mut values)?;
             if stored != in_out {
@@ -556,12 +562,14 @@ fn to_device(
     };
     let attention = config.hybrid.map_or(0, |h| h.layers);
     for block in (0..config.n_layer).map(|i| config.block(i)).chain((0..attention).map(|j| format!("moba.{j}."))) {
-        let all = STACK.iter().map(|m| format!("{block}{m}"));
-        copy(&all.filter(|name| shapes.contains_key(name.as_str())).collect::<Vec<_>>())?;
+        for stack in [&STACK[..], &STACK_UP] {
+            let all = stack.iter().map(|m| format!("{block}{m}"));
+            copy(&all.filter(|name| shapes.contains_key(name.as_str())).collect::<Vec<_>>())?;
+        }
     }
     for (name, ..) in &list {
         let (at, part) = place(name);
-        let stacked = !matches!(at, Place::Outside) && STACK.contains(&part);
+        let stacked = !matches!(at, Place::Outside) && (STACK.contains(&part) || STACK_UP.contains(&part));
         if packed_layout(name).is_some() && !stacked {
             copy(std::slice::from_ref(name))?;
         }

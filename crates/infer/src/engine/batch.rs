@@ -304,7 +304,7 @@ impl<'m> Batch<'m> {
                 single.sort_by_key(|&i| work[i].wants.token.is_some());
                 used.fill(None);
                 let mut meanwhile = Some(meanwhile);
-                let together = if self.apart { Decoder::APART } else { single.len().max(1) };
+                let together = if self.apart { decoder.apart() } else { single.len().max(1) };
                 for single in single.chunks(together) {
                     let inputs: Vec<(usize, u32)> = single.iter().map(|&i| (work[i].slot, work[i].tokens[0])).collect();
                     decoder.feed(&inputs)?;

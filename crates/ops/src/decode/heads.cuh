@@ -1,14 +1,10 @@
-// One head of one sequence from its projections to what the output matrix reads: second halves of the low-rank maps, keys, value
-// residual, one step of WKV-7 with the state [N, N] in place, GroupNorm, bonus and gate. 4 N threads. With many sequences the second halves are
-// a product of their own. States are kept in f32 or f16; arithmetic is f32.
+// One head of one sequence from its projections and low-rank maps to what the output matrix reads: keys, value residual, one step of WKV-7 with the state
+// [N, N] in place, GroupNorm, bonus and gate. 4 N threads. States are kept in f32 or f16; arithmetic is f32.
 #pragma once
 #include "overlap.cuh"
 
 struct Maps {
     const void* up[4]; // w, a, v, g: [rank, C]; v null in the first layer
-};
-struct Ranks {
-    int rank[4], at[4]; // of each map; where its first half is in the projections of a sequence
 };
 struct Vectors {
     const float* p[6]; // w0, a0, v0, k_k, k_a, r_k
@@ -49,38 +45,26 @@ template <int N, class F> __device__ __forceinline__ float each_warp_sum(F f) {
     return warp_sum(s);
 }
 
-// Of sequence b, r, k and v lie at proj + b * stride, `apart` after each other, and with !MAPPED the first halves, or with MAPPED their second halves
-// in mapped [4, batch, C]. first [batch, C]: v of layer 0, written by layer 0. state [slots, heads, N, N].
-// Without MAPPED the rows `slots` of `last` become those of `now` [batch, C]. wrote [2, batch, C], if wanted: value and key that the state takes up.
-template <class T, class S, int N, bool MAPPED>
-__device__ void heads(const float* proj, int stride, size_t apart, const float* mapped, Maps maps, Ranks ranks, Vectors vec, Norm norm,
-                      float* first, S* state, const int* slots, const T* now, T* last, T* wrote, T* out, int c) {
-    constexpr int THREADS = 4 * N, LANES = N / 8, PARTS = 32, WARPS_ = THREADS / 32;
+// Of sequence b, r, k and v lie at proj + b C, `apart` after each other; the low-rank maps in mapped [4, batch, C], of which the value gate is not `gated` in
+// layer 0. first [batch, C]: v of layer 0, written by layer 0. state [slots, heads, N, N]. wrote [2, batch, C], if wanted: value and key that the state takes up.
+template <class T, class S, int N>
+__device__ void heads(const float* proj, size_t apart, const float* mapped, int gated, Vectors vec, Norm norm, float* first, S* state, const int* slots,
+                      T* wrote, T* out, int c) {
+    constexpr int THREADS_ = 4 * N;
     // A small state waits for its use in shared memory: registers for more blocks at a time are worth more.
-    constexpr bool STAGED = MAPPED && sizeof(S) == 2 && N == 64;
-    __shared__ uint4 staged[STAGED ? 2 * THREADS : 1];
-    __shared__ float hidden[MAPPED ? 1 : 2048];
-    __shared__ float sums[MAPPED ? 1 : WARPS_][4][N];
+    constexpr bool STAGED = sizeof(S) == 2 && N == 64;
+    __shared__ uint4 staged[STAGED ? 2 * THREADS_ : 1];
     __shared__ __align__(16) float x[7][N]; // r, d, k, v, removal key z (not yet of length 1), z times the rate, terms of the bonus
     __shared__ float y[N];
-    DYNAMIC_SHARED(dynamic);
     let_next_start();
-    const int h = blockIdx.x, b = blockIdx.y, t = threadIdx.x, lane = t & 31, warp = t >> 5, c0 = h * N;
-    // Before the wait: the second halves and the state, which no kernel shortly before writes.
-    T* ring = reinterpret_cast<T*>(dynamic) + t * 8;
-    int copies = 0;
-    for (int m = 0; m < 4 && !MAPPED; m++) {
-        const T* up = static_cast<const T*>(maps.up[m]);
-        if (up)
-            for (int i = t / LANES; i < ranks.rank[m]; i += PARTS) copy8(ring + copies++ * THREADS * 8, up + size_t(i) * c + c0 + t % LANES * 8);
-    }
-    // Four threads have a row of the state; which four columns the e-th are of this one.
+    const int h = blockIdx.x, b = blockIdx.y, t = threadIdx.x, warp = t >> 5, c0 = h * N;
+    // Before the wait: the state, which no kernel shortly before writes. Four threads have a row of it; which four columns the e-th are of this one.
     const int i = t >> 2, q = t & 3;
     const auto col = [&](int e) { return STAGED ? e / 2 * 32 + q * 8 + e % 2 * 4 : e * 16 + q * 4; };
     S* s_at = state + (size_t(slots[b]) * (c / N) + h) * N * N + i * N;
     decltype(load_state(s_at)) kept[STAGED ? 1 : N / 16];
     if constexpr (STAGED) {
-        for (int e = 0; e < 2; e++) copy_async(&staged[e * THREADS + t], s_at + col(2 * e));
+        for (int e = 0; e < 2; e++) copy_async(&staged[e * THREADS_ + t], s_at + col(2 * e));
     } else {
 #pragma unroll
         for (int e = 0; e < N / 16; e++) kept[e] = load_state(s_at + col(e));
@@ -93,57 +77,17 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
         for (int j = 0; j < 6; j++) p[j] = vec.p[j] ? vec.p[j][ch] : 0.f;
     }
     wait_for_previous();
-    proj += size_t(b) * stride;
-    float r = 0.f, k = 0.f, v = 0.f, v0 = 0.f, gate = 0.f, second[4] = {0.f, 0.f, 0.f, 0.f};
+    proj += size_t(b) * c;
+    float v = 0.f, gate = 0.f;
     if (t < N) {
-        for (int j = 0; j < 4 && MAPPED; j++)
-            if (maps.up[j]) second[j] = __ldcg(mapped + (size_t(j) * gridDim.y + b) * c + ch);
-        if (maps.up[2]) v0 = __ldcg(first + size_t(b) * c + ch);
-        r = __ldcg(proj + ch);
-        k = __ldcg(proj + apart + ch);
+        float m[4];
+        for (int j = 0; j < 4; j++) m[j] = j != 2 || gated ? __ldcg(mapped + (size_t(j) * gridDim.y + b) * c + ch) : 0.f;
+        const float v0 = gated ? __ldcg(first + size_t(b) * c + ch) : 0.f;
+        const float r = __ldcg(proj + ch), k = __ldcg(proj + apart + ch);
         v = __ldcg(proj + 2 * apart + ch);
-    }
-    // The first halves lie one after another; several loads at once.
-    const int begin = min(min(ranks.at[0], ranks.at[1]), min(ranks.at[2], ranks.at[3]));
-    const int count = ranks.rank[0] + ranks.rank[1] + ranks.rank[2] + ranks.rank[3];
-    const auto within = [&](int m, int j) { return unsigned(begin + j - ranks.at[m]) < unsigned(ranks.rank[m]); };
-    for (int j0 = t; j0 < count && !MAPPED; j0 += 4 * THREADS) {
-        float f[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) f[e] = j0 + e * THREADS < count ? __ldcg(proj + begin + j0 + e * THREADS) : 0.f;
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int j = j0 + e * THREADS;
-            if (j < count) hidden[j] = within(0, j) ? tanhf(f[e]) : within(3, j) ? sigmoid(f[e]) : f[e];
-        }
-    }
-    if (!MAPPED && t < N) last[size_t(slots[b]) * c + ch] = from_f32<T>(load_fresh_one(now + size_t(b) * c + ch));
-    copy_wait<0>();
-    if (!MAPPED) __syncthreads();
-    copies = 0;
-#pragma unroll
-    for (int m = 0; m < 4 && !MAPPED; m++) {
-        Vec sum = zeros();
-        if (maps.up[m])
-            for (int i = t / LANES; i < ranks.rank[m]; i += PARTS) {
-                const Vec w = load(ring + copies++ * THREADS * 8);
-                const float f = hidden[ranks.at[m] - begin + i];
-                for (int j = 0; j < 8; j++) sum[j] = fmaf(f, w[j], sum[j]);
-            }
-        for (int j = 0; j < 8; j++) {
-            for (int o = LANES; o < 32; o *= 2) sum[j] += __shfl_xor_sync(~0u, sum[j], o);
-            if (lane < LANES) sums[warp][m][lane * 8 + j] = sum[j];
-        }
-    }
-    if (!MAPPED) __syncthreads();
-    if (t < N) {
-        float m[4] = {0.f, 0.f, 0.f, 0.f};
-        for (int i = 0; i < WARPS_ && !MAPPED; i++)
-            for (int j = 0; j < 4; j++) m[j] += sums[i][j][t];
-        for (int j = 0; j < 4 && MAPPED; j++) m[j] = second[j];
         x[1][t] = expf(-0.60653066f * sigmoid(m[0] + p[0]));
         const float rate = sigmoid(m[1] + p[1]), z = k * p[3], ks = k * (1.f + (rate - 1.f) * p[4]);
-        if (maps.up[2])
+        if (gated)
             v += (v0 - v) * sigmoid(m[2] + p[2]);
         else
             first[size_t(b) * c + ch] = v;
@@ -155,11 +99,12 @@ __device__ void heads(const float* proj, int stride, size_t apart, const float* 
         x[5][t] = z * rate;
         x[6][t] = r * ks * p[5];
     }
+    copy_wait<0>();
     __syncthreads();
     const float inv = 1.f / fmaxf(sqrtf(each_warp_sum<N>([&](int n) { return x[4][n] * x[4][n]; })), 1e-12f);
     const auto before = [&](int e) {
         if constexpr (STAGED)
-            return floats(reinterpret_cast<const uint2*>(&staged[e / 2 * THREADS + t])[e % 2]);
+            return floats(reinterpret_cast<const uint2*>(&staged[e / 2 * THREADS_ + t])[e % 2]);
         else
             return floats(kept[e]);
     };

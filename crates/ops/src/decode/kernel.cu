@@ -1,13 +1,12 @@
 // One decoding step of RWKV-7 for a few sequences; mod.rs says how the kernels follow each other.
-// may spill: decode_mapped_64_(f16_\w+.\(\w+\)|f32_\w+.\(sm_(80|90a)\))
-// may spill: decode_mixed_(rows|key)_4_\w+.\(sm_80\)
+// may spill: decode_heads_64_(f16_\w+.\(\w+\)|f32_\w+.\(sm_(80|90a)\))
+// may spill: decode_program_4_2_\w+.\(sm_120\)
 // A few registers each, read back from the first-level cache; more blocks at a time are worth more.
 #include "attend.cuh"
 #include "heads.cuh"
 #include "low_rank.cuh"
 #include "mix.cuh"
-#include "skip.cuh"
-#include "tiles.cuh"
+#include "program.cuh"
 
 // The types of activations that decoding has kernels for.
 #define FOR_BOTH_TYPES(KERNEL) KERNEL(bf16, bf16) KERNEL(f16, f16)
@@ -27,39 +26,23 @@
 #define MIX(T, name) MIX_FOR(T, name, 1) MIX_FOR(T, name, 2) MIX_FOR(T, name, 4)
 FOR_BOTH_TYPES(MIX)
 
-#define SKIP_OF(T, name, B)                                                                                                         \
-    extern "C" __global__ void __launch_bounds__(512) decode_skip_##B##_##name(                                                     \
-        const T* w, const T* k, float* x, float* parts, unsigned* ended, unsigned* count, const T* now, T* last, const int* slots,  \
-        int hidden, int c, int share) {                                                                                             \
-        skip<T, B>(w, k, x, parts, ended, count, now, last, slots, hidden, c, share);                                               \
+#define HEADS_OF(T, name, S, kept, N)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(4 * N, N > 64 ? 1 : (N == 64 && sizeof(S) == 2 ? 384 : 320) / N)                   \
+    decode_heads_##N##_##kept##_##name(const float* proj, size_t apart, const float* mapped, int gated, Vectors vec, Norm norm,     \
+                                       float* first, S* state, const int* slots, T* wrote, T* out, int c) {                         \
+        heads<T, S, N>(proj, apart, mapped, gated, vec, norm, first, state, slots, wrote, out, c);                                  \
     }
-#define SKIP(T, name) SKIP_OF(T, name, 1) SKIP_OF(T, name, 2) SKIP_OF(T, name, 3) SKIP_OF(T, name, 4)
-FOR_BOTH_TYPES(SKIP)
+#define HEADS_FOR(T, name, N) HEADS_OF(T, name, float, f32, N) HEADS_OF(T, name, f16, f16, N)
+#define HEADS_OF_ALL(T, name) HEADS_FOR(T, name, 64) HEADS_FOR(T, name, 128)
+FOR_BOTH_TYPES(HEADS_OF_ALL)
 
-#define HEADS_OF(T, name, S, kept, N, kind, MAPPED)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(4 * N, MAPPED && N <= 64 ? (N == 64 && sizeof(S) == 2 ? 384 : 320) / N : 1)                   \
-    decode_##kind##_##N##_##kept##_##name(                                                                                          \
-        const float* proj, int stride, size_t apart, const float* mapped, Maps maps, Ranks ranks, Vectors vec, Norm norm, float* first, \
-        S* state, const int* slots, const T* now, T* last, T* wrote, T* out, int c) {                                               \
-        heads<T, S, N, MAPPED>(proj, stride, apart, mapped, maps, ranks, vec, norm, first, state, slots, now, last, wrote, out, c); \
+#define PROGRAM_FOR(T, name, B, HELD)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(ALL, 1) decode_program_##B##_##HELD##_##name(                                  \
+        const Op* ops, const int* slots, unsigned* arrived, Run r, Room room) {                                                     \
+        program<T, 64, B, HELD, STAGES_OF[B * HELD > 4]>(ops, slots, arrived, r, room);                                                                      \
     }
-#define HEADS_KEPT(T, name, S, kept, N) HEADS_OF(T, name, S, kept, N, heads, false) HEADS_OF(T, name, S, kept, N, mapped, true)
-#define HEADS_FOR(T, name, N) HEADS_KEPT(T, name, float, f32, N) HEADS_KEPT(T, name, f16, f16, N)
-#define HEADS(T, name) HEADS_FOR(T, name, 16) HEADS_FOR(T, name, 32) HEADS_FOR(T, name, 64) HEADS_FOR(T, name, 128)
-FOR_BOTH_TYPES(HEADS)
-
-#define MIXED_OF(T, name, HELD, kind, FINISH)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(256, 2) decode_mixed_##kind##_##HELD##_##name(                                     \
-        const T* w, const float* x, void* y, const int4* work, Norm norm, Mixes mu, const T* last, const int* slots, T* now, Share s) { \
-        mixed_product<T, HELD, FINISH>(w, x, y, work, norm, mu, last, slots, now, s);                                               \
-    }
-#define MIXED_FOR(T, name, HELD) MIXED_OF(T, name, HELD, rows, STORE) MIXED_OF(T, name, HELD, key, RELU_SQUARED)
-#define TILES(T, name)                                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256, 2) decode_output_##name(const T* w, const T* x, float* y, const int4* work, Share s) { \
-        output<T>(w, x, y, work, s);                                                                                                \
-    }                                                                                                                               \
-    MIXED_FOR(T, name, 1) MIXED_FOR(T, name, 2) MIXED_FOR(T, name, 4)
-FOR_BOTH_TYPES(TILES)
+#define PROGRAM(T, name) PROGRAM_FOR(T, name, 1, 1) PROGRAM_FOR(T, name, 1, 2) PROGRAM_FOR(T, name, 4, 1) PROGRAM_FOR(T, name, 4, 2)
+FOR_BOTH_TYPES(PROGRAM)
 
 #define LOW_RANK(T, name)                                                                                                           \
     extern "C" __global__ void __launch_bounds__(256) decode_downs_##name(                                                          \
@@ -83,7 +66,7 @@ FOR_BOTH_TYPES(LOW_RANK)
         unsigned* ended, T* out, Rule r) {                                                                                           \
         attend<T, N>(projected, all, slots, positions, picks, parts, ended, out, r);                                                 \
     }
-#define ATTEND(T, name) ATTEND_FOR(T, name, 16) ATTEND_FOR(T, name, 32) ATTEND_FOR(T, name, 64) ATTEND_FOR(T, name, 128)
+#define ATTEND(T, name) ATTEND_FOR(T, name, 64) ATTEND_FOR(T, name, 128)
 FOR_BOTH_TYPES(ATTEND)
 
 // x = relu(x)^2 for n vectors of 8.

@@ -3,21 +3,21 @@
 #pragma once
 #include "overlap.cuh"
 
-// Calls f(i, channel) for every vector of the thread.
-template <int HELD, class F> __device__ __forceinline__ void each_vector(int c, F f) {
+// Calls f(i, channel) for every vector of the thread, one of WORKERS, or of all of the block.
+template <int HELD, int WORKERS = 0, class F> __device__ __forceinline__ void each_vector(int c, F f) {
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
-        const int at = (i * blockDim.x + threadIdx.x) * 8;
+        const int at = (i * (WORKERS ? WORKERS : blockDim.x) + threadIdx.x) * 8;
         if (at < c) f(i, at);
     }
 }
 
 // A row of constants: read at once where a thread has one vector of it, only brought near where it has more.
-template <int HELD> struct Constants {
+template <int HELD, int WORKERS = 0> struct Constants {
     const float* p;
-    Vec held;
+    Vec held = {};
     __device__ __forceinline__ Constants(const float* row, int c) : p(row) {
-        if (row) each_vector<HELD>(c, [&](int, int at) {
+        if (row) each_vector<HELD, WORKERS>(c, [&](int, int at) {
             if (HELD == 1)
                 held = load(p + at);
             else

@@ -1,24 +1,25 @@
 //! A decoding step on a GPU: one token for each of some sequences.
 //!
 //! With few sequences every weight is used once, so that a step takes what reading the weights takes. The residual stream x [B, C] stays f32;
-//! normalised and interpolated vectors and relu(.)^2 are rounded to the type of activations (f16 or bf16), everything else between two kernels
-//! is f32. Per layer, for up to [`BATCH`] sequences:
+//! normalised and interpolated vectors and relu(.)^2 are rounded to the type of activations (f16 or bf16), everything else
+//! is f32. For up to [`BATCH`] sequences a step is one kernel ([`Program`]), whose blocks, one for each multiprocessor, wait for each other between operations:
 //!
-//! | kernel | reads, C = 2048, f16 | floor at 2.94 TB/s |
+//! | operation | reads, C = 2048, f16 | floor at 2.94 TB/s |
 //! | --- | --- | --- |
-//! | [`Step::mixed`], projections: r, k, v and the first halves of the low-rank maps, one matrix [3 C + ranks, C] | 27.3 MB | 9.3 us |
-//! | [`Step::heads`]: second halves, keys, value residual, WKV-7, read-out | 2.1 MB, states 0.5 MB in and out | 1.1 us |
-//! | [`Step::add`], output, C x C | 8.4 MB | 2.9 us |
-//! | [`Step::mixed`], key, 4 C x C, squared | 33.6 MB | 11.4 us |
-//! | [`Step::skip`], value | half of 4 C x C where half of relu^2 is zero: 16.8 MB | 5.7 us |
+//! | [`Listing::mixed`], projections: r, k, v and the first halves of the low-rank maps, one matrix [3 C + ranks, C] | 27.3 MB | 9.3 us |
+//! | [`Listing::heads`]: second halves, keys, value residual, WKV-7, read-out | 2.1 MB, states 0.5 MB in and out | 1.1 us |
+//! | [`Listing::add`], output, C x C | 8.4 MB | 2.9 us |
+//! | [`Listing::channels`], key, 4 C x C, squared | 33.6 MB | 11.4 us |
+//! | the same, value | half of 4 C x C where half of relu^2 is zero: 16.8 MB | 5.7 us |
 //!
 //! 30.4 us a layer, and 91 us for the head: 820 us a token. Products run on tensor cores, not for their speed but because they need few
-//! instructions for a byte. Every kernel lets the next one start at once, which fills its ring of copies with weights while it waits, so that
-//! memory is not idle between two kernels (`overlap.cuh`); normalisation and interpolation stand within the products, whose blocks all make
+//! instructions for a byte. A block's ring of copies runs through its shares of all matrices without a stop, so that memory is busy while blocks wait and
+//! while they make what a product needs (`program.cuh`); normalisation and interpolation stand within the products, whose blocks all make
 //! their own input.
 //!
-//! **Attention.** A block of a hybrid's attention has [`Step::mixed`] for q, k and v, [`Step::attend`], which is two kernels (the choice of chunks; attention, shared by
-//! keys among blocks that fill the GPU), and [`Step::add`] before the same channel mixing. Where keys and values lie and how many there are is read from device memory.
+//! **Attention.** A block of a hybrid's attention has [`Listing::mixed`] for q, k and v; then the program stops for [`Step::attend`], which is two kernels (the choice of
+//! chunks; attention, shared by keys among blocks that fill the GPU), and goes on with [`Listing::add`] before the same channel mixing. Where keys and values lie and
+//! how many there are is read from device memory.
 //!
 //! **More sequences.** With more than [`BATCH`] sequences the large products are the matrix library's, r, k and v in one call. Between them stand
 //! [`Step::mix`], the low-rank maps ([`Step::low_rank`]: two kernels, their inputs and ranks being too different for one call of the library), [`Step::heads`]
@@ -26,8 +27,8 @@
 //! Since the library's kernels don't start early, the small one before each fetches what it reads first ([`Ahead`]). From about 100 sequences on states are
 //! most of what a step moves; kept in f16 they are half of that.
 //!
-//! **Sums.** Of few sequences a row of a product is summed within tiles, then over warps in order: the same bits every time, whatever the other sequences of
-//! the batch are; skipped rows are products with zero, which leave a sum as it is. With more the library and the low-rank maps share a sum as suits the number of
+//! **Sums.** Of few sequences a row of a product is summed within tiles, then over warps, then over blocks, in order: the same bits every time, whatever the other
+//! sequences of the batch are; skipped rows are products with zero, which leave a sum as it is, and which rows a thread has does not depend on what is skipped. With more the library and the low-rank maps share a sum as suits the number of
 //! sequences: the same bits for the same number every time, but not the same for another.
 
 use crate::gpu::{int, kernel, pointers, size};
@@ -36,29 +37,18 @@ use anser_tensor::{Buf, Context, DType};
 
 mod attend;
 mod low_rank;
-mod tiles;
+mod program;
 
 pub use attend::{Attend, Attended};
 pub use low_rank::LowRanks;
-pub use tiles::{Mix, Tiles};
+pub use program::{FewHeads, Kinds, Listing, Mix, Plan, Program, fits_program};
 
 static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 
-/// Sequences of a step whose products are these kernels' own, at most.
+/// Sequences of a [`Program`] at most.
 pub const BATCH: usize = 4;
 /// Sequences of a step at most.
 pub const MOST: usize = 1024;
-/// Warps of [`Step::skip`].
-const SKIP_WARPS: usize = 16;
-
-/// What happens to the sums of a product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Finish {
-    /// They are the result.
-    Store,
-    /// relu(.)^2.
-    ReluSquared,
-}
 
 /// A matrix [rows, cols] of activations of which a part is brought into the second-level cache while a small kernel before its product runs: of every row
 /// of [out, in] the first columns, with which the product begins, and of [in, out] the first rows.
@@ -96,48 +86,18 @@ impl Ahead {
 /// Weight and bias of a normalisation, f32.
 pub type Norm = [DevicePtr; 2];
 
-/// The weights of one head step; see [`Step::heads`].
+/// The vectors of one head step; see [`Step::heads`].
 #[derive(Clone, Copy)]
 pub struct Heads {
-    /// Second halves [rank, C] of decay, in-context rate, value gate (null in the first layer) and gate.
-    pub up: [DevicePtr; 4],
-    /// Their ranks.
-    pub ranks: [usize; 4],
-    /// Where their first halves are in the projections of a sequence.
-    pub at: [usize; 4],
     /// w0, a0, v0, k_k, k_a, r_k, f32.
     pub vectors: [DevicePtr; 6],
     /// GroupNorm.
     pub ln_x: Norm,
 }
 
-/// Where [`Step::heads`] finds the projections of the sequences, f32.
-#[derive(Clone, Copy)]
-pub struct Projected {
-    /// r of the first sequence.
-    pub at: DevicePtr,
-    /// Elements from one sequence to the next.
-    pub stride: usize,
-    /// Elements from r to k, and from k to v.
-    pub apart: usize,
-    /// The low-rank maps [4, batch, C], if they were computed apart ([`Step::low_rank`]); if not, first halves lie behind v.
-    pub mapped: Option<DevicePtr>,
-}
-
-/// Bytes of shared memory in which the second halves of low-rank maps wait.
-fn heads_shared(ctx: &Context, n: usize, ranks: impl Iterator<Item = usize>) -> usize {
-    ranks.map(|r| r.div_ceil(32)).sum::<usize>() * 4 * n * 8 * ctx.dtype().size()
-}
-
-/// Whether the kernels hold a layer of width `c` with heads of `n` and low-rank maps of `ranks`: rows in registers, the maps of a head in shared memory.
-pub fn fits(ctx: &Context, c: usize, n: usize, ranks: [usize; 4]) -> bool {
-    let hopper = ctx.cuda().is_some_and(|g| g.info().capability.0 == 9);
-    // Beside up to 45 KB that the kernel declares.
-    let shared = if hopper { 180 << 10 } else { 52 << 10 };
-    c <= 8192
-        && tiles::holds(ctx, c)
-        && ranks.iter().sum::<usize>() <= 2048
-        && heads_shared(ctx, n, ranks.into_iter()) <= shared
+/// Whether the kernels of more sequences hold vectors of width `c` and heads of `n`.
+pub fn fits(c: usize, n: usize) -> bool {
+    c <= 8192 && (n == 64 || n == 128)
 }
 
 /// A step for `batch` sequences of width `c` with heads of `n`.
@@ -157,7 +117,12 @@ pub struct Step<'a> {
 
 impl Step<'_> {
     fn launch(&self, name: &str, grid: [usize; 3], threads: usize, shared: usize, overlap: bool, args: &[Arg]) {
-        self.gpu.launch_as(&KERNELS, name, Launch { grid, block: [threads, 1, 1], shared, overlap }, args);
+        self.gpu.launch_as(
+            &KERNELS,
+            name,
+            Launch { grid, block: [threads, 1, 1], shared, overlap, together: false },
+            args,
+        );
     }
 
     /// Threads of a block that holds a row.
@@ -192,27 +157,19 @@ impl Step<'_> {
         self.launch(&name, grid, self.row_threads(), 0, true, &args);
     }
 
-    /// Heads from `from` to `out` [batch, C]; `first` [batch, C] f32 holds the values of layer 0; `state` [slots, heads, N, N] f32 or f16 is advanced in the
-    /// rows `slots`. `shift`: what [`Step::mixed`] left for a later kernel, and where it goes; not used with maps computed apart. `wrote` [2, batch, C] becomes value
-    /// and key that the state takes up, in the type of activations, unless it is null.
+    /// Heads from r, k and v `projected` [3, batch, C] and low-rank maps `mapped` [4, batch, C] ([`Step::low_rank`]), both f32, to `out` [batch, C]; `first`
+    /// [batch, C] f32 holds the values of layer 0, and is written by it, which has no value gate (`gated`); `state` [slots, heads, N, N] f32 or f16 is advanced
+    /// in the rows `slots`. `wrote` [2, batch, C] becomes value and key that the state takes up, in the type of activations, unless it is null.
     pub fn heads(
-        &self, from: Projected, w: &Heads, first: DevicePtr, state: &Buf, slots: DevicePtr, shift: [DevicePtr; 2],
-        wrote: DevicePtr, out: DevicePtr,
+        &self, [projected, mapped]: [DevicePtr; 2], gated: bool, w: &Heads, first: DevicePtr, state: &Buf,
+        slots: DevicePtr, wrote: DevicePtr, out: DevicePtr,
     ) {
-        let mut words = [0; 8];
-        let ranks = w.ranks.iter().zip(&w.up).map(|(&r, &up)| if up == DevicePtr::NULL { 0 } else { r });
-        words.iter_mut().zip(ranks.clone().chain(w.at)).for_each(|(to, v)| *to = v as i32);
-        let mapped = from.mapped.unwrap_or(DevicePtr::NULL);
-        let (kind, shared) = match from.mapped {
-            Some(_) => ("mapped", 0),
-            None => ("heads", heads_shared(self.ctx, self.n, ranks)),
-        };
-        let mut args = vec![from.at.into(), int(from.stride), size(from.apart), mapped.into(), pointers(w.up)];
-        args.extend([Arg::Words(words), pointers(w.vectors), pointers(w.ln_x)]);
-        args.extend([first, state.ptr(), slots, shift[0], shift[1], wrote, out].map(Arg::from));
+        let mut args = vec![projected.into(), size(self.batch * self.c), mapped.into(), int(usize::from(gated))];
+        args.extend([pointers(w.vectors), pointers(w.ln_x)]);
+        args.extend([first, state.ptr(), slots, wrote, out].map(Arg::from));
         args.push(int(self.c));
-        let name = kernel(self.ctx, &format!("decode_{kind}_{}_{}", self.n, state.dtype()));
-        self.launch(&name, [self.c / self.n, self.batch, 1], 4 * self.n, shared, true, &args);
+        let name = kernel(self.ctx, &format!("decode_heads_{}_{}", self.n, state.dtype()));
+        self.launch(&name, [self.c / self.n, self.batch, 1], 4 * self.n, 0, true, &args);
     }
 
     /// relu(.)^2 of `n` activations in place. `ahead` is the matrix of the product after it.
@@ -224,53 +181,9 @@ impl Step<'_> {
         self.launch(&name, grid, threads, 0, true, &[x.into(), next, ahead, size(n / 8)]);
     }
 
-    /// x [batch, C] += k W for k [batch, hidden] and W [hidden, C], without the rows of W under zeros of all sequences. `scratch` is as [`Skip`] made it;
-    /// `shift` as in [`Step::heads`], to the rows `slots`.
-    pub fn skip(
-        &self, w: DevicePtr, k: DevicePtr, x: DevicePtr, scratch: &Skip, shift: [DevicePtr; 2], slots: DevicePtr,
-    ) {
-        let name = kernel(self.ctx, &format!("decode_skip_{}", self.batch));
-        let scratches = [scratch.parts.ptr(), scratch.ended.ptr(), scratch.count.ptr()];
-        let args = [w, k, x].into_iter().chain(scratches).chain(shift).chain([slots]).map(Arg::from);
-        let args: Vec<Arg> = args.chain([int(scratch.hidden), int(self.c), int(scratch.share)]).collect();
-        let grid = [self.c.div_ceil(256), scratch.shares(), 1];
-        self.launch(&name, grid, SKIP_WARPS * 32, 0, true, &args);
-    }
-
     /// `token[batch]` = the most probable of logits [batch, V], the first of equals.
     pub fn argmax(&self, logits: DevicePtr, token: DevicePtr, vocab: usize) {
         let args = [logits.into(), token.into(), int(vocab)];
         self.launch("decode_argmax", [self.batch, 1, 1], 1024, 0, true, &args);
-    }
-}
-
-/// How [`Step::skip`] shares the hidden rows among blocks, and its memory between them.
-pub struct Skip {
-    hidden: usize,
-    share: usize,
-    parts: Buf,
-    ended: Buf,
-    count: Buf,
-}
-
-impl Skip {
-    /// For products of up to `batch` sequences from `hidden` to `c` channels. `None` without a GPU.
-    pub fn new(ctx: &Context, batch: usize, hidden: usize, c: usize) -> Option<Skip> {
-        let tiles = c.div_ceil(256);
-        // Of at least 8 rows for every warp.
-        let most = hidden.div_ceil(SKIP_WARPS * 8);
-        let shares = (ctx.cuda()?.info().multiprocessors as usize / tiles).clamp(1, most);
-        let share = hidden.div_ceil(shares);
-        let parts = ctx.alloc_f32(hidden.div_ceil(share) * batch * c);
-        Some(Skip { hidden, share, parts, ended: ctx.zeros_f32(tiles), count: ctx.zeros_f32(1) })
-    }
-
-    fn shares(&self) -> usize {
-        self.hidden.div_ceil(self.share)
-    }
-
-    /// Rows read since the beginning; waits for the device.
-    pub fn rows_read(&self) -> u32 {
-        self.count.to_vec().first().map_or(0, |v| v.to_bits())
     }
 }

@@ -1,9 +1,6 @@
-// Overlapping with the kernel before and after (programmatic dependent launch), and rings of copies that a thread keeps to itself.
+// Overlapping with the kernel before and after (programmatic dependent launch), and waiting for other blocks of the same kernel.
 #pragma once
 #include "mma.cuh"
-
-// What happens to the sums of a product: stored, stored as relu(.)^2, added to what is there.
-enum Finish { STORE, RELU_SQUARED, ADD };
 
 // Lets the next kernel start on multiprocessors that have room: it reads what never changes (weights) and then waits.
 __device__ __forceinline__ void let_next_start() {
@@ -21,11 +18,28 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-// Eight elements of T from device memory to this thread's own place in shared memory.
-template <class T> __device__ __forceinline__ void copy8(T* to, const T* from) {
-    copy_async(to, from);
-    if (sizeof(T) == 4) copy_async(reinterpret_cast<char*>(to) + 16, reinterpret_cast<const char*>(from) + 16);
+#ifndef ANSER_EMULATOR
+// Adds one to what blocks count, after everything that the thread has seen or written.
+__device__ __forceinline__ void add_release(unsigned* p) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p) : "memory"); }
+// Waits until it is at least n: what is read after that is not older.
+__device__ __forceinline__ void wait_for_at_least(const unsigned* p, unsigned n) {
+    unsigned v;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    while (v < n);
 }
+// As copy_async, of what is needed once: it need not stay in the second-level cache.
+__device__ __forceinline__ void copy_async_once(void* to, const void* from) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "l"(policy) : "memory");
+}
+#else
+inline void add_release(unsigned* p) { ++*p; }
+inline void wait_for_at_least(const unsigned* p, unsigned n) {
+    while (*p < n) emulator::state->yield();
+}
+inline void copy_async_once(void* to, const void* from) { copy_async(to, from); }
+#endif
 
 // Eight elements that an earlier kernel wrote, past the first-level cache.
 __device__ __forceinline__ Vec load_fresh(const float* p) {

@@ -18,6 +18,8 @@ pub struct Launch {
     /// Whether it may start before the kernel before it has ended (programmatic dependent launch, compute capability 9.0 or later).
     /// The kernel itself waits before it touches anything that earlier kernels write.
     pub overlap: bool,
+    /// Whether all blocks run at the same time, so that they can wait for each other (a cooperative launch): no more than there is room for.
+    pub together: bool,
 }
 
 /// Recorded work, launched as one; the addresses in it are fixed, so that buffers it uses must outlive it.
@@ -182,11 +184,17 @@ impl Cuda {
         let mut params: Vec<*mut c_void> = args.iter().map(Arg::pointer).collect();
         let [gx, gy, gz] = how.grid.map(|n| n as u32);
         let [bx, by, bz] = how.block.map(|n| n as u32);
-        let mut overlap = cu::CUlaunchAttribute {
-            id: cu::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: cu::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        };
+        let attribute = |id, value| cu::CUlaunchAttribute { id, pad: [0; 4], value };
+        let mut attributes = Vec::new();
+        if how.overlap && self.info.capability.0 >= 9 {
+            let value = cu::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
+            let id = cu::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            attributes.push(attribute(id, value));
+        }
+        if how.together {
+            let value = cu::CUlaunchAttributeValue { cooperative: 1 };
+            attributes.push(attribute(cu::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, value));
+        }
         let config = cu::CUlaunchConfig {
             gridDimX: gx,
             gridDimY: gy,
@@ -196,8 +204,8 @@ impl Cuda {
             blockDimZ: bz,
             sharedMemBytes: how.shared as u32,
             hStream: self.stream(),
-            attrs: &mut overlap,
-            numAttrs: u32::from(how.overlap && self.info.capability.0 >= 9),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
         };
         let addresses = || {
             args.iter().flat_map(|a| match a {
@@ -209,7 +217,7 @@ impl Cuda {
         self.timed(
             || (name.into(), self.sizes_of(addresses().copied()), 0.0),
             || {
-                // SAFETY: `params` point to the arguments and `config` to the attribute, which live until the call returns; the
+                // SAFETY: `params` point to the arguments and `config` to the attributes, which live until the call returns; the
                 // rest is the caller's promise.
                 let code =
                     unsafe { cu::cuLaunchKernelEx(&config, function, params.as_mut_ptr(), std::ptr::null_mut()) };

@@ -72,6 +72,9 @@ __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch
 // Waits until `threads` threads have come to barrier `id` (1 to 15).
 __device__ __forceinline__ void wait_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+// Comes to barrier `id` without waiting.
+__device__ __forceinline__ void arrive_barrier(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -127,6 +130,7 @@ inline void copy_commit() {}
 template <int N> void copy_wait() {}
 inline void prefetch(const void*) {}
 inline void wait_barrier(int id, int threads) { emulator::state->wait_block(id, threads); }
+inline void arrive_barrier(int id, int threads) { emulator::state->arrive_block(id, threads); }
 inline float exp2_fast(float x) { return exp2f(x); }
 #define DYNAMIC_SHARED(name) unsigned char* name = emulator::state->dynamic_shared
 

@@ -503,7 +503,7 @@ impl Cuda {
     pub fn launch_with(
         &self, module: &'static Module, name: &str, grid: [usize; 3], block: [usize; 3], shared: usize, args: &[Arg],
     ) {
-        self.launch_as(module, name, Launch { grid, block, shared, overlap: false }, args);
+        self.launch_as(module, name, Launch { grid, block, shared, overlap: false, together: false }, args);
     }
 
     /// Grid of a kernel that walks over `n` elements, 8 at a time, in blocks of 256 threads.

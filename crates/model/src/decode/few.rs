@@ -1,0 +1,168 @@
+//! A step of few sequences: a program that stops only for attention.
+
+use super::{DecodeStep, Part};
+use crate::rwkv7::{Block, ChannelMix};
+use crate::{Model, State};
+use anser_ops::decode::{BATCH, FewHeads, Kinds, Listing, Mix, Plan, Program, Step, fits_program};
+use anser_ops::{LowRank, Param};
+use anser_tensor::cuda::DevicePtr;
+use anser_tensor::{Buf, Context};
+use std::ops::Range;
+
+/// Plans and memory for up to [`BATCH`] sequences, and the program that was written for a state.
+pub(super) struct Few {
+    /// Projections of the first layer, and of the others.
+    projections: [Plan; 2],
+    /// q, k and v of attention.
+    attention: Plan,
+    output: Plan,
+    key: Plan,
+    head: Plan,
+    /// What each block gives of channel mixing.
+    parts: Buf,
+    blocks: usize,
+    /// Rows of the second matrix of channel mixing that were read.
+    read: Buf,
+    /// The largest logits of each block.
+    found: Buf,
+    program: Option<(Key, Written)>,
+}
+
+/// What of a state is part of a program: where it is, and whether attention notes what it takes up.
+#[derive(PartialEq)]
+struct Key(Option<DevicePtr>, bool);
+
+/// A program, and its parts between attention: operations, and the attention block after them.
+pub(super) struct Written {
+    program: Program,
+    parts: Vec<(Range<usize>, Option<usize>)>,
+}
+
+fn key(state: &State) -> Key {
+    Key(state.layers.first().map(|l| l.wkv.buf().ptr()), state.cache.is_some_and(|c| c.by == crate::Eviction::Error))
+}
+
+impl Few {
+    /// For steps of up to `most` sequences; ranks of decay, in-context rate, value gate and gate of the first layer and of others. `None` if the kernel does not
+    /// hold the model.
+    pub fn new(ctx: &Context, model: &Model, most: usize, ranks: [[usize; 4]; 2]) -> Option<Few> {
+        let config = model.config();
+        let (c, n, hidden, most) = (config.n_embd, config.head_size, config.n_hidden, most.min(BATCH));
+        if !ranks.iter().all(|&r| fits_program(ctx, model.blocks.len(), c, n, hidden, r)) {
+            return None;
+        }
+        // In the order of `load::STACK`; the value gate has the input of v.
+        let projections =
+            |[w, a, v, g]: [usize; 4]| Plan::new(ctx, c, &[(c, 0), (c, 1), (c + v, 2), (w, 3), (a, 4), (g, 5)]);
+        let blocks = ctx.cuda()?.info().multiprocessors as usize;
+        Some(Few {
+            projections: [projections(ranks[0])?, projections(ranks[1])?],
+            attention: Plan::new(ctx, c, &[(3 * c, 0)])?,
+            output: Plan::new(ctx, c, &[(c, 0)])?,
+            key: Plan::new(ctx, c, &[(hidden, 0)])?,
+            head: Plan::new(ctx, c, &[(config.vocab_size, 0)])?,
+            parts: ctx.alloc_f32(blocks * most * c),
+            blocks,
+            read: ctx.zeros_f32(1),
+            found: ctx.alloc_f32(blocks * BATCH * 2),
+            program: None,
+        })
+    }
+
+    /// Elements of the projections of a sequence, at most.
+    pub fn widest(&self) -> usize {
+        self.projections.iter().map(Plan::rows).max().unwrap_or(0)
+    }
+
+    /// Rows of second matrices of channel mixing read since the beginning; waits for the device.
+    pub fn rows_read(&self) -> u32 {
+        self.read.to_vec().first().map_or(0, |v| v.to_bits())
+    }
+
+    /// Whether the program is for this state.
+    pub fn is_for(&self, state: &State) -> bool {
+        self.program.as_ref().is_some_and(|(of, _)| *of == key(state))
+    }
+
+    /// Takes the program for this state.
+    pub fn set(&mut self, state: &State, written: Option<Written>) {
+        self.program = written.map(|w| (key(state), w));
+    }
+}
+
+impl DecodeStep<'_> {
+    /// Writes down the step for a state. `None` when memory runs out.
+    pub(super) fn write(&self, few: &Few, state: &State) -> Option<Written> {
+        let (m, c) = (self.model, self.model.config().n_embd);
+        let (x, mixed, projected, now) = (self.x.ptr(), self.mixed.ptr(), self.projected.ptr(), self.now.ptr());
+        let (mut list, mut parts, mut begin) = (Listing::default(), Vec::new(), 0);
+        list.embed(self.matrix(&m.emb), self.tokens.ptr(), x, self.norm(&m.ln0));
+        let (mut layers, mut attention) =
+            (self.blocks.iter().zip(&state.layers).enumerate(), state.attention.iter().enumerate());
+        let channels = |list: &mut Listing, norm, ffn: &ChannelMix, last| {
+            let mix = Mix { mu: [self.at(ffn.mix)], last, now };
+            let matrices = [&ffn.key, &ffn.value].map(|w| self.matrix(w));
+            list.channels(&few.key, matrices, x, norm, mix, few.parts.ptr(), few.read.ptr(), few.blocks);
+        };
+        for (at, (_, block)) in m.blocks.iter().enumerate() {
+            if let Block::Hybrid(block) = block {
+                let (j, s) = attention.next()?;
+                list.mixed(&few.attention, self.matrix(&block.receptance), x, self.norm(&block.ln1), None, projected);
+                parts.push((begin..list.len(), Some(j)));
+                begin = list.len();
+                list.add(&few.output, self.matrix(&block.output), mixed, x);
+                channels(&mut list, self.norm(&block.ln2), &block.ffn, s.ffn_x.buf().ptr());
+                continue;
+            }
+            let (i, (block, s)) = layers.next()?;
+            let att = &block.att;
+            let [mr, mw, mk, mv, ma, mg] = att.mix.map(|p: Param| self.at(p));
+            // In the order of inputs.
+            let mix = Mix { mu: [mr, mk, mv, mw, ma, mg], last: s.att_x.buf().ptr(), now };
+            let (plan, stacked) = (&few.projections[i.min(1)], self.matrix(&att.receptance));
+            list.mixed(plan, stacked, x, self.norm(&block.ln1), Some(mix), projected);
+            let rank = |l: Option<&LowRank>| l.map_or(0, |l| l.down.outputs());
+            let heads = FewHeads {
+                projected,
+                ranks: [att.value_gate.as_ref(), Some(&att.decay), Some(&att.rate), Some(&att.gate)].map(rank),
+                up: self.matrix(&att.value_gate.as_ref().unwrap_or(&att.decay).up),
+                vectors: self.vectors(block),
+                ln_x: self.norm(&att.ln_x),
+                first: self.first.ptr(),
+                state: s.wkv.buf(),
+                shift: [now, mix.last],
+                wrote: self.wrote(state, at),
+                out: mixed,
+            };
+            list.heads(c, heads);
+            list.add(&few.output, self.matrix(&att.output), mixed, x);
+            channels(&mut list, self.norm(&block.ln2), &block.ffn, s.ffn_x.buf().ptr());
+        }
+        let norm = self.norm(&m.ln_out);
+        list.logits(&few.head, self.matrix(&m.head), x, norm, self.logits.ptr(), few.found.ptr(), self.tokens.ptr());
+        parts.push((begin..list.len(), None));
+        Some(Written { program: list.finish(&self.ctx)?, parts })
+    }
+
+    /// A step of up to [`BATCH`] sequences.
+    pub(super) fn run_few(&self, few: &Few, step: Step<'_>, state: &State, only: Option<Part>) {
+        let Some((_, written)) = &few.program else { return };
+        let kinds = match only {
+            None => Kinds::ALL,
+            Some(Part::Mix) => Kinds::EMBED,
+            Some(Part::Projections) => Kinds::MIXED,
+            Some(Part::Heads) => Kinds::HEADS,
+            Some(Part::Output) => Kinds::ADD,
+            Some(Part::Key) => Kinds::KEYS,
+            Some(Part::Value) => Kinds::VALUES,
+            Some(Part::Head) => Kinds::LOGITS,
+        };
+        let (slots, notes) = (self.slots.ptr(), state.cache.map_or(0, |c| c.notes()));
+        for (ops, attention) in &written.parts {
+            written.program.run(&step, ops.clone(), kinds, slots);
+            if let (Some(j), Some(pasts), None | Some(Part::Heads)) = (attention, &self.pasts, only) {
+                step.attend(&pasts.attend, pasts.of(*j, notes, self.projected.ptr(), slots), self.mixed.ptr());
+            }
+        }
+    }
+}

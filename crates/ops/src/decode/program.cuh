@@ -1,0 +1,402 @@
+// The operations of a step of 1 to 4 sequences, in one kernel whose blocks stay for all of them and wait for each other between two.
+//
+// Products run behind a ring of copies that never stops (ring.cuh). Channel mixing goes through both matrices without a wait: a block has the
+// same hidden channels of both, its rows of the second under zeros are not read, and what it gives for all channels is added to that of the others in order
+// of the blocks.
+#pragma once
+#include "few_heads.cuh"
+
+
+enum Kind { EMBED, MIXED, HEADS, ADD, CHANNELS, SUM, LOGITS, TOKEN, KINDS };
+constexpr int VALUES = 1 << KINDS; // beside the kinds in a mask: the second matrix of CHANNELS
+
+constexpr int EAGER = 1024; // width up to which rows of the second matrix are fetched before it is known whether they are needed
+
+struct Matrix {
+    const void* w;    // [total, k]
+    const int4* work; // of every block: first row, rows, input
+    int total, k, spread, number;
+};
+struct Embed {
+    const void* table;
+    const int* tokens;
+    float* x;
+    Norm norm;
+};
+// y = finish(m W^T). m [batch, C]: interpolations between h = norm(x) and `last`, which stays, while h goes to `now`; h itself without `last`; with ADD x itself.
+struct Product {
+    Matrix m;
+    const void* x;
+    Norm norm;
+    Mixes mu;
+    const void* last;
+    void* now;
+    void* y;           // [batch, total] f32; with CHANNELS the parts [blocks, batch, C]
+    const void* value; // CHANNELS: the second matrix [total, C]
+    void* seen;        // CHANNELS: number of its rows that were read; LOGITS: Found [blocks, MOST]
+};
+struct Sum {
+    const float* parts;
+    float* x;
+    const void* now;
+    void* last;
+    size_t count;
+};
+struct Found {
+    float value;
+    int index;
+};
+struct Token {
+    const Found* found;
+    int* tokens;
+    size_t vocab;
+};
+struct Op {
+    size_t kind;
+    union {
+        Embed embed;
+        Product product;
+        HeadsOf heads;
+        Sum sum;
+        Token token;
+        size_t words[31];
+    };
+};
+static_assert(sizeof(Op) == 256, "");
+
+struct Run {
+    int from, to, mask;   // operations
+    int number, products; // of the first product among them, and how many there are
+    int batch, c;
+    int waits; // operations that run
+};
+// Bytes of shared memory: what operations use in turn; hidden channels of a block at most.
+struct Room {
+    int bytes, hidden;
+};
+
+// Sums over the block for every sequence. `scratch` [MOST, WARPS] is not written again before the next barrier but one.
+template <int B> __device__ __forceinline__ void block_sums(float (&s)[B], int batch, float* scratch) {
+#pragma unroll
+    for (int b = 0; b < B; b++)
+        if (b < batch) {
+            s[b] = warp_sum(s[b]);
+            if ((threadIdx.x & 31) == 0) scratch[b * WARPS + (threadIdx.x >> 5)] = s[b];
+        }
+    sync_workers();
+#pragma unroll
+    for (int b = 0; b < B; b++)
+        if (b < batch) {
+            s[b] = 0.f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) s[b] += scratch[b * WARPS + w];
+        }
+}
+
+// h = (h - mean) / sqrt(variance + 1e-5) weight + bias of rows held by the block.
+template <int B, int HELD>
+__device__ __forceinline__ void normalise_rows(Vec (&h)[B][HELD], const Constants<HELD, THREADS>& weight, const Constants<HELD, THREADS>& bias, int batch, int c,
+                                               float* scratch) {
+    float s[B];
+    const auto sums = [&](float* to, auto term) {
+#pragma unroll
+        for (int b = 0; b < B; b++) {
+            s[b] = 0.f;
+            if (b < batch) each_vector<HELD, THREADS>(c, [&](int i, int) {
+                for (int j = 0; j < 8; j++) s[b] += term(b, h[b][i][j]);
+            });
+        }
+        block_sums(s, batch, to);
+    };
+    float mean[B];
+    sums(scratch, [](int, float v) { return v; });
+#pragma unroll
+    for (int b = 0; b < B; b++) mean[b] = s[b] / c;
+    sums(scratch + MOST * WARPS, [&](int b, float v) { return (v - mean[b]) * (v - mean[b]); });
+#pragma unroll
+    for (int b = 0; b < B; b++) s[b] = rsqrtf(s[b] / c + 1e-5f);
+    each_vector<HELD, THREADS>(c, [&](int i, int at) {
+        const Vec w = weight.at(at), v = bias.at(at);
+#pragma unroll
+        for (int b = 0; b < B; b++)
+            if (b < batch)
+                for (int j = 0; j < 8; j++) h[b][i][j] = (h[b][i][j] - mean[b]) * s[b] * w[j] + v[j];
+    });
+}
+
+// The input of a product into held [batch, pitch], after the wait.
+template <class T, int B, int HELD>
+__device__ __forceinline__ void mixed_input(const Product& op, const Share& mine, T* held, const int* slots, int batch, int c, float* scratch) {
+    const T* last = static_cast<const T*>(op.last);
+    const Constants<HELD, THREADS> weight(op.norm.p[0], c), bias(op.norm.p[1], c), m(last ? op.mu.p[mine.input] : nullptr, c);
+    // A vector that waits as it is; more are only brought near.
+    uint4 before[B] = {};
+    if (last)
+#pragma unroll
+        for (int b = 0; b < B; b++)
+            if (b < batch) each_vector<HELD, THREADS>(c, [&](int i, int at) {
+                const T* p = last + size_t(slots[b]) * c + at;
+                if (HELD == 1)
+                    before[b] = __ldcg(reinterpret_cast<const uint4*>(p));
+                else
+                    prefetch(p);
+            });
+    Grid::wait();
+    Vec h[B][HELD] = {};
+    const float* x = static_cast<const float*>(op.x);
+#pragma unroll
+    for (int b = 0; b < B; b++)
+        if (b < batch) each_vector<HELD, THREADS>(c, [&](int i, int at) { h[b][i] = load_fresh(x + size_t(b) * c + at); });
+    normalise_rows<B, HELD>(h, weight, bias, batch, c, scratch);
+    const int stride = pitch(c);
+    each_vector<HELD, THREADS>(c, [&](int i, int at) {
+        Vec f = zeros();
+        if (last) f = m.at(at);
+#pragma unroll
+        for (int b = 0; b < B; b++) {
+            if (b >= batch) break;
+            Vec& v = h[b][i];
+            if (last) {
+                for (int j = 0; j < 8; j++) v[j] = to_f32(from_f32<T>(v[j]));
+                if (blockIdx.x == 0) store(static_cast<T*>(op.now) + size_t(b) * c + at, v);
+                const Vec old = HELD == 1 ? unpack8<T>(before[b]) : load_fresh(last + size_t(slots[b]) * c + at);
+                for (int j = 0; j < 8; j++) v[j] += (old[j] - v[j]) * f[j];
+            }
+            store(held + b * stride + at, v);
+        }
+    });
+}
+
+// Brings n rows of c elements near, a warp for each.
+template <class At> __device__ __forceinline__ void prefetch_rows(int n, int c, At at) {
+    for (int i = threadIdx.x >> 5; i < n; i += WARPS)
+        for (int j = (threadIdx.x & 31) * 64; j < c; j += 32 * 64) prefetch(at(i) + j);
+}
+
+// The block's rows of the second matrix of channel mixing, `first` the first of them, but for those under zeros of all sequences of h [batch, most]: for all
+// channels, to the block's parts [batch, C]. Groups of threads have every so many rows, whichever are read, so that a sequence's sums have one order. `list`
+// [most] are rows by groups, which begin at `begins` [THREADS / 8 + 1].
+template <class T, int B>
+__device__ __forceinline__ void values(const T* w, int first, int rows, const float* h, int most, int* list, int* begins, float* parts, unsigned* seen, int batch, int c,
+                                       float* scratch) {
+    constexpr int LOADS = 8; // rows that a thread waits for at once
+    const int t = threadIdx.x, lane = t & 31;
+    const int lanes = min(c / 8, THREADS), groups = THREADS / lanes, group = groups > 1 ? t / lanes : 0;
+    if (t < 32) {
+        int n = 0;
+        for (int g = 0; g < groups; g++) {
+            if (t == 0) begins[g] = n;
+            for (int i = g + lane * groups; i - lane * groups < rows; i += 32 * groups) {
+                bool some = false;
+                for (int b = 0; b < batch; b++) some |= i < rows && h[b * most + i] != 0.f;
+                const unsigned found = __ballot_sync(~0u, some);
+                if (some) list[n + __popc(found & ((1u << lane) - 1))] = i;
+                n += __popc(found);
+            }
+        }
+        if (t == 0) begins[groups] = n, atomicAdd(seen, unsigned(n));
+    }
+    sync_workers();
+    prefetch_rows(begins[groups], c, [&](int i) { return w + size_t(first + list[i]) * c; });
+    const int begin = begins[min(group, groups)], end = group < groups ? begins[group + 1] : begin;
+    for (int c0 = 0; c0 < c; c0 += lanes * 8) {
+        const int col = c0 + (t - group * lanes) * 8;
+        const bool in = col < c;
+        Vec sum[B];
+#pragma unroll
+        for (int b = 0; b < B; b++) sum[b] = zeros();
+        const T* from = w + size_t(first) * c + col;
+        for (int i = begin; i < end && in; i += LOADS) {
+            uint4 a[LOADS] = {};
+            int row[LOADS];
+#pragma unroll
+            for (int j = 0; j < LOADS; j++) {
+                row[j] = i + j < end ? list[i + j] : -1;
+                if (row[j] >= 0) a[j] = load_once(from + size_t(row[j]) * c);
+            }
+#pragma unroll
+            for (int j = 0; j < LOADS; j++) {
+                if (row[j] < 0) break;
+                const Vec v = unpack8<T>(a[j]);
+#pragma unroll
+                for (int b = 0; b < B; b++) {
+                    if (b >= batch) break;
+                    const float s = h[b * most + row[j]];
+#pragma unroll
+                    for (int e = 0; e < 8; e++) sum[b][e] = fmaf(v[e], s, sum[b][e]);
+                }
+            }
+        }
+#pragma unroll
+        for (int b = 0; b < B; b++) {
+            if (b >= batch) break;
+            if (groups == 1) {
+                if (in) store(parts + size_t(b) * c + col, sum[b]);
+                continue;
+            }
+            store(scratch + t * 8, sum[b]);
+            sync_workers();
+            for (int i = t; i < lanes * 8; i += THREADS) {
+                float s = 0.f;
+                for (int g = 0; g < groups; g++) s += scratch[g * lanes * 8 + i];
+                if (c0 + i < c) parts[size_t(b) * c + c0 + i] = s;
+            }
+            sync_workers();
+        }
+    }
+}
+
+// x [batch, C] += the sum of parts [count, batch, C]; the rows `slots` of `last` become those of `now`.
+template <class T> __device__ __forceinline__ void add_parts(const Sum& op, const int* slots, int batch, int c) {
+    const int t = threadIdx.x, warp = t >> 5, lane = t & 31, half = lane % 2, items = batch * c / 8;
+    Grid::wait();
+    // A warp has 8 channels, and two lanes those of every 16th part.
+    for (int item = blockIdx.x + warp * gridDim.x; item < items; item += gridDim.x * WARPS) {
+        float4* x = reinterpret_cast<float4*>(op.x + size_t(item) * 8) + half;
+        const float4 before = __ldcg(x);
+        float4 s = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 8
+        for (int p = lane / 2; p < int(op.count); p += 16) {
+            const float4 v = __ldcg(reinterpret_cast<const float4*>(op.parts + (size_t(p) * batch * c + size_t(item) * 8)) + half);
+            s.x += v.x, s.y += v.y, s.z += v.z, s.w += v.w;
+        }
+#pragma unroll
+        for (int o = 2; o < 32; o *= 2) {
+            s.x += __shfl_xor_sync(~0u, s.x, o);
+            s.y += __shfl_xor_sync(~0u, s.y, o);
+            s.z += __shfl_xor_sync(~0u, s.z, o);
+            s.w += __shfl_xor_sync(~0u, s.w, o);
+        }
+        if (lane < 2) *x = make_float4(before.x + s.x, before.y + s.y, before.z + s.z, before.w + s.w);
+    }
+    for (int i = blockIdx.x * THREADS + t; i < items; i += gridDim.x * THREADS) {
+        const int b = i / (c / 8), at = i % (c / 8) * 8;
+        *reinterpret_cast<uint4*>(static_cast<T*>(op.last) + size_t(slots[b]) * c + at) =
+            __ldcg(reinterpret_cast<const uint4*>(static_cast<const T*>(op.now) + size_t(b) * c + at));
+    }
+}
+
+__device__ __forceinline__ void take_larger(Found& best, float v, int i) {
+    if (v > best.value || (v == best.value && i < best.index)) best = {v, i};
+}
+
+template <class T, int N, int B, int HELD, int STAGES> __device__ __forceinline__ void program(const Op* ops, const int* slots_at, unsigned* arrived, Run r, Room room) {
+    DYNAMIC_SHARED(dynamic);
+    const int t = threadIdx.x, batch = B == 1 ? 1 : r.batch, c = r.c;
+    T* stages = reinterpret_cast<T*>(dynamic);
+    float* shared = reinterpret_cast<float*>(stages + STAGES * WARPS * TILE * APART);
+    T* held = reinterpret_cast<T*>(shared);
+    float* sums = reinterpret_cast<float*>(held + batch * pitch(c)); // [WARPS, 64]
+    float* hidden = shared + room.bytes / 4;
+    int* list = reinterpret_cast<int*>(hidden + MOST * room.hidden);
+    float* scratch = reinterpret_cast<float*>(list + (room.hidden + 4) / 4 * 4); // [2, MOST, WARPS]
+    Op* held_ops = reinterpret_cast<Op*>(scratch + 2 * MOST * WARPS);
+    int* slots = reinterpret_cast<int*>(held_ops + 2);
+    Share* shares = reinterpret_cast<Share*>(slots + MOST);
+    if (t >= THREADS) return Grid::serve(arrived, r.waits);
+    for (int i = r.from + t; i < r.to; i += THREADS) {
+        const int kind = int(ops[i].kind);
+        if (kind != MIXED && kind != ADD && kind != CHANNELS && kind != LOGITS) continue;
+        const Matrix m = ops[i].product.m;
+        const int4 work = m.work[blockIdx.x];
+        shares[m.number - r.number] = Share(static_cast<const T*>(m.w) + size_t(work.x) * m.k, work, r.mask >> kind & 1, m.k, m.total, m.spread);
+    }
+    const auto word = [&](int i) { return __ldg(reinterpret_cast<const uint4*>(ops + i) + t); };
+    if (t < 16) reinterpret_cast<uint4*>(held_ops)[t] = word(r.from);
+    if (t < batch) slots[t] = slots_at[t];
+    sync_workers();
+    Ring<T, STAGES> ring(stages, shares, shares + r.products);
+#pragma unroll 1
+    for (int i = r.from; i < r.to; i++) {
+        const Op& op = held_ops[(i - r.from) & 1];
+        uint4 next = {};
+        if (t < 16 && i + 1 < r.to) next = word(i + 1);
+        const int kind = int(op.kind);
+        const bool on = r.mask >> kind & 1, value = kind == CHANNELS && r.mask & VALUES;
+        if (on && kind == HEADS) {
+            few_heads<T, N>(op.heads, slots, batch, c, shared);
+        } else if (on && kind == SUM) {
+            add_parts<T>(op.sum, slots, batch, c);
+        } else if (on && kind == EMBED) {
+            Grid::wait();
+            if (int(blockIdx.x) < batch) {
+                const Constants<HELD, THREADS> weight(op.embed.norm.p[0], c), bias(op.embed.norm.p[1], c);
+                const T* from = static_cast<const T*>(op.embed.table) + size_t(__ldcg(op.embed.tokens + blockIdx.x)) * c;
+                Vec h[1][HELD] = {};
+                each_vector<HELD, THREADS>(c, [&](int j, int at) { h[0][j] = load(from + at); });
+                normalise_rows<1, HELD>(h, weight, bias, 1, c, scratch);
+                each_vector<HELD, THREADS>(c, [&](int j, int at) { store(op.embed.x + size_t(blockIdx.x) * c + at, h[0][j]); });
+            }
+        } else if (on && kind == TOKEN) {
+            Grid::wait();
+            // A warp for each sequence.
+            const int b = t >> 5;
+            if (blockIdx.x == 0 && b < batch) {
+                Found best{-INFINITY, int(op.token.vocab)};
+                for (int j = t & 31; j < int(gridDim.x); j += 32) {
+                    const float2 f = __ldcg(reinterpret_cast<const float2*>(op.token.found + j * MOST + b));
+                    take_larger(best, f.x, __float_as_int(f.y));
+                }
+#pragma unroll 1
+                for (int o = 16; o; o >>= 1) take_larger(best, __shfl_xor_sync(~0u, best.value, o), __shfl_xor_sync(~0u, best.index, o));
+                if ((t & 31) == 0) op.token.tokens[b] = best.index < int(op.token.vocab) ? best.index : 0;
+            }
+        } else if (on || value) {
+            const Product& p = op.product;
+            const Share& mine = shares[p.m.number - r.number];
+            if (kind == ADD) {
+                Grid::wait();
+                const T* x = static_cast<const T*>(p.x);
+                for (int b = 0; b < batch; b++)
+                    for (int j = t * 8; j < c; j += THREADS * 8)
+                        *reinterpret_cast<uint4*>(held + b * pitch(c) + j) = __ldcg(reinterpret_cast<const uint4*>(x + size_t(b) * c + j));
+            } else {
+                // What a block reads of the second matrix of a narrow model is near before it is known which rows are needed: memory has time.
+                if (value && c <= EAGER)
+                    prefetch_rows(mine.all, c, [&](int row) { return static_cast<const T*>(p.value) + size_t(mine.first + row) * c; });
+                mixed_input<T, B, HELD>(p, mine, held, slots, batch, c, scratch);
+            }
+            if (t < 16) reinterpret_cast<uint4*>(held_ops + ((i + 1 - r.from) & 1))[t] = next;
+            sync_workers();
+            if (const Op& after = held_ops[(i + 1 - r.from) & 1]; kind == MIXED && i + 1 < r.to && after.kind == HEADS)
+                prefetch_heads<T, N>(after.heads, batch, c);
+            float* y = static_cast<float*>(p.y);
+            const int total = mine.total;
+            if (kind == CHANNELS && !on)
+                for (int j = t; j < MOST * room.hidden; j += THREADS) hidden[j] = float(j & 1);
+            Found best{-INFINITY, total};
+            const auto old = [&](int row, int b) { return kind == ADD ? __ldcg(y + size_t(b) * total + row) : 0.f; };
+            product(ring, mine, held, batch, sums, old, [&](int row, int b, float v, float was) {
+                if (kind == CHANNELS) {
+                    hidden[b * room.hidden + row - mine.first] = to_f32(from_f32<T>(v > 0.f ? v * v : 0.f));
+                } else {
+                    y[size_t(b) * total + row] = was + v;
+                    if (kind == LOGITS) take_larger(best, v, row);
+                }
+            });
+            if (kind == CHANNELS && value) {
+                sync_workers();
+                if (mine.all)
+                    values<T, B>(static_cast<const T*>(p.value), mine.first, mine.all, hidden, room.hidden, list, reinterpret_cast<int*>(scratch), y + size_t(blockIdx.x) * batch * c,
+                                 static_cast<unsigned*>(p.seen), batch, c, shared);
+            } else if (kind == LOGITS) {
+                // Of sequence `lane / 4` of every warp.
+                Found* found = reinterpret_cast<Found*>(sums);
+#pragma unroll 1
+                for (int o = 1; o < 4; o *= 2) take_larger(best, __shfl_xor_sync(~0u, best.value, o), __shfl_xor_sync(~0u, best.index, o));
+                sync_workers();
+                if ((t & 31) < 4 * MOST && (t & 3) == 0) found[(t >> 5) * MOST + (t & 31) / 4] = best;
+                sync_workers();
+                if (t < MOST) {
+                    for (int w = 1; w < WARPS; w++) take_larger(found[t], found[w * MOST + t].value, found[w * MOST + t].index);
+                    static_cast<Found*>(p.seen)[blockIdx.x * MOST + t] = found[t];
+                }
+            }
+        }
+        if (kind == HEADS || kind == SUM || kind == EMBED || !(on || value))
+            if (t < 16) reinterpret_cast<uint4*>(held_ops + ((i + 1 - r.from) & 1))[t] = next;
+        if (i + 1 == r.to) break;
+        sync_workers();
+        if (on || value) Grid::arrive();
+    }
+}

@@ -1,0 +1,335 @@
+//! The operations of a step of few sequences, one after another in one kernel (`program.cuh`): how they are written down, how the rows of their matrices are
+//! shared among blocks, and their launch.
+
+use super::{BATCH, Norm, Step};
+use crate::gpu::kernel;
+use anser_tensor::cuda::{Arg, DevicePtr, Launch};
+use anser_tensor::{Buf, Context, DType};
+use std::ops::Range;
+
+/// Threads of a block that work, their warps, and all threads; rows of a tile.
+const THREADS: usize = 256;
+const WARPS: usize = THREADS / 32;
+const ALL: usize = THREADS + 32;
+const TILE: usize = 8;
+/// Head size that the kernel has.
+const HEAD: usize = 64;
+/// Bytes of a stage of all warps' rings.
+const STAGE: usize = WARPS * TILE * (256 + 32) * 2;
+/// Words of eight bytes of an operation, and bytes of a block's share of a matrix.
+const OP: usize = 32;
+const SHARE: usize = 48;
+/// Rows of a low-rank map's second half that a thread takes at once.
+const UNIT: usize = 8;
+
+/// Kinds of operations, of which a run may leave some out: bits as the kernel has them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Kinds(i32);
+
+/// The second matrix of channel mixing, in the operation that has the first too.
+const VALUES: i32 = 1 << 8;
+
+impl Kinds {
+    /// [`Listing::embed`].
+    pub const EMBED: Kinds = Kinds(1);
+    /// [`Listing::mixed`].
+    pub const MIXED: Kinds = Kinds(1 << 1);
+    /// [`Listing::heads`].
+    pub const HEADS: Kinds = Kinds(1 << 2);
+    /// [`Listing::add`].
+    pub const ADD: Kinds = Kinds(1 << 3);
+    /// The first matrix of [`Listing::channels`].
+    pub const KEYS: Kinds = Kinds(1 << 4);
+    /// The second, and what it gives added up. Without the first every other row is read.
+    pub const VALUES: Kinds = Kinds(1 << 5 | VALUES);
+    /// [`Listing::logits`].
+    pub const LOGITS: Kinds = Kinds(1 << 6 | 1 << 7);
+    /// All of them.
+    pub const ALL: Kinds = Kinds((1 << 9) - 1);
+}
+
+/// Bytes of shared memory that a block may have, and stages of its rings with vectors that need little of it and with others.
+fn limits(ctx: &Context) -> (usize, [usize; 2]) {
+    match ctx.cuda().map_or((8, 0), |g| g.info().capability) {
+        (9, _) => (227 << 10, [5, 4]),
+        (10, _) => (227 << 10, [2, 2]),
+        (8, 0) => (163 << 10, [2, 2]),
+        _ => (99 << 10, [2, 2]),
+    }
+}
+
+/// Vectors of 8 channels that a thread has of one of width `c`.
+fn held(c: usize) -> usize {
+    c.div_ceil(8 * THREADS)
+}
+
+/// Sequences for which there is a kernel.
+fn kernels_batch(batch: usize) -> usize {
+    if batch == 1 { 1 } else { BATCH }
+}
+
+/// Bytes that operations on `batch` sequences use in turn, with low-rank maps of these ranks.
+fn room(batch: usize, c: usize, ranks: [usize; 4]) -> usize {
+    let rows: usize = ranks.iter().sum();
+    let (product, heads, values) =
+        (batch * (c + 32) * 2 + WARPS * 64 * 4, (rows + (rows / UNIT + 12) * HEAD) * 4, THREADS * 8 * 4);
+    product.max(heads).max(values).next_multiple_of(16)
+}
+
+/// Bytes of shared memory for steps of `batch` sequences, if a block has `hidden` hidden channels at most and a share of `products` matrices.
+fn shared(ctx: &Context, batch: usize, c: usize, room: usize, hidden: usize, products: usize) -> usize {
+    let stages = limits(ctx).1[usize::from(kernels_batch(batch) * held(c) > 4)];
+    let fixed = 2 * BATCH * WARPS * 4 + 2 * OP * 8 + BATCH * 4;
+    stages * STAGE + room + BATCH * hidden * 4 + (hidden + 4) / 4 * 16 + fixed + products * SHARE
+}
+
+/// Whether the kernel holds `blocks` blocks of width `c` with heads of `n`, `hidden` channels and low-rank maps of `ranks`.
+pub fn fits_program(ctx: &Context, blocks: usize, c: usize, n: usize, hidden: usize, ranks: [usize; 4]) -> bool {
+    let Some(gpu) = ctx.cuda() else { return false };
+    let hidden = hidden.div_ceil(gpu.info().multiprocessors as usize);
+    let fits = |batch: usize| shared(ctx, batch, c, room(batch, c, ranks), hidden, 3 * blocks + 1) <= limits(ctx).0;
+    held(c) <= 2
+        && c.is_multiple_of(HEAD)
+        && n == HEAD
+        && ranks.iter().all(|r| r.is_multiple_of(UNIT))
+        && fits(1)
+        && fits(BATCH)
+}
+
+/// How the rows of a matrix are shared among the blocks.
+pub struct Plan {
+    work: Buf,
+    rows: usize,
+    k: usize,
+    /// Warps with the same rows, as a power of two.
+    spread: usize,
+    /// Rows of a block at most.
+    most: usize,
+}
+
+impl Plan {
+    /// A plan for a matrix [rows, k], whose rows are runs of (rows, input), in order. `None` without a GPU.
+    pub fn new(ctx: &Context, k: usize, runs: &[(usize, usize)]) -> Option<Plan> {
+        let blocks = ctx.cuda()?.info().multiprocessors as usize;
+        let rows: usize = runs.iter().map(|r| r.0).sum();
+        // The fewest rows a block with which the blocks suffice; a block's rows have one input.
+        let needed = |most: usize| runs.iter().map(|r| r.0.div_ceil(most)).sum::<usize>();
+        let runs_there = runs.iter().filter(|r| r.0 > 0).count();
+        if blocks < runs_there {
+            return None;
+        }
+        let most = (rows.div_ceil(blocks).max(1)..).find(|&m| needed(m) <= blocks).unwrap_or(1);
+        let (mut work, mut first) = (Vec::new(), 0);
+        for &(n, input) in runs.iter().filter(|r| r.0 > 0) {
+            let parts = n.div_ceil(most);
+            let edge = |p: usize| n * p / parts;
+            work.extend((0..parts).map(|p| [first + edge(p), edge(p + 1) - edge(p), input, 0].map(|v| v as i32)));
+            first += n;
+        }
+        work.resize(blocks, [0; 4]);
+        // Groups of warps with different rows, the warps of one sharing the steps of k; their sums pass through shared memory.
+        let groups = most.div_ceil(TILE).next_power_of_two().min(WARPS);
+        Some(Plan {
+            work: ctx.upload_i32(work.as_flattened())?,
+            rows,
+            k,
+            spread: (WARPS / groups).ilog2() as usize,
+            most,
+        })
+    }
+
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+}
+
+/// What [`Listing::mixed`] and [`Listing::channels`] interpolate with.
+#[derive(Clone, Copy)]
+pub struct Mix<const K: usize> {
+    /// Weights of the interpolations, in the order of the inputs that the runs of a plan name.
+    pub mu: [DevicePtr; K],
+    /// Rows [slots, C] of the token before, which a later operation replaces.
+    pub last: DevicePtr,
+    /// Where LayerNorm(x) [batch, C] waits for that.
+    pub now: DevicePtr,
+}
+
+/// The weights and memory of [`Listing::heads`].
+#[derive(Clone, Copy)]
+pub struct FewHeads<'a> {
+    /// The projections of a sequence: r, k, v, and the first halves of the low-rank maps of value gate, decay, in-context rate and gate; f32.
+    pub projected: DevicePtr,
+    /// Their ranks; the value gate has none in the first layer.
+    pub ranks: [usize; 4],
+    /// Their second halves, [ranks, C].
+    pub up: DevicePtr,
+    /// w0, a0, v0, k_k, k_a, r_k, f32.
+    pub vectors: [DevicePtr; 6],
+    /// GroupNorm.
+    pub ln_x: Norm,
+    /// Values of layer 0, [batch, C] f32.
+    pub first: DevicePtr,
+    /// States [slots, heads, N, N], f32 or f16, of which the rows of the sequences are advanced.
+    pub state: &'a Buf,
+    /// What [`Mix::now`] and [`Mix::last`] were.
+    pub shift: [DevicePtr; 2],
+    /// Value and key that the state takes up, [2, batch, C], unless it is null.
+    pub wrote: DevicePtr,
+    /// What goes to the output matrix, [batch, C].
+    pub out: DevicePtr,
+}
+
+/// Operations that are being written down, each after all before it. Vectors of activations are [batch, C]; x is f32 everywhere.
+#[derive(Default)]
+pub struct Listing {
+    words: Vec<u64>,
+    kinds: Vec<Kinds>,
+    /// Products before each operation.
+    before: Vec<usize>,
+    products: usize,
+    hidden: usize,
+    ranks: [usize; 4],
+}
+
+fn two(a: usize, b: usize) -> u64 {
+    a as u64 | (b as u64) << 32
+}
+
+impl Listing {
+    /// Operations so far.
+    pub fn len(&self) -> usize {
+        self.before.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn push(&mut self, kind: u64, words: impl IntoIterator<Item = u64>) {
+        self.before.push(self.products);
+        let bit = 1 << kind;
+        self.kinds.push(Kinds(if bit == Kinds::KEYS.0 { bit | VALUES } else { bit }));
+        let start = self.words.len();
+        self.words.push(kind);
+        self.words.extend(words);
+        assert!(self.words.len() <= start + OP);
+        self.words.resize(start + OP, 0);
+    }
+
+    fn product(
+        &mut self, kind: u64, plan: &Plan, w: DevicePtr, x: DevicePtr, norm: Norm, mix: Option<Mix<6>>, y: DevicePtr,
+        rest: [DevicePtr; 2],
+    ) {
+        let mix = mix.unwrap_or(Mix { mu: [DevicePtr::NULL; 6], last: DevicePtr::NULL, now: DevicePtr::NULL });
+        let at = |p: DevicePtr| p.address();
+        let words = [at(w), at(plan.work.ptr()), two(plan.rows, plan.k), two(plan.spread, self.products), at(x)];
+        let words = words.into_iter().chain(norm.map(at)).chain(mix.mu.map(at));
+        self.push(kind, words.chain([mix.last, mix.now, y].map(at)).chain(rest.map(at)));
+        self.products += 1;
+    }
+
+    /// x = LayerNorm of the tokens' rows of `table` [V, C].
+    pub fn embed(&mut self, table: DevicePtr, tokens: DevicePtr, x: DevicePtr, norm: Norm) {
+        self.push(0, [table, tokens, x, norm[0], norm[1]].map(|p| p.address()));
+    }
+
+    /// y [batch, rows] f32 = m W^T, for interpolations m between LayerNorm(x) and the token before, of which a row of W takes the one that its run names, or
+    /// LayerNorm(x) itself.
+    pub fn mixed(&mut self, plan: &Plan, w: DevicePtr, x: DevicePtr, norm: Norm, mix: Option<Mix<6>>, y: DevicePtr) {
+        self.product(1, plan, w, x, norm, mix, y, [DevicePtr::NULL; 2]);
+    }
+
+    /// Everything between the projections and the output matrix of a layer.
+    pub fn heads(&mut self, c: usize, h: FewHeads<'_>) {
+        let mut ends = h.ranks;
+        (1..4).for_each(|i| ends[i] += ends[i - 1]);
+        self.ranks.iter_mut().zip(h.ranks).for_each(|(most, rank)| *most = rank.max(*most));
+        let at = |p: DevicePtr| p.address();
+        let kept16 = usize::from(h.state.dtype() == DType::F16);
+        let ints = [3 * c + ends[3], ends[0], ends[1], ends[2], ends[3], kept16];
+        let ints = ints.chunks(2).map(|pair| two(pair[0], pair[1]));
+        let words =
+            [at(h.projected)].into_iter().chain(ints).chain([at(h.up)]).chain(h.vectors.map(at)).chain(h.ln_x.map(at));
+        let [now, last] = h.shift;
+        self.push(2, words.chain([h.first, h.state.ptr(), now, last, h.wrote, h.out].map(at)));
+    }
+
+    /// y [batch, rows] f32 += m W^T for activations m.
+    pub fn add(&mut self, plan: &Plan, w: DevicePtr, m: DevicePtr, y: DevicePtr) {
+        self.product(3, plan, w, m, [DevicePtr::NULL; 2], None, y, [DevicePtr::NULL; 2]);
+    }
+
+    /// x += relu(m W^T)^2 V for matrices W and V [hidden, C], without the rows of V under zeros of all sequences, of which `read` counts the others. `parts` has
+    /// [blocks, batch, C] f32.
+    pub fn channels(
+        &mut self, plan: &Plan, [key, value]: [DevicePtr; 2], x: DevicePtr, norm: Norm, mix: Mix<1>, parts: DevicePtr,
+        read: DevicePtr, blocks: usize,
+    ) {
+        let mut mu = [DevicePtr::NULL; 6];
+        mu[0] = mix.mu[0];
+        self.product(4, plan, key, x, norm, Some(Mix { mu, last: mix.last, now: mix.now }), parts, [value, read]);
+        self.hidden = self.hidden.max(plan.most);
+        let working = plan.rows.div_ceil(plan.most).min(blocks);
+        let at = |p: DevicePtr| p.address();
+        self.push(5, [at(parts), at(x), at(mix.now), at(mix.last), working as u64]);
+    }
+
+    /// y [batch, rows] f32 = LayerNorm(x) W^T, and `tokens` the index of the largest of each sequence, the first of equals. `found` has [blocks, 4, 2] words.
+    pub fn logits(
+        &mut self, plan: &Plan, w: DevicePtr, x: DevicePtr, norm: Norm, y: DevicePtr, found: DevicePtr,
+        tokens: DevicePtr,
+    ) {
+        self.product(6, plan, w, x, norm, None, y, [DevicePtr::NULL, found]);
+        self.push(7, [found.address(), tokens.address(), plan.rows as u64]);
+    }
+
+    /// As the kernel reads it. `None` without a GPU.
+    pub fn finish(mut self, ctx: &Context) -> Option<Program> {
+        self.before.push(self.products);
+        let halves: Vec<i32> = self.words.iter().flat_map(|w| [*w as i32, (w >> 32) as i32]).collect();
+        Some(Program {
+            ops: ctx.upload_i32(&halves)?,
+            arrived: ctx.zeros_f32(2),
+            kinds: self.kinds,
+            before: self.before,
+            hidden: self.hidden,
+            ranks: self.ranks,
+        })
+    }
+}
+
+/// Operations on the device.
+pub struct Program {
+    ops: Buf,
+    arrived: Buf,
+    /// Of each operation the bits of which one makes it run.
+    kinds: Vec<Kinds>,
+    before: Vec<usize>,
+    hidden: usize,
+    ranks: [usize; 4],
+}
+
+impl Program {
+    /// Runs some of the operations, those of some kinds, for sequences whose states are the rows `slots`.
+    pub fn run(&self, step: &Step, ops: Range<usize>, kinds: Kinds, slots: DevicePtr) {
+        assert!(step.batch <= BATCH);
+        let (first, room) = (self.before[ops.start], room(step.batch, step.c, self.ranks));
+        let products = self.before[ops.end] - first;
+        let waits = self.kinds[ops.clone()].iter().filter(|k| kinds.0 & k.0 != 0).count();
+        let run = [ops.start, ops.end, kinds.0 as usize, first, products, step.batch, step.c, waits];
+        let args = [self.ops.ptr(), slots, self.arrived.ptr()].map(Arg::from).into_iter();
+        let (run, sizes) = (run.map(|v| v as i32), [room as i32, self.hidden as i32, 0, 0, 0, 0, 0, 0]);
+        let args: Vec<Arg> = args.chain([Arg::Words(run), Arg::Words(sizes)]).collect();
+        let name = format!("decode_program_{}_{}", kernels_batch(step.batch), held(step.c));
+        let how = Launch {
+            grid: [step.gpu.info().multiprocessors as usize, 1, 1],
+            block: [ALL, 1, 1],
+            shared: shared(step.ctx, step.batch, step.c, room, self.hidden, products),
+            overlap: false,
+            together: true,
+        };
+        step.gpu.launch_as(&super::KERNELS, &kernel(step.ctx, &name), how, &args);
+    }
+}
