@@ -25,6 +25,7 @@ BASE = {
     "chunk": 64,
     "topk": 16,
     "init": "identity",
+    "options": [],  # of `anser expand`
     "task": "niah2",
     "tests": {1: [4096, 16384, 32768, 65536, 131072]},
     "answer_only": True,
@@ -54,6 +55,10 @@ VARIANTS = {
     "all text, LongCE": {"answer_only": False, "long_ce": True},
     "chunks of 512, 2 seen": {"chunk": 512, "topk": 2},
     "4 chunks seen": {"topk": 4},
+    "options, gated": {"options": ["--gate"]},
+    "options, 1 head of keys": {"options": ["--key-heads", 1]},
+    "options, first chunk": {"options": ["--sink", 1]},
+    "options, window of 4": {"options": ["--window", 4]},
     "many, rwkv7": {**MANY, "layers": 0},
     "many, 2 blocks": MANY,
     "many, 4 blocks": {**MANY, "layers": 4},
@@ -131,7 +136,7 @@ class Job:
         if spec["layers"]:
             shape = ["--layers", spec["layers"], "--chunk", spec["chunk"], "--topk", spec["topk"], "--init", spec["init"]]
             start = self.path("start.safetensors")
-            self.anser("expand", model, start, *shape)
+            self.anser("expand", model, start, *shape, *spec["options"])
         if "stages" in spec:
             model = start if spec["layers"] else model
             for i, (keys, ctx, rows, steps, first_rate, last_rate) in enumerate(spec["stages"]):

@@ -1,6 +1,6 @@
 //! What all subcommands share: global flags, output, Ctrl-C.
 
-use anser_model::{Cache, Config, Eviction};
+use anser_model::{Cache, Config, Eviction, Hybrid};
 use anser_tensor::{Context, DType, Device, WeightType};
 use anyhow::ensure;
 use std::io::Write;
@@ -163,21 +163,59 @@ pub struct Chunks {
     /// Chunks that a token of a hybrid sees, its own counted [default: what the model file says, else 3]
     #[arg(long)]
     topk: Option<usize>,
+    /// Of these the first chunks of a text, so many of which every token sees [default: what the model file says, else 0]
+    #[arg(long)]
+    sink: Option<usize>,
+    /// Of these the chunks just before a token's own, so many of which it always sees [default: what the model file says, else 0]
+    #[arg(long)]
+    window: Option<usize>,
 }
 
 impl Chunks {
+    /// A hybrid with what was asked for.
+    pub fn of(&self, h: Hybrid) -> Hybrid {
+        Hybrid {
+            chunk: self.chunk.unwrap_or(h.chunk),
+            topk: self.topk.unwrap_or(h.topk),
+            sink: self.sink.unwrap_or(h.sink),
+            window: self.window.unwrap_or(h.window),
+            ..h
+        }
+    }
+
     /// The configuration with what was asked for.
     pub fn apply(&self, mut config: Config) -> anyhow::Result<Config> {
-        let asked = self.chunk.is_some() || self.topk.is_some();
-        match &mut config.hybrid {
-            Some(h) => {
-                h.chunk = self.chunk.unwrap_or(h.chunk);
-                h.topk = self.topk.unwrap_or(h.topk);
-            }
-            None => ensure!(!asked, "--chunk and --topk are of attention, which this model doesn't have"),
-        }
+        let asked = [self.chunk, self.topk, self.sink, self.window].iter().any(Option::is_some);
+        ensure!(
+            config.hybrid.is_some() || !asked,
+            "--chunk, --topk, --sink and --window are of attention, which this model doesn't have"
+        );
+        config.hybrid = config.hybrid.map(|h| self.of(h));
         config.validate()?;
         Ok(config)
+    }
+}
+
+/// What new attention blocks have beside a rule.
+#[derive(clap::Args)]
+pub struct NewBlocks {
+    /// Gates what attention gives, each head by itself
+    #[arg(long)]
+    gate: bool,
+    /// Heads of keys and values of attention, of which each serves as many heads of queries [default: one for each]
+    #[arg(long, value_name = "HEADS")]
+    key_heads: Option<usize>,
+}
+
+impl NewBlocks {
+    /// Whether anything was asked for.
+    pub fn asked(&self) -> bool {
+        self.gate || self.key_heads.is_some()
+    }
+
+    /// A hybrid with so many of them.
+    pub fn hybrid(&self, layers: usize) -> Hybrid {
+        Hybrid { gate: self.gate, key_heads: self.key_heads, ..Hybrid::new(layers) }
     }
 }
 

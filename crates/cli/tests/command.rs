@@ -53,7 +53,7 @@ fn bad_input_is_1_with_one_line() {
         (anser(&f.0, &["bench", "long", "--cache", "64"]), "a cache of 64 tokens is too small for chunks of 2048"),
         (anser(&f.0, &["bench", "long", "--model", &fixture("rwkvx.pth"), "--attention", "1"]), "--attention"),
         (anser(&f.0, &["bench", "flat", "--cache", "64"]), "this model doesn't have"),
-        (anser(&f.0, &["bench", "flat", "--chunk", "64"]), "--chunk and --topk are of attention"),
+        (anser(&f.0, &["bench", "flat", "--chunk", "64"]), "are of attention, which"),
     ] {
         assert!(code == 1 && stdout.is_empty(), "{says}: {code} {stdout}");
         assert!(err.starts_with("error: ") && err.lines().count() == 1 && err.contains(says), "{says}: {err}");
@@ -210,6 +210,21 @@ fn a_hybrid_is_expanded_bounded_and_goes_on_from_its_state() {
     assert_eq!(info["config"]["hybrid"], serde_json::json!({ "layers": 3, "chunk": 4, "topk": 2 }));
     let (code, _, err) = anser(&f.0, &["expand", &plain, "y.pth", "--chunk", "4", "--topk", "2"]);
     assert!(code == 0 && err.contains("--chunk 4 --topk 2"), "{err}");
+    let always = ["--chunk", "4", "--topk", "4", "--sink", "1", "--window", "2"];
+    let (code, _, err) = anser(&f.0, &[&["expand", &plain, "z.pth"], &always[..]].concat());
+    assert!(code == 0 && err.contains("--topk 4 --sink 1 --window 2"), "{err}");
+    run(&[&["expand", &plain, "z.safetensors", "--layers", "3", "--gate", "--key-heads", "1"], &always[..]].concat());
+    let info: serde_json::Value = serde_json::from_str(&run(&["inspect", "z.safetensors", "--json"])).unwrap();
+    let hybrid =
+        serde_json::json!({ "layers": 3, "chunk": 4, "topk": 4, "sink": 1, "window": 2, "gate": true, "key_heads": 1 });
+    assert_eq!(info["config"]["hybrid"], hybrid);
+    let text = run(&["inspect", "z.safetensors"]);
+    assert!(
+        text.contains("3 attention blocks, gated, 1 heads of keys, ")
+            && text.contains("the first 1 of the text and the 2 before")
+    );
+    fails(&["expand", &plain, "y.pth", "--key-heads", "3"], "3 heads of keys don't divide");
+    fails(&["expand", &plain, "y.pth", "--sink", "2", "--window", "1"], "sink 2 and window 1: of topk 3");
     // It says what the model said that it was made of, in every type of file.
     let tokens = f.file("t.json", b"[[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]");
     let logits = |model: &str, more: &[&str]| {
@@ -218,11 +233,16 @@ fn a_hybrid_is_expanded_bounded_and_goes_on_from_its_state() {
         safetensors::SafeTensors::deserialize(&bytes).unwrap().tensor("logits").unwrap().data().to_vec()
     };
     run(&["convert", "x.safetensors", "x.pth"]);
+    run(&["convert", "z.safetensors", "z8.safetensors", "--dtype", "int8"]);
+    assert!(run(&["inspect", "z8.safetensors"]).contains("3 attention blocks, gated, "));
+    assert!(logits("z.safetensors", &[]) == logits(&plain, &[]));
     for model in ["x.safetensors", "x.pth"] {
         assert!(logits(model, &["--chunk", "3", "--topk", "1"]) == logits(&plain, &[]));
     }
     let golden = fixture("rwkvx.pth");
     assert!(logits(&golden, &["--chunk", "2", "--topk", "2"]) != logits(&golden, &[]));
+    let few = ["--chunk", "2", "--topk", "3"];
+    assert!(logits(&golden, &[&few[..], &["--sink", "1", "--window", "1"]].concat()) != logits(&golden, &few));
     fails(&["debug", "logits", "--model", &golden, "--tokens", &tokens, "--out", "o", "--chunk", "0"], "chunk = 0");
     fails(&["debug", "logits", "--model", &plain, "--tokens", &tokens, "--out", "o", "--topk", "2"], "doesn't have");
     fails(&["expand", &golden, "y.pth"], "RWKV-7 blocks alone");

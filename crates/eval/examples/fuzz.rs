@@ -257,7 +257,7 @@ fn kinds(ctx: &Context, now: &Path) -> Result<Vec<Kind>, Box<dyn std::error::Err
         Ok(())
     };
     let none = BTreeMap::new();
-    let hybrid = small(Some(Hybrid { layers: 1, chunk: 8, topk: 2 }));
+    let hybrid = small(Some(Hybrid { chunk: 8, topk: 2, ..Hybrid::new(1) }));
     for (config, f32s, f16s, pth) in [
         (&small(None), "a.safetensors", "b.safetensors", "c.pth"),
         (&hybrid, "d.safetensors", "e.safetensors", "f.pth"),

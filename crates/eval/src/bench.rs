@@ -386,7 +386,7 @@ pub struct Attention {
 
 /// Chunk attention of one sequence of `tokens` tokens, which see `top` chunks of `size`.
 pub fn attention(ctx: &Context, tokens: usize, heads: usize, n: usize, [size, top]: [usize; 2]) -> Attention {
-    let (c, chunks) = (heads * n, Chunks { size, top });
+    let (c, chunks) = (heads * n, Chunks::new(size, top));
     let mut s = 88172645463325252u64;
     let mut next = || {
         s ^= s << 13;

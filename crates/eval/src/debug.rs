@@ -83,7 +83,7 @@ impl Tokens {
 }
 
 /// Logits [B, T, V] and the final state, as `logits`, `state.{layer}.att_x`, `.wkv`, `.ffn_x`; of attention block j of a hybrid
-/// `state.moba.{j}.ffn_x`, `.keys` and `.values` [B, T, C].
+/// `state.moba.{j}.ffn_x`, `.keys` and `.values` [B, T, key heads x N].
 ///
 /// # Errors
 /// When the model doesn't load or a token is outside its vocabulary.
@@ -126,8 +126,9 @@ pub fn logits(
         };
         add("ffn_x", vec![b, c], a.ffn_x.to_vec());
         let pasts: Vec<Vec<Vec<f32>>> = a.pasts.iter().map(|p| p.to_vecs()).collect();
-        add("keys", vec![b, t, c], pasts.iter().flat_map(|p| &p[0]).copied().collect());
-        add("values", vec![b, t, c], pasts.iter().flat_map(|p| &p[1]).copied().collect());
+        let wide = model.config().key_heads() * s;
+        add("keys", vec![b, t, wide], pasts.iter().flat_map(|p| &p[0]).copied().collect());
+        add("values", vec![b, t, wide], pasts.iter().flat_map(|p| &p[1]).copied().collect());
     }
     ctx.check()?;
     Ok(named)

@@ -81,7 +81,7 @@ impl Long {
     /// The three models.
     fn models(&self) -> [(&'static str, Config, Option<Cache>); 3] {
         let (config, layers) = (&self.config, self.config.hybrid.map_or(0, |h| h.layers));
-        let dense = Hybrid { layers, chunk: Chunks::WHOLE.size, topk: Chunks::WHOLE.top };
+        let dense = Hybrid { chunk: Chunks::WHOLE.size, topk: Chunks::WHOLE.top, ..Hybrid::new(layers) };
         [
             ("hybrid", config.clone(), self.cache),
             ("dense", Config { hybrid: Some(dense), ..config.clone() }, None),

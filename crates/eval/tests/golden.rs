@@ -126,8 +126,8 @@ fn gradients_of_every_parameter() {
 fn hybrid() -> (Checkpoint, Config) {
     let ckpt = Checkpoint::open(&fixture("rwkvx.pth")).unwrap();
     let config = Config::from_checkpoint(&ckpt).unwrap();
-    assert_eq!((config.n_layer, config.hybrid), (4, Some(Hybrid { layers: 2, chunk: 2048, topk: 3 })));
-    let config = Config { hybrid: Some(Hybrid { layers: 2, chunk: 16, topk: 3 }), ..config };
+    assert_eq!((config.n_layer, config.hybrid), (4, Some(Hybrid::new(2))));
+    let config = Config { hybrid: Some(Hybrid { chunk: 16, ..Hybrid::new(2) }), ..config };
     (ckpt, config)
 }
 

@@ -390,8 +390,8 @@ impl<'m> Decoder<'m> {
 
     /// Gives up what attention keeps of a slot that is not in use.
     pub(crate) fn forget(&mut self, slot: usize) {
-        let (heads, c) = (self.model.config().heads(), self.model.config().n_embd);
-        self.state.attention.iter_mut().for_each(|a| a.pasts[slot] = Past::new(&self.ctx, heads, c));
+        let empty = self.model.config().empty_past(&self.ctx);
+        self.state.attention.iter_mut().for_each(|a| a.pasts[slot] = empty.clone());
     }
 
     fn check(&self, slot: usize) -> Result<(), Error> {

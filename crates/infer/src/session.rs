@@ -78,8 +78,8 @@ impl<'m> Session<'m> {
                 decoder.set_state(0, &self.state)?;
                 self.decoder = Some(decoder);
                 // It goes on there, and what it gives up is free.
-                let (heads, c) = (self.model.config().heads(), self.model.config().n_embd);
-                self.state.attention.iter_mut().for_each(|a| a.pasts[0] = Past::new(&self.ctx, heads, c));
+                let empty = self.model.config().empty_past(&self.ctx);
+                self.state.attention.iter_mut().for_each(|a| a.pasts[0] = empty.clone());
             }
             if let Some(decoder) = &mut self.decoder {
                 self.logits = decoder.step(&[(0, token)])?.to_vec();
@@ -171,17 +171,23 @@ mod tests {
 
     #[test]
     fn pieces_forks_and_files_go_on_bitwise() {
-        let hybrid =
-            |chunk, topk| Config { hybrid: Some(Hybrid { layers: 2, chunk, topk }), ..Config::new(2, 64, 300) };
+        let with = |hybrid| Config { hybrid: Some(hybrid), ..Config::new(2, 64, 300) };
+        let hybrid = |chunk, topk| with(Hybrid { chunk, topk, ..Hybrid::new(2) });
+        let always = with(Hybrid { chunk: 7, topk: 5, sink: 1, window: 2, gate: true, ..Hybrid::new(2) });
         go_on(&Config::new(2, 64, 300), None);
         // Chunks that end at, before and after the ends of pieces.
         for (chunk, topk) in [(64, 3), (7, 4), (1000, 2)] {
             go_on(&hybrid(chunk, topk), None);
         }
+        let shared = Config { head_size: 16, ..with(Hybrid { chunk: 16, key_heads: Some(2), ..Hybrid::new(2) }) };
+        go_on(&always, None);
+        go_on(&shared, None);
         // The past is given up at the same places whatever the pieces, so that nothing changes there either.
         for by in [Eviction::Recent, Eviction::Attention, Eviction::Error] {
             for whole_chunks in [false, true] {
                 go_on(&hybrid(16, 3), Some(Cache::new(120, by, whole_chunks)));
+                go_on(&always, Some(Cache::new(168, by, whole_chunks)));
+                go_on(&shared, Some(Cache::new(120, by, whole_chunks)));
             }
         }
     }

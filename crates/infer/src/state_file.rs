@@ -87,11 +87,12 @@ pub(crate) fn open(ctx: &Context, model: &Model, path: &Path) -> Result<(State, 
         state.cache = Some(cache);
     }
     if let Some(chunks) = model.config().hybrid.map(|h| h.chunks()) {
-        let c = model.config().n_embd;
         let notes = state.cache.map_or(0, |cache| cache.notes());
         let tokens = file.shape(&past_name(0, 0)).and_then(|s| s.first().copied()).unwrap_or(0);
         for (j, a) in state.attention.iter_mut().enumerate() {
-            let rows = (0..2 + notes).map(|i| Ok(ctx.copy_of(&read(&past_name(j, i), tokens.saturating_mul(c))?)));
+            let [keys, noted] = a.pasts[0].channels();
+            let len = |i| tokens.saturating_mul(if i < 2 { keys } else { noted });
+            let rows = (0..2 + notes).map(|i| Ok(ctx.copy_of(&read(&past_name(j, i), len(i))?)));
             let rows = rows.collect::<Result<Vec<_>, Error>>()?;
             a.pasts[0] = filled(ctx, &a.pasts[0], &rows, tokens, chunks);
         }

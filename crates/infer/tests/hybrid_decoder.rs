@@ -110,7 +110,7 @@ fn check(dtype: DType, tolerance: f64, model: &Model, cache: Option<Cache>, n: u
 }
 
 fn hybrid(layers: usize, chunk: usize, topk: usize) -> Hybrid {
-    Hybrid { layers, chunk, topk }
+    Hybrid { chunk, topk, ..Hybrid::new(layers) }
 }
 
 #[test]
@@ -128,6 +128,20 @@ fn steps_equal_the_forward_pass() {
     check(dtype, tolerance, &model(64, 128, hybrid(1, 8, 1)), None, 1, [20, 20]);
     check(dtype, tolerance, &model(64, 128, hybrid(1, usize::MAX, 1)), None, 1, [300, 20]);
     check(dtype, tolerance, &model(64, 64, hybrid(1, 1, 9)), None, 1, [600, 5]);
+    // Chunks that are always seen, also where blocks share the choice.
+    let always = Hybrid { sink: 1, window: 2, ..hybrid(2, 8, 5) };
+    check(dtype, tolerance, &model(64, 128, always), None, 2, [90, 20]);
+    check(dtype, tolerance, &model(64, 64, Hybrid { sink: 2, window: 3, ..hybrid(1, 1, 9) }), None, 1, [600, 5]);
+    // A gate for each head, of few sequences and of more, with an odd number of heads, too.
+    let gated = |h: Hybrid| Hybrid { gate: true, ..h };
+    check(dtype, tolerance, &model(64, 128, gated(hybrid(2, 16, 3))), None, 2, [50, 20]);
+    check(dtype, tolerance, &model(64, 64, gated(hybrid(1, 24, 2))), None, 3, [40, 10]);
+    check(dtype, tolerance, &model(64, 192, gated(hybrid(1, 16, 8))), None, 6, [50, 10]);
+    // Heads that share keys.
+    let shared = |key_heads, h: Hybrid| Hybrid { key_heads: Some(key_heads), ..h };
+    check(dtype, tolerance, &model(64, 128, shared(1, hybrid(2, 16, 3))), None, 2, [50, 20]);
+    check(dtype, tolerance, &model(64, 256, gated(shared(2, hybrid(1, 8, 4)))), None, 3, [40, 10]);
+    check(dtype, tolerance, &model(64, 192, shared(1, hybrid(1, 16, 8))), None, 6, [50, 10]);
     // More sequences than the kernels for few serve; with every chunk seen, too.
     check(dtype, tolerance, &model(64, 128, hybrid(2, 16, 8)), None, 6, [50, 20]);
     check(dtype, tolerance, &model(64, 128, hybrid(2, 16, 3)), None, 6, [50, 20]);
@@ -138,10 +152,14 @@ fn steps_equal_the_forward_pass() {
 #[ignore = "needs a GPU"]
 fn a_full_cache_is_thinned_as_elsewhere() {
     let (dtype, tolerance) = TYPES[0];
-    for by in [Eviction::Recent, Eviction::Attention, Eviction::Error] {
+    let rules = [Eviction::Recent, Eviction::Attention, Eviction::Error].map(|by| (hybrid(1, 8, 3), by));
+    let always = (Hybrid { sink: 1, window: 1, ..hybrid(1, 8, 4) }, Eviction::Recent);
+    let shared =
+        [Eviction::Attention, Eviction::Error].map(|by| (Hybrid { key_heads: Some(1), ..hybrid(1, 8, 3) }, by));
+    for (hybrid, by) in rules.into_iter().chain([always]).chain(shared) {
         for whole_chunks in [true, false] {
-            let model = model(64, 128, hybrid(1, 8, 3));
-            let cache = Some(Cache::new(64, by, whole_chunks));
+            let model = model(64, 128, hybrid);
+            let cache = Some(Cache { window: 16, ..Cache::new(64, by, whole_chunks) });
             let ctx = Context::with_activations(Device::Cuda(0), dtype, 2).unwrap();
             let device = model.packed(&ctx, dtype);
             let tokens = sequence(0, 90);

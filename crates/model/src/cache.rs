@@ -84,10 +84,14 @@ impl Cache {
             return err("a bound on the cache is of attention, which this model doesn't have".into());
         };
         let Cache { most, keep, window, .. } = *self;
-        // A chunk to keep beside the window and a part of one before it.
-        let least = window + 2 * h.chunk;
+        // A chunk to keep beside the window and a part of one before it, and those that every token sees.
+        let least = h.chunk.saturating_mul(h.sink + 2).saturating_add(window);
         match () {
             _ if window == 0 => err("a cache keeps at least 1 recent token".into()),
+            _ if h.window > 0 && window / h.chunk <= h.window => err(format!(
+                "a cache of {most} tokens always keeps the last {window}, too few for {} chunks of {} beside a token's own",
+                h.window, h.chunk
+            )),
             _ if keep < least => err(format!(
                 "a cache of {most} tokens is too small for chunks of {}: {keep} would be kept, and it takes {least}",
                 h.chunk
@@ -100,7 +104,7 @@ impl Cache {
     /// The past of a sequence in `slot` of the arena with what the rule notes of its last tokens, rows of the segment `s`; when it is
     /// full, what is kept of it.
     pub(crate) fn bound(
-        &self, ctx: &Context, past: &Past, of: (Chunks, usize), (s, slot): (&Segment, usize), q: &Var,
+        &self, ctx: &Context, past: &Past, chunks: Chunks, (s, slot): (&Segment, usize), q: &Var,
         written: Option<&Written>,
     ) -> Past {
         let past = match (self.by, written) {
@@ -108,13 +112,11 @@ impl Cache {
             (Eviction::Error, Some(w)) => past.noting(ctx, &w.rows.each_ref().map(Var::buf), s.start, s.len),
             _ => past.clone(),
         };
-        self.thinned(ctx, &past, of, written.map(|w| (&w.states, slot)))
+        self.thinned(ctx, &past, chunks, written.map(|w| (&w.states, slot)))
     }
 
     /// What is kept of a past, with its notes, when it is full; else all. `state`: the states of the RWKV-7 block before, [slots, H x N x N], and the slot.
-    pub(crate) fn thinned(
-        &self, ctx: &Context, past: &Past, (chunks, heads): (Chunks, usize), state: Option<(&Var, usize)>,
-    ) -> Past {
+    pub(crate) fn thinned(&self, ctx: &Context, past: &Past, chunks: Chunks, state: Option<(&Var, usize)>) -> Past {
         if past.len() < self.most || ctx.is_dry() {
             return past.clone();
         }
@@ -131,33 +133,33 @@ impl Cache {
                 _ => part,
             })
         };
-        let kept = self.kept(ctx, past, past.channels(), heads, chunks.size, state);
+        let kept = self.kept(ctx, past, chunks, state);
         past.keep(ctx, &kept, chunks)
     }
 
-    /// The tokens to keep of a full past of `c` channels.
-    fn kept(
-        &self, ctx: &Context, past: &Past, c: usize, heads: usize, chunk: usize, state: impl FnOnce() -> Option<Buf>,
-    ) -> Vec<usize> {
-        let len = past.len();
-        let unit = if self.whole_chunks { chunk } else { 1 };
+    /// The tokens to keep of a full past.
+    fn kept(&self, ctx: &Context, past: &Past, chunks: Chunks, state: impl FnOnce() -> Option<Buf>) -> Vec<usize> {
+        let (len, heads, [kc, c]) = (past.len(), past.heads(), past.channels());
+        let unit = if self.whole_chunks { chunks.size } else { 1 };
         // What may go, in whole units; the rest stays.
         let old = (len - self.window) / unit * unit;
         let stay = (self.keep - (len - old)) / unit;
         let recent = || (0..old).map(|i| i as f32).collect();
-        let goodness = match self.by {
+        let mut goodness = match self.by {
             Eviction::Recent => recent(),
             Eviction::Attention => past.asked(ctx, self.window, old).unwrap_or_else(|| match &past.notes()[..] {
-                [queries] => attention(ctx, &past.keys()[..old * c], &queries[(len - self.window) * c..], c, heads),
+                [queries] => attention(ctx, &past.keys()[..old * kc], &queries[(len - self.window) * c..], c, heads),
                 _ => recent(),
             }),
             Eviction::Error => state().map_or_else(recent, |state| {
                 past.forgotten(ctx, old, &state).unwrap_or_else(|| match &past.notes()[..] {
-                    [values, keys] => forgotten(ctx, &values[..old * c], &keys[..old * c], &state, c, heads),
+                    [values, keys] => forgotten(ctx, &values[..old * c], &keys[..old * c], &state, c, heads[0]),
                     _ => recent(),
                 })
             }),
         };
+        // What every token sees at the beginning stays there.
+        goodness.iter_mut().take(chunks.sink * chunks.size).for_each(|g| *g = f32::INFINITY);
         let mean = |(i, g): (usize, &[f32])| (g.iter().sum::<f32>() / unit as f32, i);
         let mut best: Vec<(f32, usize)> = goodness.chunks(unit).enumerate().map(mean).collect();
         // The best first, of equal ones the earlier.
@@ -178,9 +180,11 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum::<f32>() + end.iter().zip(other).map(|(a, b)| a * b).sum::<f32>()
 }
 
-/// The attention that all queries [.., C] pay to each of the keys [.., C], a softmax over them.
-fn attention(ctx: &Context, keys: &[f32], queries: &[f32], c: usize, heads: usize) -> Vec<f32> {
-    let (count, n) = (keys.len() / c, c / heads);
+/// The attention that all queries [.., C] pay to each of the keys [.., key heads x N], a softmax over them.
+fn attention(ctx: &Context, keys: &[f32], queries: &[f32], c: usize, [heads, key_heads]: [usize; 2]) -> Vec<f32> {
+    let n = c / heads;
+    let kc = key_heads * n;
+    let count = keys.len() / kc;
     let mut each = vec![0.0; heads * count];
     let shared = DisjointMut::new(&mut each);
     ctx.threads().run(heads, |h| {
@@ -188,8 +192,8 @@ fn attention(ctx: &Context, keys: &[f32], queries: &[f32], c: usize, heads: usiz
         let sums = unsafe { shared.get(h * count..(h + 1) * count) };
         let mut p = vec![0.0; count];
         for q in queries.chunks_exact(c) {
-            let q = &q[h * n..][..n];
-            p.iter_mut().zip(keys.chunks_exact(c)).for_each(|(p, k)| *p = dot(q, &k[h * n..][..n]) / (n as f32).sqrt());
+            let (q, at) = (&q[h * n..][..n], h / (heads / key_heads) * n);
+            p.iter_mut().zip(keys.chunks_exact(kc)).for_each(|(p, k)| *p = dot(q, &k[at..][..n]) / (n as f32).sqrt());
             let top = p.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             p.iter_mut().for_each(|p| *p = (*p - top).exp());
             let total: f32 = p.iter().sum();
@@ -267,8 +271,8 @@ mod tests {
                 let (values, keys) = (round(noise(tokens * c, 1)), round(noise(tokens * c, 2)));
                 let state = noise(heads * n * n, 3);
                 let rows = [&values, &keys].map(|x| gpu.copy_of(x));
-                let past = Past::new(&gpu, heads, c);
-                let past = past.append(&gpu, rows.each_ref(), 0, tokens, Chunks { size: 8, top: 2 });
+                let past = Past::new(&gpu, [heads; 2], n);
+                let past = past.append(&gpu, rows.each_ref(), 0, tokens, Chunks::new(8, 2));
                 let past = past.noting(&gpu, &rows.each_ref(), 0, tokens);
                 let mut on_device = gpu.alloc_f32(state.len());
                 on_device.copy_from(&state);
@@ -278,11 +282,16 @@ mod tests {
                     got.len() == 66 && got.iter().zip(want).all(|(a, b)| (a - b).abs() < 2e-5 * b.abs())
                 };
                 assert!(same(&got, &want), "{dtype} {n}");
-                let past = Past::new(&gpu, heads, c);
-                let past = past.append(&gpu, [&rows[1], &rows[1]], 0, tokens, Chunks { size: 8, top: 2 });
-                let got = past.noting(&gpu, &[&rows[0]], 0, tokens).asked(&gpu, 37, 66).unwrap();
-                let want = attention(&Context::cpu(1), &keys[..66 * c], &values[(tokens - 37) * c..], c, heads);
-                assert!(same(&got, &want), "{dtype} {n}");
+                for key_heads in [heads, 1] {
+                    let wide = key_heads * n;
+                    let keys = &keys[..tokens * wide];
+                    let past = Past::new(&gpu, [heads, key_heads], n);
+                    let past = past.append(&gpu, [&gpu.copy_of(keys); 2], 0, tokens, Chunks::new(8, 2));
+                    let got = past.noting(&gpu, &[&rows[0]], 0, tokens).asked(&gpu, 37, 66).unwrap();
+                    let (queries, of) = (&values[(tokens - 37) * c..], [heads, key_heads]);
+                    let want = attention(&Context::cpu(1), &keys[..66 * wide], queries, c, of);
+                    assert!(same(&got, &want), "{dtype} {n} {key_heads}");
+                }
             }
         }
     }
@@ -292,7 +301,7 @@ mod tests {
         let (ctx, c) = (Context::cpu(2), 8);
         let queries = noise(3 * c, 3);
         let keys = [queries[..c].iter().map(|q| 30.0 * q).collect(), noise(2 * c, 4)].concat();
-        let a = attention(&ctx, &keys, &queries, c, 2);
+        let a = attention(&ctx, &keys, &queries, c, [2, 2]);
         // Three queries and two heads.
         assert!((a.iter().sum::<f32>() - 6.0).abs() < 1e-5 && a.iter().all(|&a| a > 0.0));
         assert!(a[0] > a[1].max(a[2]));
@@ -302,10 +311,10 @@ mod tests {
     fn the_best_stay_in_their_order() {
         let (ctx, c) = (Context::cpu(1), 4);
         let of = |len: usize, values: &[f32]| {
-            let past = Past::new(&ctx, 1, c);
+            let past = Past::new(&ctx, [1, 1], c);
             let rows = |x: &[f32]| ctx.copy_of(x);
             let keys: Vec<f32> = vec![1.0; len * c];
-            let past = past.append(&ctx, [&rows(&keys), &rows(&keys)], 0, len, Chunks { size: 4, top: 2 });
+            let past = past.append(&ctx, [&rows(&keys), &rows(&keys)], 0, len, Chunks::new(4, 2));
             past.noting(&ctx, &[&rows(values), &rows(&keys)], 0, len)
         };
         let cache = |by, whole_chunks| Cache { most: 24, keep: 12, window: 3, by, whole_chunks };
@@ -313,18 +322,30 @@ mod tests {
         let mut values = vec![1.0; 24 * c];
         [2, 9].iter().for_each(|t| values[t * c..][..c].fill(-1.0));
         let state = || Some(ctx.copy_of(&vec![1.0; c * c]));
-        let kept = |by, whole| cache(by, whole).kept(&ctx, &of(24, &values), c, 1, 4, state);
+        let kept_with = |chunks: Chunks, by, whole| cache(by, whole).kept(&ctx, &of(24, &values), chunks, state);
+        let kept = |by, whole| kept_with(Chunks::new(4, 2), by, whole);
         assert_eq!(kept(Eviction::Recent, false), (12..24).collect::<Vec<_>>());
         // The rest is equal, so that the earlier stays.
         assert_eq!(kept(Eviction::Error, false), [0, 1, 2, 3, 4, 5, 6, 7, 9, 21, 22, 23].to_vec());
         // Whole chunks: 0 and 2, and the one in which the window begins.
         assert_eq!(kept(Eviction::Error, true), [0, 1, 2, 3, 8, 9, 10, 11, 20, 21, 22, 23].to_vec());
+        // The chunk that every token sees stays, however bad.
+        let sink = |whole| kept_with(Chunks { sink: 1, ..Chunks::new(4, 2) }, Eviction::Recent, whole);
+        assert_eq!(sink(false), (0..4).chain(16..24).collect::<Vec<_>>());
+        assert_eq!(sink(true), (0..4).chain(16..24).collect::<Vec<_>>());
     }
 
     #[test]
     fn bounds_that_leave_nothing_to_choose_are_errors() {
-        let config = Config { hybrid: Some(Hybrid { layers: 1, chunk: 64, topk: 3 }), ..Config::new(2, 64, 8) };
-        let check = |most| Cache::new(most, Eviction::Error, true).validate(&config).map_err(|e| e.to_string());
+        let with = |hybrid: Hybrid| Config { hybrid: Some(hybrid), ..Config::new(2, 64, 8) };
+        let hybrid = Hybrid { chunk: 64, ..Hybrid::new(1) };
+        let config = with(hybrid);
+        let fits =
+            |config: &Config, most| Cache::new(most, Eviction::Error, true).validate(config).map_err(|e| e.to_string());
+        let check = |most| fits(&config, most);
+        let (sink, window) = (with(Hybrid { sink: 2, ..hybrid }), with(Hybrid { window: 2, ..hybrid }));
+        assert!(fits(&sink, 512).is_ok() && fits(&sink, 400).unwrap_err().contains("it takes 306"));
+        assert!(fits(&window, 1536).is_ok() && fits(&window, 1024).unwrap_err().contains("2 chunks of 64"));
         assert!(check(512).is_ok());
         assert!(check(100).unwrap_err().contains("too small for chunks of 64"));
         assert!(check(0).unwrap_err().contains("at least 1"));

@@ -54,17 +54,37 @@ pub struct Hybrid {
     pub chunk: usize,
     /// Chunks a token sees, k, its own counted.
     pub topk: usize,
+    /// Of these the first ones of the sequence that every token sees, whatever their scores; a cache keeps them. No released model has any, and
+    /// small ones gained nothing by it, as by `window` and `gate` (docs/hybrids.md).
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub sink: usize,
+    /// Of these the ones just before the own chunk that every token sees, so that it sees at least so many chunks of tokens before it. No
+    /// released model has any.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub window: usize,
+    /// Whether what attention gives is multiplied by sigmoid(W_g x), one number for each head; the tensors att.gate.weight [H, C]. No
+    /// released model has it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub gate: bool,
+    /// Heads of keys and values, of which each serves as many heads of queries in a row; `None`: one for each. What is kept of a token is as
+    /// much smaller. No released model has fewer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_heads: Option<usize>,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 impl Hybrid {
     /// `layers` blocks with chunks of 2048 tokens, of which 3 are seen: those of the released models.
     pub fn new(layers: usize) -> Hybrid {
-        Hybrid { layers, chunk: 2048, topk: 3 }
+        Hybrid { layers, chunk: 2048, topk: 3, sink: 0, window: 0, gate: false, key_heads: None }
     }
 
     /// The rule of attention.
     pub fn chunks(&self) -> Chunks {
-        Chunks { size: self.chunk, top: self.topk }
+        Chunks { size: self.chunk, top: self.topk, sink: self.sink, window: self.window }
     }
 }
 
@@ -206,6 +226,17 @@ impl Config {
         self.n_embd / self.head_size
     }
 
+    /// Heads of keys and values of attention blocks.
+    pub fn key_heads(&self) -> usize {
+        self.hybrid.and_then(|h| h.key_heads).unwrap_or(self.heads())
+    }
+
+    /// Rows of the matrices that read the input of attention: of queries, keys, values and gates, which on a GPU are filled up to a multiple of 8.
+    pub(crate) fn attention_rows(&self) -> usize {
+        let gates = if self.hybrid.is_some_and(|h| h.gate) { self.heads() } else { 0 };
+        self.n_embd + 2 * self.key_heads() * self.head_size + gates.next_multiple_of(8)
+    }
+
     /// Checks that such a model can exist.
     ///
     /// # Errors
@@ -237,6 +268,15 @@ impl Config {
                 if v == 0 {
                     return err(format!("{name} = 0: attention sees at least 1 chunk of at least 1 token"));
                 }
+            }
+            if h.sink.saturating_add(h.window) >= h.topk {
+                let Hybrid { topk, sink, window, .. } = h;
+                return err(format!(
+                    "sink {sink} and window {window}: of topk {topk} chunks one is a token's own, and these are among the others"
+                ));
+            }
+            if h.key_heads.is_some_and(|k| k == 0 || !self.heads().is_multiple_of(k)) {
+                return err(format!("{} heads of keys don't divide {} heads", self.key_heads(), self.heads()));
             }
             if h.layers > self.n_layer {
                 return err(format!("{} attention blocks don't fit between {} others", h.layers, self.n_layer));
@@ -342,14 +382,19 @@ impl Config {
         add(format!("{prefix}ln_out.weight"), &[c]);
         add(format!("{prefix}ln_out.bias"), &[c]);
         add(format!("{prefix}head.weight"), &[v, c]);
-        for j in 0..self.hybrid.map_or(0, |h| h.layers) {
+        let keys = self.key_heads() * self.head_size;
+        let (attention, gate) = self.hybrid.map_or((0, false), |h| (h.layers, h.gate));
+        for j in 0..attention {
             let mut b = |name: &str, shape: &[usize]| add(format!("moba.{j}.{name}"), shape);
             for n in ["ln1", "ln2"] {
                 b(&format!("{n}.weight"), &[c]);
                 b(&format!("{n}.bias"), &[c]);
             }
-            for m in ["receptance", "key", "value", "output"] {
-                b(&format!("att.{m}.weight"), &[c, c]);
+            for (m, outputs) in [("receptance", c), ("key", keys), ("value", keys), ("output", c)] {
+                b(&format!("att.{m}.weight"), &[outputs, c]);
+            }
+            if gate {
+                b("att.gate.weight", &[self.heads(), c]);
             }
             b("ffn.x_k", &[1, 1, c]);
             b("ffn.key.weight", &[h, c]);
@@ -381,7 +426,7 @@ impl Config {
 
     /// Numbers that attention blocks keep of every token: keys and values.
     pub fn cache_len(&self) -> usize {
-        2 * self.n_embd * self.hybrid.map_or(0, |h| h.layers)
+        2 * self.key_heads() * self.head_size * self.hybrid.map_or(0, |h| h.layers)
     }
 
     /// Floating-point operations to train on one token: 6 x (parameters - embedding), the project's convention for MFU.
@@ -462,10 +507,25 @@ mod tests {
 
     #[test]
     fn impossible_models_are_named() {
-        let hybrid = |layers, chunk, topk| {
-            let c = Config { hybrid: Some(Hybrid { layers, chunk, topk }), ..Config::new(2, 64, 8) };
+        let check = |hybrid| {
+            let c = Config { hybrid: Some(hybrid), ..Config::new(2, 64, 8) };
             c.validate().map_err(|e| e.to_string())
         };
+        let hybrid = |layers, chunk, topk| check(Hybrid { chunk, topk, ..Hybrid::new(layers) });
+        let always = |sink, window| check(Hybrid { sink, window, ..Hybrid::new(1) });
+        assert!(always(1, 1).is_ok() && always(2, 0).is_ok());
+        assert!(always(1, 2).unwrap_err().contains("sink 1 and window 2: of topk 3"));
+        assert!(always(usize::MAX, 1).is_err());
+        let shared = |k| {
+            let c = Config {
+                head_size: 16,
+                hybrid: Some(Hybrid { key_heads: Some(k), ..Hybrid::new(1) }),
+                ..Config::new(2, 64, 8)
+            };
+            c.validate().map(|()| c.cache_len()).map_err(|e| e.to_string())
+        };
+        assert_eq!((shared(4), shared(2), shared(1)), (Ok(128), Ok(64), Ok(32)));
+        assert!(shared(3).unwrap_err().contains("3 heads of keys don't divide 4 heads") && shared(0).is_err());
         assert!(
             hybrid(1, 0, 3).unwrap_err().contains("chunk = 0") && hybrid(1, 8, 0).unwrap_err().contains("topk = 0")
         );

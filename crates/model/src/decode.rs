@@ -104,6 +104,7 @@ impl<'m> DecodeStep<'m> {
             LowRanks::new(ctx, most, c, [(2, v, 2), (0, w, 3), (1, a, 4), (3, g, 5)])
         };
         let few = Few::new(ctx, model, most, [ranks(0)?, ranks(1)?]);
+        let wide = config.attention_rows().max(3 * c);
         let pasts = match attention.is_empty() {
             true => None,
             false => Some(Pasts::new(ctx, model, most, attention)?),
@@ -115,7 +116,7 @@ impl<'m> DecodeStep<'m> {
             slots: ctx.zeros_f32(most),
             x: ctx.zeros_f32(most * c),
             mixed: ctx.zeros(6 * most * c),
-            projected: ctx.zeros_f32((most.min(BATCH) * few.as_ref().map_or(0, Few::widest)).max(most * 3 * c)),
+            projected: ctx.zeros_f32((most.min(BATCH) * few.as_ref().map_or(0, Few::widest)).max(most * wide)),
             few,
             mapped: ctx.zeros_f32(4 * most * c),
             now: ctx.zeros(most.min(BATCH) * c),
@@ -253,12 +254,13 @@ impl<'m> DecodeStep<'m> {
         };
         let ranks: usize = self.blocks.iter().map(ranks).sum();
         let many = batch > BATCH || self.few.is_none();
+        let rows = 3 * c * self.blocks.len() + config.attention_rows() * (blocks - self.blocks.len());
         let elements = |part| match part {
             Part::Mix => 0,
             // The second halves of the low-rank maps are read with the heads, or by a kernel of their own before it.
-            Part::Projections if many => (2 * ranks + 3 * c * blocks) * c,
+            Part::Projections if many => (2 * ranks + rows) * c,
             Part::Heads if many => 0,
-            Part::Projections => (ranks + 3 * c * blocks) * c,
+            Part::Projections => (ranks + rows) * c,
             Part::Heads => ranks * c,
             Part::Output => blocks * c * c,
             Part::Key | Part::Value => blocks * c * h,

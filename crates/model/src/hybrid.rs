@@ -1,4 +1,5 @@
-//! The attention block of RWKV-X (arXiv 2504.21463): chunk sparse attention without positions, then RWKV-7's channel mixing.
+//! The attention block of RWKV-X (arXiv 2504.21463): chunk sparse attention without positions, if so wanted with a gate for each head (arXiv
+//! 2505.06708), then RWKV-7's channel mixing.
 
 use crate::Cache;
 use crate::cache::Written;
@@ -14,6 +15,8 @@ pub(crate) struct HybridBlock {
     pub(crate) receptance: Weight,
     pub(crate) key: Weight,
     pub(crate) value: Weight,
+    /// Logits of a gate for each head.
+    pub(crate) gate: Option<Weight>,
     pub(crate) output: Weight,
     pub(crate) heads: usize,
     pub(crate) chunks: Chunks,
@@ -32,10 +35,16 @@ impl HybridBlock {
         let (y, mut pasts) = t.attention([&q, &k, &v], segments, self.heads, self.chunks, &state.pasts);
         if let Some((cache, written)) = &bound {
             for (s, slot) in segments.iter().filter_map(|s| Some((s, s.state_out?))) {
-                let of = (self.chunks, self.heads);
-                pasts[slot] = cache.bound(t.ctx(), &pasts[slot], of, (s, slot), &q, written.as_ref());
+                pasts[slot] = cache.bound(t.ctx(), &pasts[slot], self.chunks, (s, slot), &q, written.as_ref());
             }
         }
+        let y = match &self.gate {
+            Some(gate) => {
+                let gate = t.linear(&h, gate);
+                t.head_gate(&y, &gate)
+            }
+            None => y,
+        };
         let dx = t.linear(&y, &self.output);
         let x = Residual { x, dx: Some(dx) };
         let (x, ffn_x) = self.ffn.forward(t, x, &self.ln2, &state.ffn_x, segments);

@@ -91,8 +91,9 @@ fn rule(c: &Config, init: Init, name: &str) -> Rule {
         "att.receptance.weight" | "att.value.weight" | "ffn.key.weight" => Rule::Orthogonal(1.0),
         "att.key.weight" => Rule::Orthogonal(0.1),
         "att.ln_x.weight" => constant(((1.0 + layer) / layers).powf(0.7)),
-        // Everything else: the first low-rank matrices and the two output projections start at zero, LayerNorms at 1 and 0.
-        _ if part.ends_with(".weight") && !matches!(part, "att.output.weight" | "ffn.value.weight") => constant(1.0),
+        // Everything else: the first low-rank matrices, gates of heads and the two output projections start at zero, LayerNorms at 1 and 0.
+        "att.gate.weight" | "att.output.weight" | "ffn.value.weight" => constant(0.0),
+        _ if part.ends_with(".weight") => constant(1.0),
         _ => constant(0.0),
     }
 }

@@ -68,7 +68,8 @@ impl Config {
         }
         let hybrid = (attention > 0 || ckpt.names().any(|n| n.starts_with("rwkv."))).then(|| {
             let said = said.as_ref().and_then(|c| c.hybrid);
-            Hybrid { layers: attention, ..said.unwrap_or(Hybrid::new(attention)) }
+            let gate = ckpt.names().any(|n| n.starts_with("moba.") && n.ends_with(".att.gate.weight"));
+            Hybrid { layers: attention, gate, key_heads: None, ..said.unwrap_or(Hybrid::new(attention)) }
         });
         let prefix = if hybrid.is_some() { "rwkv." } else { "" };
         let shape = |name: &str, rank: usize| shape(&format!("{prefix}{name}"), rank);
@@ -77,6 +78,9 @@ impl Config {
         let rank = |name: &str| Ok::<usize, Error>(shape(name, 2)?[1]);
         // Layer 0 has no value residual; a model of one layer has none at all.
         let value = if n_layer > 1 { rank("blocks.1.att.v1")? } else { 32 };
+        // What is no whole number of heads is found when the tensor is read.
+        let keys = ckpt.shape("moba.0.att.key.weight").and_then(|s| Some(s.first()?.div_ceil(heads[1].max(1))));
+        let hybrid = hybrid.map(|h| Hybrid { key_heads: keys.filter(|k| *k != heads[0]), ..h });
         let config = Config {
             n_layer,
             n_embd: emb[1],
@@ -153,6 +157,7 @@ fn packed_layout(name: &str) -> Option<bool> {
         "att.query.weight" | "att.receptance.weight" | "att.key.weight" | "att.value.weight" | "att.output.weight" => {
             Some(false)
         }
+        "att.gate.weight" => Some(false),
         "att.w1" | "att.w2" | "att.a1" | "att.a2" | "att.v1" | "att.v2" | "att.g1" | "att.g2" => Some(true),
         _ => None,
     }
@@ -416,7 +421,8 @@ impl Model {
             let ffn = ChannelMix { mix: p("ffn.x_k"), key: ffn_key, value: ffn_value };
             let Place::Block(i) = place else {
                 let chunks = config.hybrid.map_or(Chunks::WHOLE, |h| h.chunks());
-                let block = HybridBlock { ln1, receptance, key, value, output, heads, chunks, ln2, ffn };
+                let gate = config.hybrid.filter(|h| h.gate).map(|_| w("att.gate.weight"));
+                let block = HybridBlock { ln1, receptance, key, value, gate, output, heads, chunks, ln2, ffn };
                 return (prefix, Block::Hybrid(Box::new(block)));
             };
             let block = Rwkv7Block {
@@ -458,9 +464,18 @@ impl Model {
     }
 }
 
-/// The matrices of a layer that read interpolations of one vector, in the order in which they lie one after another on a GPU, all [out, in]; attention blocks have the first three.
-pub(crate) const STACK: [&str; 7] =
-    ["att.receptance.weight", "att.key.weight", "att.value.weight", "att.v1", "att.w1", "att.a1", "att.g1"];
+/// The matrices of a layer that read interpolations of one vector, in the order in which they lie one after another on a GPU, all [out, in]; attention blocks have the first three and
+/// a gate, if there is one.
+pub(crate) const STACK: [&str; 8] = [
+    "att.receptance.weight",
+    "att.key.weight",
+    "att.value.weight",
+    "att.v1",
+    "att.w1",
+    "att.a1",
+    "att.g1",
+    "att.gate.weight",
+];
 
 /// The second halves of the low-rank maps, in the order of their first halves, all [in, out].
 const STACK_UP: [&str; 4] = ["att.v2", "att.w2", "att.a2", "att.g2"];
@@ -536,7 +551,12 @@ fn to_device(
             return Ok(());
         }
         let size = |name: &String| shapes[name.as_str()].iter().product::<usize>();
-        let mut buf = ctx.alloc(names.iter().map(size).sum());
+        let len: usize = names.iter().map(size).sum();
+        // Rows of zeros behind the gates of attention: what a step computes of them has sequences at aligned places.
+        let gated = names.iter().any(|name| place(name).1 == "att.gate.weight");
+        let all = if gated { config.attention_rows() * config.n_embd } else { len };
+        let mut buf = ctx.alloc(all);
+        buf.write_raw(len, &vec![0; (all - len) * ctx.dtype().size()]);
         let (mut start, mut places) = (0, Vec::new());
         for name in names {
             let (shape, stored) = (shapes[name.as_str()], packed_layout(name) == Some(true));

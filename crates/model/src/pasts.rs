@@ -29,7 +29,7 @@ impl<'m> Pasts<'m> {
         ctx: &Context, model: &Model, most: usize, blocks: Vec<(&'m HybridBlock, usize)>,
     ) -> Option<Pasts<'m>> {
         let (config, chunks) = (model.config(), blocks.first()?.0.chunks);
-        let attend = Attend::new(ctx, most, config.heads(), config.head_size, chunks)?;
+        let attend = Attend::new(ctx, most, [config.heads(), config.key_heads()], config.head_size, chunks)?;
         let addresses = most * blocks.len() * ADDRESSES;
         Some(Pasts {
             ctx: ctx.clone(),
@@ -46,6 +46,7 @@ impl<'m> Pasts<'m> {
     pub(crate) fn of(&self, j: usize, notes: usize, projected: DevicePtr, slots: DevicePtr) -> Attended {
         Attended {
             projected,
+            gated: self.blocks.iter().any(|(b, _)| b.gate.is_some()),
             wrote: self.wrote.ptr(),
             notes,
             kept: self.table.ptr().offset(2 * j * ADDRESSES, self.table.dtype()),
@@ -87,8 +88,7 @@ impl<'m> Pasts<'m> {
                     *past = past.with_means(&self.ctx, block.chunks);
                 }
                 if let Some(cache) = cache.filter(|c| past.len() >= c.most) {
-                    let of = (block.chunks, block.heads);
-                    *past = cache.thinned(&self.ctx, past, of, Some((&layers[*layer].wkv, slot)));
+                    *past = cache.thinned(&self.ctx, past, block.chunks, Some((&layers[*layer].wkv, slot)));
                 }
             }
         }

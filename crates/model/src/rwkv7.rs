@@ -293,6 +293,11 @@ impl Model {
             add(2);
         }
         c.hybrid.iter().for_each(|h| [h.layers, h.chunk, h.topk].iter().for_each(|&d| add(d as u64)));
+        // What no released model has, each with its number.
+        if let Some(h) = c.hybrid {
+            let more = [h.sink, h.window, h.gate.into(), h.key_heads.unwrap_or(0)];
+            more.iter().enumerate().filter(|(_, d)| **d > 0).flat_map(|(i, d)| [i, *d]).for_each(|d| add(d as u64));
+        }
         self.params.values().iter().for_each(|v| add(v.to_bits().into()));
         format!("{hash:016x}")
     }

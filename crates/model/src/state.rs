@@ -35,6 +35,13 @@ pub struct State {
     pub cache: Option<Cache>,
 }
 
+impl Config {
+    /// What an attention block keeps before the first token.
+    pub fn empty_past(&self, ctx: &Context) -> Past {
+        Past::new(ctx, [self.heads(), self.key_heads()], self.head_size)
+    }
+}
+
 impl State {
     /// Zeros for `slots` sequences.
     pub fn zeros(ctx: &Context, config: &Config, slots: usize) -> State {
@@ -47,7 +54,7 @@ impl State {
         let zeros = |cols: usize| Var::constant(slots, cols, ctx.zeros(slots * cols));
         let matrix = || Var::constant(slots, n, ctx.zeros_as(wkv, slots * n));
         let layer = |_| LayerState { att_x: zeros(c), wkv: matrix(), ffn_x: zeros(c) };
-        let past = |_| Past::new(ctx, config.heads(), c);
+        let past = |_| config.empty_past(ctx);
         let attention = |_| AttentionState { ffn_x: zeros(c), pasts: (0..slots).map(past).collect() };
         let layers = (0..config.recurrent_layers()).map(layer).collect();
         let attention = (0..config.hybrid.map_or(0, |h| h.layers)).map(attention).collect();

@@ -26,7 +26,7 @@ fn plain() -> Config {
 }
 
 fn mixed(chunk: usize, topk: usize) -> Config {
-    Config { hybrid: Some(Hybrid { layers: 2, chunk, topk }), ..plain() }
+    Config { hybrid: Some(Hybrid { chunk, topk, ..Hybrid::new(2) }), ..plain() }
 }
 
 fn ids(n: usize) -> Vec<u32> {
@@ -72,8 +72,11 @@ fn expansion_is_an_identity_unless_outputs_are_copied() {
     let (tokens, whole) = (ids(60), batch(1, 60, false));
     let before = logits(&ctx, &small, &tokens, whole.clone());
     let file = save(&small, &from);
-    let hybrid = Hybrid { layers: 2, chunk: 8, topk: 2 };
-    for how in [Expansion::Identity, Expansion::Copy] {
+    let few = Hybrid { chunk: 8, topk: 2, ..Hybrid::new(2) };
+    let gated = Hybrid { gate: true, ..few };
+    let shared = Hybrid { key_heads: Some(1), ..few };
+    let ways = [few, gated, shared].map(|h| (h, Expansion::Identity));
+    for (hybrid, how) in ways.into_iter().chain([(few, Expansion::Copy)]) {
         let (config, sources) = hybrid.expand(&file, how).unwrap();
         assert_eq!(config, Config { hybrid: Some(hybrid), ..plain() });
         write_pth(&to.0, &sources).unwrap();
@@ -87,11 +90,21 @@ fn expansion_is_an_identity_unless_outputs_are_copied() {
         }
         // The first new block follows block 1, the second block 3.
         let values = |name: &str| written.get(name).unwrap().to_f32_vec().unwrap();
-        assert!(values("moba.0.att.key.weight") == values("rwkv.blocks.1.att.key.weight"));
+        let keys = values("rwkv.blocks.1.att.key.weight");
+        match hybrid.key_heads {
+            // The mean of three heads of 16.
+            Some(_) => {
+                let mean = |i: usize| (keys[i] + keys[16 * 48 + i] + keys[32 * 48 + i]) / 3.0;
+                let same = |(i, k): (usize, &f32)| (k - mean(i)).abs() < 1e-6;
+                assert!(values("moba.0.att.key.weight").iter().enumerate().all(same));
+            }
+            None => assert!(values("moba.0.att.key.weight") == keys),
+        }
         assert!(values("moba.1.ffn.key.weight") == values("rwkv.blocks.3.ffn.key.weight"));
         assert!(values("moba.1.ln2.weight").iter().all(|&v| v == 1.0));
         // A .pth file doesn't say its chunks.
-        assert_eq!(Config::from_checkpoint(&written).unwrap().hybrid, Some(Hybrid::new(2)));
+        let said = Hybrid { chunk: 2048, topk: 3, ..hybrid };
+        assert_eq!(Config::from_checkpoint(&written).unwrap().hybrid, Some(said));
         let again = hybrid.expand(&written, how).err().unwrap().to_string();
         assert!(again.contains("RWKV-7 blocks alone"), "{again}");
     }
@@ -113,20 +126,49 @@ fn a_file_says_its_chunks_and_a_missing_tensor_is_named() {
     let (a, b) = (logits(&ctx, &loaded, &tokens, rows.clone()), logits(&ctx, &model, &tokens, rows.clone()));
     assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-4));
     // Other chunks are another model.
-    let other = Model::load_as(&ctx, &ckpt, mixed(8, 1), Load::Inference(DType::F32.into())).unwrap();
-    assert!(other.fingerprint() != loaded.fingerprint());
-    assert!(logits(&ctx, &other, &tokens, rows) != a);
+    for hybrid in [
+        Hybrid { chunk: 8, topk: 1, ..Hybrid::new(2) },
+        Hybrid { chunk: 8, topk: 2, sink: 1, ..Hybrid::new(2) },
+        Hybrid { chunk: 8, topk: 2, window: 1, ..Hybrid::new(2) },
+    ] {
+        let config = Config { hybrid: Some(hybrid), ..plain() };
+        let other = Model::load_as(&ctx, &ckpt, config.clone(), Load::Inference(DType::F32.into())).unwrap();
+        assert!(other.fingerprint() != loaded.fingerprint());
+        assert!(logits(&ctx, &other, &tokens, rows.clone()) != a);
+        let said: serde_json::Value = serde_json::from_str(&config.description().1).unwrap();
+        assert_eq!(serde_json::from_value::<Config>(said["model"].clone()).unwrap(), config);
+    }
     let p = model.params();
     let some = |s: &&anser_model::ParamSpec| !s.name.starts_with("moba.1.att.value");
     let source = |s: &anser_model::ParamSpec| Source::new(&s.name, &s.shape, Dtype::F32, &p.values()[s.range.clone()]);
-    drop((ckpt, other, loaded));
+    drop((ckpt, loaded));
     write_pth(&file.0, &p.specs().iter().filter(some).map(source).collect::<Vec<_>>()).unwrap();
     let e = Model::load(&ctx, &Checkpoint::open(&file.0).unwrap(), Load::Train).err().unwrap().to_string();
     assert!(e.contains("moba.1.att.value.weight is missing"), "{e}");
 }
 
 #[test]
-fn the_gradient_is_the_slope_of_the_loss() {
+fn models_that_differ_in_an_option_are_told_apart() {
+    // Their vectors are the same, and matrices are packed: a state of one must not go on with another.
+    let ctx = Context::cpu(1);
+    let few = Hybrid { chunk: 8, topk: 4, ..Hybrid::new(2) };
+    let all = [
+        few,
+        Hybrid { sink: 1, ..few },
+        Hybrid { window: 1, ..few },
+        Hybrid { gate: true, ..few },
+        Hybrid { key_heads: Some(1), ..few },
+    ];
+    let mut prints = all.map(|hybrid| {
+        let config = Config { hybrid: Some(hybrid), ..plain() };
+        Model::init(&ctx, &config, Init::Current, 1).unwrap().packed(&ctx, DType::F32).fingerprint()
+    });
+    prints.sort();
+    assert!(prints.windows(2).all(|p| p[0] != p[1]), "{prints:?}");
+}
+
+/// For parameters whose names begin with one of `parts`, besides others.
+fn the_gradient_is_the_slope(config: &Config, parts: &[&str]) {
     let loss = |ctx: &Context, m: &Model, checkpointing: bool| {
         let mut grads = ctx.zeros_f32(m.params().values().len());
         let mut t = Tape::recording(ctx, m.params(), &mut grads);
@@ -142,13 +184,13 @@ fn the_gradient_is_the_slope_of_the_loss() {
         (loss.loss(), grads.to_vec())
     };
     let ctx = Context::cpu(2);
-    let mut m = stirred(&ctx, &mixed(5, 2));
+    let mut m = stirred(&ctx, config);
     let (_, gradient) = loss(&ctx, &m, false);
     assert!(loss(&ctx, &m, true).1 == gradient, "a block made again gives the same bits");
     assert!(loss(&Context::cpu(3), &m, false).1 == gradient);
-    for part in
-        ["moba.0.att.receptance", "moba.0.att.key", "moba.1.att.value", "moba.1.ffn.x_k", "rwkv.blocks.0.att.key"]
-    {
+    let always =
+        ["moba.0.att.receptance", "moba.0.att.key", "moba.1.att.value", "moba.1.ffn.x_k", "rwkv.blocks.0.att.key"];
+    for part in always.iter().chain(parts) {
         let s = m.params().specs().iter().find(|s| s.name.starts_with(part)).unwrap().range.clone();
         let norm = gradient[s.clone()].iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
         let start = m.params().values()[s.clone()].to_vec();
@@ -163,6 +205,13 @@ fn the_gradient_is_the_slope_of_the_loss() {
         at(0.0);
         assert!((slope - norm).abs() < 3e-3 * norm.max(0.05), "{part}: {slope}, not {norm}");
     }
+}
+
+#[test]
+fn the_gradient_is_the_slope_of_the_loss() {
+    the_gradient_is_the_slope(&mixed(5, 2), &[]);
+    let all = Hybrid { chunk: 5, topk: 3, sink: 1, window: 1, gate: true, key_heads: Some(1), ..Hybrid::new(2) };
+    the_gradient_is_the_slope(&Config { hybrid: Some(all), ..plain() }, &["moba.0.att.gate", "moba.1.att.key"]);
 }
 
 #[test]

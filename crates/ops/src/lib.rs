@@ -22,6 +22,7 @@ pub mod choose;
 pub mod cross_entropy;
 pub mod decode;
 pub mod embedding;
+pub mod head_gate;
 pub mod key_path;
 pub mod layer_norm;
 pub mod linear;

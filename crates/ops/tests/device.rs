@@ -318,12 +318,28 @@ fn attention() {
         let three: [Leaf; 3] = std::array::from_fn(|_| Leaf(ROWS, heads * n, 1.5, Act));
         let segments: Arc<[Segment]> =
             segments().iter().map(|s| Segment { state_in: None, state_out: None, ..*s }).collect();
-        for chunks in [Chunks::WHOLE, Chunks { size: 5, top: 2 }, Chunks { size: 16, top: 1 << 24 }] {
+        for chunks in [Chunks::WHOLE, Chunks::new(5, 2), Chunks::new(16, 1 << 24)] {
             check(&format!("attention {n} {chunks:?}"), &three, &[], |t, x, _| {
                 vec![t.attention([&x[0], &x[1], &x[2]], &segments, heads, chunks, &[]).0]
             });
         }
+        let keys = || Leaf(ROWS, n, 1.5, Act);
+        check(
+            &format!("attention {n} with keys shared"),
+            &[Leaf(ROWS, heads * n, 1.5, Act), keys(), keys()],
+            &[],
+            |t, x, _| vec![t.attention([&x[0], &x[1], &x[2]], &segments, heads, Chunks::new(5, 3), &[]).0],
+        );
         check(&format!("rotary {n}"), &three[..1], &[], |t, x, _| vec![t.rotary(&x[0], &segments, heads)]);
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn head_gate() {
+    for (heads, n) in [(3, 16), (1, 32), (5, 64), (2, 128)] {
+        let leaves = [Leaf(ROWS, heads * n, 1.0, Kind::Act), Leaf(ROWS, heads, 3.0, Kind::Act)];
+        check(&format!("head gate {n}"), &leaves, &[], |t, x, _| vec![t.head_gate(&x[0], &x[1])]);
     }
 }
 
@@ -331,11 +347,17 @@ fn attention() {
 #[test]
 #[ignore = "needs a GPU"]
 fn attention_with_a_past() {
-    let (heads, n, len, chunks) = (2, 64, 90, Chunks { size: 8, top: 3 });
+    for chunks in [Chunks::new(8, 3), Chunks { sink: 1, window: 1, ..Chunks::new(8, 4) }] {
+        attention_in_pieces(chunks);
+    }
+}
+
+fn attention_in_pieces(chunks: Chunks) {
+    let (heads, n, len) = (2, 64, 90);
     let c = heads * n;
     let x: [Vec<f32>; 3] = std::array::from_fn(|i| rounded(&noise(len * c, i as u32 + 1, 1.5)));
     let read = |ctx: &Context| {
-        let (params, mut pasts, mut y) = (ParamSet::default(), vec![Past::new(ctx, heads, c)], Vec::new());
+        let (params, mut pasts, mut y) = (ParamSet::default(), vec![Past::new(ctx, [heads; 2], n)], Vec::new());
         for (from, to) in [(0, 21), (21, 22), (22, 64), (64, 90)] {
             let mut t = Tape::inference(ctx, &params);
             let var = |x: &Vec<f32>| Var::constant(to - from, c, ctx.copy_of(&x[from * c..to * c]));

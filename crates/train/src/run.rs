@@ -493,7 +493,9 @@ fn model(ctx: &Context, config: &RunConfig, tokenizer: Option<&Tokenizer>) -> Re
         dims.head_size = m.head_size;
     }
     dims.double_rate = m.double_rate;
-    dims.hybrid = chunks(m, (m.attention > 0).then(|| Hybrid::new(m.attention)))?;
+    let key_heads = Some(m.key_heads).filter(|k| *k > 0 && *k != dims.heads());
+    let new = Hybrid { gate: m.gate, key_heads, ..Hybrid::new(m.attention) };
+    dims.hybrid = chunks(m, (m.attention > 0).then_some(new))?;
     dims.validate()?;
     fits(&dims)?;
     Ok(Model::init(ctx, &dims, m.init, m.seed)?)
@@ -501,11 +503,25 @@ fn model(ctx: &Context, config: &RunConfig, tokenizer: Option<&Tokenizer>) -> Re
 
 /// A hybrid with the chunks that the configuration names.
 fn chunks(m: &ModelConfig, hybrid: Option<Hybrid>) -> Result<Option<Hybrid>, Error> {
-    if hybrid.is_none() && (m.chunk > 0 || m.topk > 0) {
-        return Err(Error::Config("model.chunk and model.topk are of attention: set model.attention too".into()));
+    let all = [
+        ("chunk", m.chunk),
+        ("topk", m.topk),
+        ("sink", m.sink),
+        ("window", m.window),
+        ("gate", m.gate.into()),
+        ("key_heads", m.key_heads),
+    ];
+    if let Some((name, _)) = all.iter().find(|(_, n)| hybrid.is_none() && *n > 0) {
+        return Err(Error::Config(format!("model.{name} is of attention: set model.attention too")));
     }
     let or = |asked: usize, found: usize| if asked == 0 { found } else { asked };
-    Ok(hybrid.map(|h| Hybrid { chunk: or(m.chunk, h.chunk), topk: or(m.topk, h.topk), ..h }))
+    Ok(hybrid.map(|h| Hybrid {
+        chunk: or(m.chunk, h.chunk),
+        topk: or(m.topk, h.topk),
+        sink: or(m.sink, h.sink),
+        window: or(m.window, h.window),
+        ..h
+    }))
 }
 
 /// Names of the dimensions in which a checkpoint's model is not the configured one.
@@ -528,6 +544,10 @@ fn dimensions_differ(config: &RunConfig, found: &Config) -> Option<String> {
         ("attention", m.attention, of(|h| h.layers)),
         ("chunk", if m.chunk == 0 { of(|h| h.chunk) } else { m.chunk }, of(|h| h.chunk)),
         ("topk", if m.topk == 0 { of(|h| h.topk) } else { m.topk }, of(|h| h.topk)),
+        ("sink", if m.sink == 0 { of(|h| h.sink) } else { m.sink }, of(|h| h.sink)),
+        ("gate", m.gate.into(), found.hybrid.is_some_and(|h| h.gate).into()),
+        ("key_heads", if m.key_heads == 0 { found.heads() } else { m.key_heads }, found.key_heads()),
+        ("window", if m.window == 0 { of(|h| h.window) } else { m.window }, of(|h| h.window)),
     ];
     let names: Vec<&str> = wanted.iter().filter(|w| w.1 != w.2).map(|w| w.0).collect();
     (!names.is_empty()).then(|| names.join(", "))

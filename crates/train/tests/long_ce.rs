@@ -36,7 +36,7 @@ fn plain() -> Config {
 }
 
 fn hybrid() -> Config {
-    Config { hybrid: Some(Hybrid { layers: 1, chunk: 4, topk: 2 }), ..plain() }
+    Config { hybrid: Some(Hybrid { chunk: 4, topk: 2, ..Hybrid::new(1) }), ..plain() }
 }
 
 /// A model of noise, no part of it silent, which forgets slowly.

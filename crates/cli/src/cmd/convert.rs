@@ -144,7 +144,11 @@ pub fn write(
         Some("pth") => {
             if let Some(h) = config.hybrid {
                 let (chunk, topk) = (h.chunk, h.topk);
-                global.note(format!("a .pth file doesn't say its chunks: load it with --chunk {chunk} --topk {topk}"));
+                let option = |name: &str, n: usize| if n == 0 { String::new() } else { format!(" --{name} {n}") };
+                let always = option("sink", h.sink) + &option("window", h.window);
+                global.note(format!(
+                    "a .pth file doesn't say its chunks: load it with --chunk {chunk} --topk {topk}{always}"
+                ));
             }
             Ok(write_pth(out, sources)?)
         }

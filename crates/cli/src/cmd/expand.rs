@@ -1,7 +1,7 @@
 use crate::cmd::convert;
-use crate::global::Global;
+use crate::global::{Chunks, Global, NewBlocks};
 use anser_formats::Checkpoint;
-use anser_model::{Expansion, Hybrid};
+use anser_model::Expansion;
 use anyhow::ensure;
 use serde_json::json;
 use std::path::PathBuf;
@@ -16,12 +16,10 @@ pub struct Args {
     /// Attention blocks, one after every so many RWKV-7 blocks [default: one for 4 of them]
     #[arg(long)]
     layers: Option<usize>,
-    /// Tokens of a chunk of attention
-    #[arg(long, default_value_t = 2048)]
-    chunk: usize,
-    /// Chunks that a token sees, its own counted
-    #[arg(long, default_value_t = 3)]
-    topk: usize,
+    #[command(flatten)]
+    chunks: Chunks,
+    #[command(flatten)]
+    blocks: NewBlocks,
     /// identity: the new blocks change nothing at first; copy: they begin as copies of the blocks before them, as in the released code
     #[arg(long, default_value = "identity", value_parser = ["identity", "copy"])]
     init: String,
@@ -33,13 +31,16 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     ensure!(!(same && args.out.exists()), "{}: input and output are the same file; name another", args.out.display());
     let ckpt = Checkpoint::open(&args.input)?;
     let blocks = anser_model::Config::from_checkpoint(&ckpt)?.n_layer;
-    let hybrid = Hybrid { layers: args.layers.unwrap_or((blocks / 4).max(1)), chunk: args.chunk, topk: args.topk };
+    let hybrid = args.chunks.of(args.blocks.hybrid(args.layers.unwrap_or((blocks / 4).max(1))));
     let how = if args.init == "copy" { Expansion::Copy } else { Expansion::Identity };
     let (config, sources) = hybrid.expand(&ckpt, how)?;
     global.remarks(&config);
     convert::write(&args.out, &ckpt, &config, &sources, &[], global)?;
-    let Hybrid { layers, chunk, topk } = hybrid;
-    let json = json!({ "out": args.out, "attention": layers, "chunk": chunk, "topk": topk, "parameters": config.parameters() });
+    let layers = hybrid.layers;
+    let mut json = json!({ "out": args.out, "attention": layers, "parameters": config.parameters() });
+    if let (Some(json), serde_json::Value::Object(options)) = (json.as_object_mut(), json!(hybrid)) {
+        json.extend(options.into_iter().filter(|(name, _)| name != "layers"));
+    }
     global.result(json, || {
         format!(
             "{}: {layers} attention blocks among {blocks} others, {} parameters\n",

@@ -1,6 +1,6 @@
 use crate::global::Global;
 use anser_formats::{CONFIG_JSON, Checkpoint, Format, Naming};
-use anser_model::Config;
+use anser_model::{Config, Hybrid};
 use anyhow::Context as _;
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -61,10 +61,13 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         if let Some(h) = c.hybrid {
             let _ = writeln!(
                 s,
-                "{} attention blocks, chunks of {} tokens of which {} are seen; {} more numbers per token",
+                "{} attention blocks{}{}, chunks of {} tokens of which {} are seen{}; {} more numbers per token",
                 h.layers,
+                if h.gate { ", gated" } else { "" },
+                h.key_heads.map_or_else(String::new, |k| format!(", {k} heads of keys")),
                 h.chunk,
                 h.topk,
+                always(h),
                 c.cache_len()
             );
         }
@@ -77,6 +80,14 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         }
         s
     })
+}
+
+/// Which chunks a token sees whatever their scores.
+fn always(h: Hybrid) -> String {
+    match (h.sink, h.window) {
+        (0, 0) => String::new(),
+        (sink, window) => format!(", among them the first {sink} of the text and the {window} before a token's own"),
+    }
 }
 
 /// What a model of these dimensions should have and this one lacks.

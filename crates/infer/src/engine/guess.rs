@@ -117,7 +117,7 @@ mod tests {
     fn what_repeats_itself_is_read_ahead_and_nothing_changes() {
         let ctx = Context::cpu(2);
         let plain = Config::new(2, 64, 40);
-        let hybrid = Config { hybrid: Some(Hybrid { layers: 1, chunk: 8, topk: 2 }), ..plain.clone() };
+        let hybrid = Config { hybrid: Some(Hybrid { chunk: 8, topk: 2, ..Hybrid::new(1) }), ..plain.clone() };
         // Twelve tokens again and again, with others now and then, from where a guess may be wrong.
         let token = |i: u32| if i % 29 < 2 { i * 7 % 40 } else { i % 12 };
         let tokens: Vec<u32> = (0..220).map(token).collect();

@@ -113,8 +113,9 @@ impl Snapshot {
             if matrices != 2 + empty.cache.map_or(0, |c| c.notes()) {
                 return None;
             }
-            let len = tokens.checked_mul(empty.attention[0].ffn_x.cols())?;
-            let rows = (0..matrices).map(|_| Some(form.ctx.copy_of(&from.floats(len)?)));
+            let [keys, noted] = empty.attention[0].pasts[0].channels();
+            let len = |i| tokens.checked_mul(if i < 2 { keys } else { noted });
+            let rows = (0..matrices).map(|i| Some(form.ctx.copy_of(&from.floats(len(i)?)?)));
             Some(filled(
                 &form.ctx,
                 &empty.attention[0].pasts[0],
@@ -136,7 +137,11 @@ mod tests {
 
     #[test]
     fn files_give_back_the_state_or_nothing() {
-        let hybrid = Config { hybrid: Some(Hybrid { layers: 2, chunk: 8, topk: 2 }), ..Config::new(2, 64, 20) };
+        let hybrid = Config {
+            hybrid: Some(Hybrid { chunk: 8, topk: 2, key_heads: Some(1), ..Hybrid::new(2) }),
+            head_size: 16,
+            ..Config::new(2, 64, 20)
+        };
         let bound = Some(Cache::new(64, Eviction::Error, true));
         for (config, bound) in [(Config::new(2, 64, 20), None), (hybrid.clone(), None), (hybrid, bound)] {
             let ctx = Context::cpu(1);

@@ -27,7 +27,7 @@ pub fn plain() -> (Context, Arc<Model>) {
 }
 
 pub fn hybrid() -> (Context, Arc<Model>) {
-    model(&Config { hybrid: Some(Hybrid { layers: 2, chunk: 16, topk: 2 }), ..Config::new(2, 64, 300) })
+    model(&Config { hybrid: Some(Hybrid { chunk: 16, topk: 2, ..Hybrid::new(2) }), ..Config::new(2, 64, 300) })
 }
 
 pub fn engine(of: &(Context, Arc<Model>), options: EngineOptions) -> Engine {

@@ -13,7 +13,7 @@ use std::ops::Range;
 pub(super) struct Few {
     /// Projections of the first layer, and of the others.
     projections: [Plan; 2],
-    /// q, k and v of attention.
+    /// q, k, v and gates of attention.
     attention: Plan,
     output: Plan,
     key: Plan,
@@ -57,7 +57,7 @@ impl Few {
         let blocks = ctx.cuda()?.info().multiprocessors as usize;
         Some(Few {
             projections: [projections(ranks[0])?, projections(ranks[1])?],
-            attention: Plan::new(ctx, c, &[(3 * c, 0)])?,
+            attention: Plan::new(ctx, c, &[(config.attention_rows(), 0)])?,
             output: Plan::new(ctx, c, &[(c, 0)])?,
             key: Plan::new(ctx, c, &[(hidden, 0)])?,
             head: Plan::new(ctx, c, &[(config.vocab_size, 0)])?,
@@ -71,7 +71,7 @@ impl Few {
 
     /// Elements of the projections of a sequence, at most.
     pub fn widest(&self) -> usize {
-        self.projections.iter().map(Plan::rows).max().unwrap_or(0)
+        self.projections.iter().chain([&self.attention]).map(Plan::rows).max().unwrap_or(0)
     }
 
     /// Rows of second matrices of channel mixing read since the beginning; waits for the device.

@@ -50,13 +50,13 @@ impl DecodeStep<'_> {
         for (at, (_, block)) in m.blocks.iter().enumerate() {
             if let (Block::Hybrid(block), Some(pasts)) = (block, &self.pasts) {
                 let Some((j, s)) = attention.next() else { break };
-                let stacked = self.matrix(&block.receptance);
+                let (stacked, wide) = (self.matrix(&block.receptance), config.attention_rows());
                 if pass.on(Part::Mix) {
                     let norm = self.norm(&block.ln1);
-                    step.mix(x, mixed, DevicePtr::NULL, slots, norm, [], ahead(stacked, 3 * c, c));
+                    step.mix(x, mixed, DevicePtr::NULL, slots, norm, [], ahead(stacked, wide, c));
                 }
                 if pass.on(Part::Projections) {
-                    pass.product(stacked, Trans::T, 3 * c, c, mixed, false, projected, DType::F32);
+                    pass.product(stacked, Trans::T, wide, c, mixed, false, projected, DType::F32);
                 }
                 if pass.on(Part::Heads) {
                     let notes = state.cache.map_or(0, |c| c.notes());

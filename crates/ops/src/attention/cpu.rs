@@ -5,6 +5,7 @@
 
 use super::Chunks;
 use anser_tensor::{Context, DisjointMut, math, simd::vectorize};
+use std::ops::Range;
 
 /// Keys of a tile: the lanes of a vector. Tiles begin where chunks do.
 const KEYS: usize = 16;
@@ -19,11 +20,11 @@ pub(super) struct Sequence<'a> {
     pub(super) start: usize,
     pub(super) len: usize,
     pub(super) past: usize,
-    /// Keys from the sequence's first on, [past + len, C].
+    /// Keys from the sequence's first on, [past + len, key heads x N].
     pub(super) keys: &'a [f32],
     /// Values, likewise.
     pub(super) values: &'a [f32],
-    /// Mean keys of full chunks, [chunks, C].
+    /// Mean keys of full chunks, [chunks, key heads x N].
     pub(super) means: &'a [f32],
 }
 
@@ -31,6 +32,8 @@ pub(super) struct Sequence<'a> {
 #[derive(Clone, Copy)]
 pub(super) struct Shape {
     pub(super) heads: usize,
+    /// Heads of keys and values.
+    pub(super) key_heads: usize,
     /// Size of a head.
     pub(super) n: usize,
     pub(super) chunks: Chunks,
@@ -38,7 +41,14 @@ pub(super) struct Shape {
     pub(super) slots: usize,
 }
 
-/// One head of one sequence.
+impl Shape {
+    /// Heads of queries that share one of keys.
+    fn share(&self) -> usize {
+        self.heads / self.key_heads
+    }
+}
+
+/// One head of queries of one sequence.
 #[derive(Clone, Copy)]
 struct Head<'a> {
     sequence: &'a Sequence<'a>,
@@ -68,10 +78,22 @@ impl<'a> Head<'a> {
         unsafe { x.get(at..at + self.of.n) }
     }
 
-    /// Row `j` of keys, values or means.
+    /// Where row `j` of keys, values or means is.
+    #[inline(always)]
+    fn place(&self, j: usize) -> Range<usize> {
+        let at = (j * self.of.key_heads + self.head / self.of.share()) * self.of.n;
+        at..at + self.of.n
+    }
+
     #[inline(always)]
     fn row<'b>(&self, x: &'b [f32], j: usize) -> &'b [f32] {
-        &x[(j * self.of.heads + self.head) * self.of.n..][..self.of.n]
+        &x[self.place(j)]
+    }
+
+    /// The row of key `j` of a matrix [rows, key heads x N], for writing.
+    fn key_mut<'b>(&self, x: &DisjointMut<'b, f32>, j: usize) -> &'b mut [f32] {
+        // SAFETY: a row of a head of keys belongs to one task, which takes it once.
+        unsafe { x.get(self.place(self.sequence.start + j)) }
     }
 
     /// Rows `first..end`, at most sixteen, of keys, values or means; zero beyond.
@@ -194,6 +216,8 @@ pub(super) fn select(ctx: &Context, sequences: &[Sequence<'_>], of: Shape, q: &[
                         }
                         let best = &mut best[t - first];
                         for (l, &score) in dots(h.query(q, t), &means)[..KEYS.min(before - block)].iter().enumerate() {
+                            let always = of.chunks.always(block + l, before);
+                            let score = if always { f32::INFINITY } else { score };
                             // Of equal scores the earlier chunk stays before the later one.
                             let place = best.iter().rposition(|b| b.0 >= score).map_or(0, |i| i + 1);
                             if place < most {
@@ -300,7 +324,7 @@ impl Saved<'_> {
     }
 }
 
-/// dq, dk and dv [rows, heads x N] of sequences without a past.
+/// dq [rows, heads x N], dk and dv [rows, key heads x N] of sequences without a past.
 pub(super) fn backward(
     ctx: &Context, sequences: &[Sequence<'_>], of: Shape, x: Saved<'_>, [dq, dk, dv]: [&mut [f32]; 3],
 ) {
@@ -344,28 +368,30 @@ pub(super) fn backward(
             })
         })
         .collect();
-    ctx.threads().run(list.len() * of.heads, |task| {
-        let (i, chunk, key) = list[task / of.heads];
-        let h = Head { sequence: &sequences[i], of, head: task % of.heads };
+    ctx.threads().run(list.len() * of.key_heads, |task| {
+        let (i, chunk, key) = list[task / of.key_heads];
+        let h = Head { sequence: &sequences[i], of, head: task % of.key_heads * of.share() };
         let (_, stop) = h.keys(chunk, h.sequence.len);
         let [keys, values] = [h.sequence.keys, h.sequence.values].map(|m| h.columns(m, key, stop));
         let mut sums = [[[0f32; WIDEST]; KEYS]; 2];
         vectorize(
             #[inline(always)]
             || {
-                for t in (key..stop).chain(pickers[i * of.heads + h.head].of(chunk)) {
-                    let seen = h.seen(t, key, stop);
-                    let (p, ds) = x.weights(h, t, seen, &keys, &values);
-                    for l in 0..seen {
-                        add_scaled(&mut sums[0][l], ds[l], h.query(x.q, t));
-                        add_scaled(&mut sums[1][l], p[l], h.query(x.dy, t));
+                for h in (h.head..h.head + of.share()).map(|head| Head { head, ..h }) {
+                    for t in (key..stop).chain(pickers[i * of.heads + h.head].of(chunk)) {
+                        let seen = h.seen(t, key, stop);
+                        let (p, ds) = x.weights(h, t, seen, &keys, &values);
+                        for l in 0..seen {
+                            add_scaled(&mut sums[0][l], ds[l], h.query(x.q, t));
+                            add_scaled(&mut sums[1][l], p[l], h.query(x.dy, t));
+                        }
                     }
                 }
             },
         );
         for l in 0..KEYS.min(stop - key) {
-            h.query_mut(&dk, key + l).copy_from_slice(&sums[0][l][..of.n]);
-            h.query_mut(&dv, key + l).copy_from_slice(&sums[1][l][..of.n]);
+            h.key_mut(&dk, key + l).copy_from_slice(&sums[0][l][..of.n]);
+            h.key_mut(&dv, key + l).copy_from_slice(&sums[1][l][..of.n]);
         }
     });
 }

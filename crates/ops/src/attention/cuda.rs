@@ -39,10 +39,10 @@ pub(super) struct Sequence {
     pub past: usize,
     /// Chunks whose means are known.
     pub known: usize,
-    /// Keys and values of position 0, [past + len, heads x N].
+    /// Keys and values of position 0, [past + len, key heads x N].
     pub keys: DevicePtr,
     pub values: DevicePtr,
-    /// Means of chunks, f32 [chunks, heads x N].
+    /// Means of chunks, f32 [chunks, key heads x N].
     pub means: DevicePtr,
 }
 
@@ -50,6 +50,7 @@ pub(super) struct Sequence {
 pub(super) struct Plan {
     rows: usize,
     heads: usize,
+    key_heads: usize,
     n: usize,
     chunks: Chunks,
     /// Bytes between kernels that a group of heads may take.
@@ -89,14 +90,17 @@ struct Lists {
 }
 
 impl Plan {
-    /// A call for `rows` rows of `heads` heads of size `n`, with chunks no longer than a sequence and no more of them than there are.
-    pub(super) fn new(ctx: &Context, rows: usize, heads: usize, n: usize, chunks: Chunks, list: &[Sequence]) -> Plan {
+    /// A call for `rows` rows of so many heads of queries and of keys of size `n`, with chunks no longer than a sequence and no more of them than there are.
+    pub(super) fn new(
+        ctx: &Context, rows: usize, heads: [usize; 2], n: usize, chunks: Chunks, list: &[Sequence],
+    ) -> Plan {
         Plan::within(ctx, rows, heads, n, chunks, list, BETWEEN)
     }
 
     /// The same with a bound of bytes between kernels.
     pub(super) fn within(
-        ctx: &Context, rows: usize, heads: usize, n: usize, chunks: Chunks, list: &[Sequence], between: usize,
+        ctx: &Context, rows: usize, [heads, key_heads]: [usize; 2], n: usize, chunks: Chunks, list: &[Sequence],
+        between: usize,
     ) -> Plan {
         let k = chunks.top - 1;
         assert!(rows * 4 * chunks.top < 1 << 31, "{rows} rows of {} chunks are too many for one call", chunks.top);
@@ -146,11 +150,12 @@ impl Plan {
             most_chunks = most_chunks.max(count);
         }
         let sequences = table(ctx, &words);
-        Plan { rows, heads, n, chunks, between, sequences, count: list.len(), all, most_chunks, run, piece, hopper }
+        let count = list.len();
+        Plan { rows, heads, key_heads, n, chunks, between, sequences, count, all, most_chunks, run, piece, hopper }
     }
 
     /// The same as the kernels have it, for a group of heads.
-    fn words(&self, group: Group) -> [u64; 9] {
+    fn words(&self, group: Group) -> [u64; 11] {
         let pair = |low: usize, high: usize| low as u64 | (high as u64) << 32;
         [
             self.sequences.ptr().address(),
@@ -162,6 +167,8 @@ impl Plan {
             pair(self.piece, self.pieces()),
             pair(self.all.tiles, self.together()),
             pair(self.bits(), self.key_tile()),
+            pair(self.chunks.sink, self.chunks.window),
+            pair(self.key_heads, self.heads / self.key_heads),
         ]
     }
 
@@ -230,7 +237,7 @@ fn shared(rows: usize, n: usize) -> usize {
 pub(super) fn means(ctx: &Context, gpu: &Cuda, plan: &Plan) {
     let words = plan.words(plan.all_heads());
     let args = [Arg::Struct(&words), int(plan.n)];
-    gpu.launch(&KERNELS, &kernel(ctx, "chunk_means"), [plan.all.chunks, plan.heads, 1], [256, 1, 1], &args);
+    gpu.launch(&KERNELS, &kernel(ctx, "chunk_means"), [plan.all.chunks, plan.key_heads, 1], [256, 1, 1], &args);
 }
 
 /// The picks, i32 [rows, heads, k - 1]: past chunks in ascending order, then -1.
@@ -244,7 +251,7 @@ pub(super) fn select(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, picks: &Bu
         let args = [head, q.ptr().into(), picks.ptr().into(), int(plan.n)];
         return gpu.launch(&KERNELS, &kernel(ctx, "chunk_select"), grid, [QUERIES, 1, 1], &args);
     }
-    let parts = ctx.alloc(plan.all.chunks * plan.heads * 2 * plan.n);
+    let parts = ctx.alloc(plan.all.chunks * plan.key_heads * 2 * plan.n);
     let args = [head, parts.ptr().into(), int(plan.n)];
     gpu.launch(&KERNELS, &kernel(ctx, "chunk_split"), [plan.all.chunks, 1, 1], [128, 1, 1], &args);
     let at_once = if plan.picks() <= 2 { 2 } else { 16 };
@@ -265,17 +272,19 @@ pub(super) fn forgotten(
     gpu.launch(&KERNELS, &name, [count.div_ceil(TOKENS), heads, 1], [n.max(32), 1, 1], &args);
 }
 
-/// sums [heads, count] f32: the shares of `asking` queries' softmax over `count` keys, both [.., heads x N], that each key has.
-pub(super) fn asked(ctx: &Context, gpu: &Cuda, [queries, keys]: [DevicePtr; 2], sums: &Buf, of: [usize; 4]) {
-    let [asking, count, heads, n] = of;
+/// sums [heads, count] f32: the shares of `asking` queries' softmax, [.., heads x N], over `count` keys, [.., key heads x N], that each key has.
+pub(super) fn asked(ctx: &Context, gpu: &Cuda, [queries, keys]: [DevicePtr; 2], sums: &Buf, of: [usize; 5]) {
+    let [asking, count, heads, key_heads, n] = of;
     let lse = ctx.alloc_f32(heads * asking);
     let launch = |name: &str, rows: usize, args: &[Arg<'_>]| {
         let name = format!("{}_{n}", kernel(ctx, name));
         gpu.launch(&KERNELS, &name, [rows.div_ceil(128), heads, 1], [128, 1, 1], args);
     };
-    let args = [queries.into(), keys.into(), lse.ptr().into(), int(asking), int(count)];
+    let (wide, narrow) = (int(heads), int(key_heads));
+    let args = [queries.into(), keys.into(), lse.ptr().into(), int(asking), int(count), wide, narrow];
     launch("chunk_ask", asking, &args);
-    let args = [keys.into(), queries.into(), lse.ptr().into(), sums.ptr().into(), int(count), int(asking)];
+    let [lse, sums] = [&lse, sums].map(|b| Arg::Ptr(b.ptr()));
+    let args = [keys.into(), queries.into(), lse, sums, int(count), int(asking), narrow, wide];
     launch("chunk_asked", count, &args);
 }
 
@@ -355,8 +364,26 @@ fn hopper(ctx: &Context, gpu: &Cuda, name: &str, work: usize, rows: usize, [l, e
     gpu.launch_with(&KERNELS, &name, grid, [384, 1, 1], shared(rows, 64), &args);
 }
 
-/// dq, dk, dv [rows, heads x N] of sequences without a past.
+/// dq [rows, heads x N] and dk, dv [rows, key heads x N] of sequences without a past.
 pub(super) fn backward(
+    ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, picks: &Buf, of: [&Buf; 3], [dq, dk, dv]: [&Buf; 3],
+) {
+    let share = plan.heads / plan.key_heads;
+    if share == 1 {
+        return each_head_back(ctx, gpu, plan, q, picks, of, [dq, dk, dv]);
+    }
+    // Those of each head of queries first.
+    let parts: [Buf; 2] = std::array::from_fn(|_| ctx.alloc(plan.rows * plan.heads * plan.n));
+    each_head_back(ctx, gpu, plan, q, picks, of, [dq, &parts[0], &parts[1]]);
+    for (from, to) in parts.iter().zip([dk, dv]) {
+        let threads = plan.rows * plan.key_heads * plan.n / 8;
+        let args = [from.ptr().into(), to.ptr().into(), int(threads), int(plan.n / 8), int(share)];
+        gpu.launch(&KERNELS, &kernel(ctx, "chunk_join"), [threads.div_ceil(256), 1, 1], [256, 1, 1], &args);
+    }
+}
+
+/// dq, dk, dv [rows, heads x N], as if every head had keys of its own.
+fn each_head_back(
     ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, picks: &Buf, [y, dy, lse]: [&Buf; 3], grads: [&Buf; 3],
 ) {
     let (n, heads, slots) = (plan.n, plan.heads, plan.chunks.top);

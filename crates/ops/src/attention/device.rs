@@ -8,9 +8,13 @@ use anser_tensor::{Buf, Context, DType, Device};
 /// Heads of size `n`; of each sequence the keys before its queries, and its queries.
 struct Case<'a> {
     heads: usize,
+    /// Heads of queries that share one of keys.
+    share: usize,
     n: usize,
     size: usize,
     top: usize,
+    /// First and last chunks of the past that are always seen.
+    always: [usize; 2],
     sequences: &'a [(usize, usize)],
     /// All chunks have the same keys: all scores are equal.
     same: bool,
@@ -52,26 +56,26 @@ struct Out {
 }
 
 fn run(ctx: &Context, case: &Case<'_>) -> Out {
-    let c = case.heads * case.n;
+    let (c, kc) = (case.heads * case.n, case.heads / case.share * case.n);
     let rows: usize = case.sequences.iter().map(|s| s.1).sum();
     let keys: usize = case.sequences.iter().map(|s| s.0 + s.1).sum();
     let k: Vec<f32> = if case.same {
-        noise(case.size * c, 2).into_iter().cycle().take(keys * c).collect()
+        noise(case.size * kc, 2).into_iter().cycle().take(keys * kc).collect()
     } else {
-        noise(keys * c, 2)
+        noise(keys * kc, 2)
     };
-    let [q, k, v, dy] = [noise(rows * c, 1), k, noise(keys * c, 3), noise(rows * c, 4)].map(|x| {
+    let [q, k, v, dy] = [noise(rows * c, 1), k, noise(keys * kc, 3), noise(rows * c, 4)].map(|x| {
         // As every type holds them, so that the choice is the same in all.
         ctx.copy_of(&x.iter().map(|x| half::bf16::from_f32(x * case.scale).to_f32()).collect::<Vec<_>>())
     });
     let chunks: usize = case.sequences.iter().map(|s| (s.0 + s.1).div_ceil(case.size)).sum();
-    let means = ctx.alloc_f32(chunks * c);
+    let means = ctx.alloc_f32(chunks * kc);
     let (mut row, mut key, mut chunk) = (0, 0, 0);
     let list: Vec<_> = case
         .sequences
         .iter()
         .map(|&(past, len)| {
-            let at = |b: &Buf, row: usize| b.ptr().offset(row * c, b.dtype());
+            let at = |b: &Buf, row: usize| b.ptr().offset(row * kc, b.dtype());
             let s = cuda::Sequence {
                 first_row: row,
                 len,
@@ -88,8 +92,10 @@ fn run(ctx: &Context, case: &Case<'_>) -> Out {
         })
         .collect();
     let gpu = ctx.cuda().unwrap();
-    let chunks = Chunks { size: case.size, top: case.top };
-    let plan = cuda::Plan::within(ctx, rows, case.heads, case.n, chunks, &list, case.between);
+    let [sink, window] = case.always;
+    let chunks = Chunks { sink, window, ..Chunks::new(case.size, case.top) };
+    let heads = [case.heads, case.heads / case.share];
+    let plan = cuda::Plan::within(ctx, rows, heads, case.n, chunks, &list, case.between);
     cuda::means(ctx, gpu, &plan);
     let picks = ctx.alloc_f32(rows * case.heads * (case.top - 1));
     cuda::select(ctx, gpu, &plan, &q, &picks);
@@ -97,7 +103,7 @@ fn run(ctx: &Context, case: &Case<'_>) -> Out {
     cuda::forward(ctx, gpu, &plan, &q, &picks, &y, Some(&lse));
     let mut values = vec![wide(&y), wide(&lse)];
     if rows == keys {
-        let grads: [Buf; 3] = std::array::from_fn(|_| ctx.alloc(rows * c));
+        let grads = [c, kc, kc].map(|cols| ctx.alloc(rows * cols));
         cuda::backward(ctx, gpu, &plan, &q, &picks, [&y, &dy, &lse], grads.each_ref());
         values.extend(grads.iter().map(wide));
     }
@@ -117,16 +123,18 @@ fn reference(case: &Case<'_>, out: &Out) -> Vec<Vec<f64>> {
     for &(past, len) in case.sequences {
         for (i, h) in (0..len).flat_map(|i| (0..heads).map(move |h| (i, h))) {
             let (row, t) = ((first_row + i) * heads + h, past + i);
-            let at = |key: usize| ((first_key + key) * heads + h) * n;
+            let at = |key: usize| ((first_key + key) * heads / case.share + h / case.share) * n;
             let (query, own) = (&q[row * n..][..n], t / size);
             let picks = &out.picks[row * slots..][..slots];
             let count = slots.min(own);
             assert!(picks[count..].iter().all(|p| *p == -1), "{picks:?} of {own}");
             let picks: Vec<usize> = picks[..count].iter().map(|p| *p as usize).collect();
             assert!(picks.windows(2).all(|w| w[0] < w[1]) && picks.iter().all(|p| *p < own), "{picks:?} of {own}");
+            let always = |chunk: usize| chunk < case.always[0] || own - chunk <= case.always[1];
+            assert!((0..own).filter(|c| always(*c)).all(|c| picks.contains(&c)), "{picks:?} of {own}");
             let (mut least, mut most) = (f64::INFINITY, f64::NEG_INFINITY);
             let mut slack: f64 = 0.0;
-            for chunk in 0..own {
+            for chunk in (0..own).filter(|c| !always(*c)) {
                 let mean = |j: usize| (0..size).map(|i| k[at(chunk * size + i) + j]).sum::<f64>() / size as f64;
                 let mean: Vec<f64> = (0..n).map(mean).collect();
                 let score = dot(query, &mean);
@@ -134,7 +142,12 @@ fn reference(case: &Case<'_>, out: &Out) -> Vec<Vec<f64>> {
                 if picks.contains(&chunk) { least = least.min(score) } else { most = most.max(score) }
             }
             assert!(least >= most - slack, "query {t}: picks {picks:?} of {own}, {least} below {most}");
-            assert!(!case.same || picks.iter().enumerate().all(|(i, p)| i == *p), "of equals the first: {picks:?}");
+            let chosen: Vec<usize> = picks.iter().copied().filter(|p| !always(*p)).collect();
+            let first = || (0..own).filter(|c| !always(*c));
+            assert!(
+                !case.same || chosen.iter().copied().eq(first().take(chosen.len())),
+                "of equals the first: {picks:?}"
+            );
             let seen = picks.iter().flat_map(|p| p * size..(p + 1) * size).chain(own * size..t + 1);
             let scale = 1.0 / (n as f64).sqrt();
             let p: Vec<(usize, f64)> =
@@ -183,8 +196,18 @@ fn check(types: &[DType], case: &Case<'_>) {
 }
 
 const ALL: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
-const SHAPE: Case<'_> =
-    Case { heads: 2, n: 64, size: 16, top: 3, sequences: &[], same: false, scale: 1.0, between: cuda::BETWEEN };
+const SHAPE: Case<'_> = Case {
+    heads: 2,
+    share: 1,
+    n: 64,
+    size: 16,
+    top: 3,
+    always: [0; 2],
+    sequences: &[],
+    same: false,
+    scale: 1.0,
+    between: cuda::BETWEEN,
+};
 
 #[test]
 #[ignore = "needs a GPU"]
@@ -232,6 +255,28 @@ fn extremes() {
 fn equal_scores() {
     check(&ALL, &Case { same: true, sequences: &[(0, 140)], ..SHAPE });
     check(&ALL, &Case { same: true, size: 7, top: 5, sequences: &[(0, 100)], ..SHAPE });
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn always_seen() {
+    check(&ALL, &Case { size: 8, top: 4, always: [1, 1], sequences: &[(0, 140), (0, 20), (77, 70)], ..SHAPE });
+    check(&ALL, &Case { size: 8, top: 3, always: [0, 2], sequences: &[(0, 100)], heads: 1, ..SHAPE });
+    // More than are chosen at a time, of which some are always seen; all the same elsewhere.
+    let many = Case { size: 2, top: 22, heads: 1, ..SHAPE };
+    check(&[DType::F32, DType::BF16], &Case { always: [18, 1], sequences: &[(0, 140)], ..many });
+    check(&[DType::F32], &Case { always: [3, 5], same: true, sequences: &[(0, 140)], ..many });
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn heads_that_share_keys() {
+    let groups = Case { heads: 4, share: 2, ..SHAPE };
+    check(&ALL, &Case { sequences: &[(0, 37), (0, 1), (0, 130)], ..groups });
+    check(&ALL, &Case { share: 4, sequences: &[(40, 30), (0, 20), (63, 70)], ..groups });
+    check(&ALL, &Case { n: 128, heads: 2, size: 40, top: 2, sequences: &[(0, 130)], between: 1, ..groups });
+    check(&ALL, &Case { n: 16, sequences: &[(0, 70)], ..groups });
+    check(&[DType::BF16], &Case { size: 128, top: 2, sequences: &[(0, 290)], ..groups });
 }
 
 #[test]

@@ -19,6 +19,9 @@ template <class T> __device__ __forceinline__ float dot(const T* a, const T* b, 
 template <class T> __device__ __forceinline__ const T* at(const Plan& p, const void* x, int row, int n) {
     return static_cast<const T*>(x) + (size_t(row) * p.heads + blockIdx.y) * n;
 }
+template <class T> __device__ __forceinline__ const T* key_at(const Plan& p, const void* x, int row, int n) {
+    return static_cast<const T*>(x) + (size_t(row) * p.key_heads + blockIdx.y / p.share) * n;
+}
 // sums[e] += x of the lane's channels, by factor.
 template <class T> __device__ __forceinline__ void add_scaled(float (&sums)[E], float factor, const T* x, int n) {
     const int lane = threadIdx.x & 31;
@@ -59,7 +62,7 @@ template <class T> __device__ void exact_forward(const Plan& p, const T* q, cons
     each_query(p, [&](const Sequence& s, int row, int position) {
         float top = -INFINITY, total = 0.f, sums[E] = {};
         each_key(p, picks, row, position, [&](int key, int count) {
-            const float x = lane < count ? dot(at<T>(p, q, row, n), at<T>(p, s.keys, key + lane, n), n) * scale : -INFINITY;
+            const float x = lane < count ? dot(at<T>(p, q, row, n), key_at<T>(p, s.keys, key + lane, n), n) * scale : -INFINITY;
             float most = x;
             for (int o = 16; o; o >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
             most = fmaxf(most, top);
@@ -68,7 +71,7 @@ template <class T> __device__ void exact_forward(const Plan& p, const T* q, cons
             top = most;
 #pragma unroll
             for (int e = 0; e < E; e++) sums[e] *= keep;
-            for (int j = 0; j < count; j++) add_scaled(sums, __shfl_sync(~0u, w, j), at<T>(p, s.values, key + j, n), n);
+            for (int j = 0; j < count; j++) add_scaled(sums, __shfl_sync(~0u, w, j), key_at<T>(p, s.values, key + j, n), n);
         });
         store_sums(const_cast<T*>(at<T>(p, y, row, n)), sums, 1.f / total, n);
         if (lse && lane == 0) lse[size_t(row) * p.heads + blockIdx.y] = top + logf(total);
@@ -93,8 +96,8 @@ template <class T>
 __device__ __forceinline__ float2 weights(const Plan& p, const Sequence& s, const T* q, const T* dy, const float2* stats, int row, int key, int n) {
     const float2 l = stats[size_t(row) * p.heads + blockIdx.y];
     const float scale = rsqrtf(float(n));
-    const float w = exp2f(dot(at<T>(p, q, row, n), at<T>(p, s.keys, key, n), n) * scale * 1.44269504f - l.x);
-    return make_float2(w, w * (dot(at<T>(p, dy, row, n), at<T>(p, s.values, key, n), n) - l.y) * scale);
+    const float w = exp2f(dot(at<T>(p, q, row, n), key_at<T>(p, s.keys, key, n), n) * scale * 1.44269504f - l.x);
+    return make_float2(w, w * (dot(at<T>(p, dy, row, n), key_at<T>(p, s.values, key, n), n) - l.y) * scale);
 }
 
 template <class T> __device__ void exact_queries(const Plan& p, const T* q, const T* dy, const int* picks, const float2* stats, T* dq, int n) {
@@ -103,7 +106,7 @@ template <class T> __device__ void exact_queries(const Plan& p, const T* q, cons
         float sums[E] = {};
         each_key(p, picks, row, position, [&](int key, int count) {
             const float ds = lane < count ? weights(p, s, q, dy, stats, row, key + lane, n).y : 0.f;
-            for (int j = 0; j < count; j++) add_scaled(sums, __shfl_sync(~0u, ds, j), at<T>(p, s.keys, key + j, n), n);
+            for (int j = 0; j < count; j++) add_scaled(sums, __shfl_sync(~0u, ds, j), key_at<T>(p, s.keys, key + j, n), n);
         });
         store_sums(const_cast<T*>(at<T>(p, dq, row, n)), sums, 1.f, n);
     });
@@ -132,6 +135,19 @@ __device__ void exact_keys(const Plan& p, const T* q, const T* dy, const float2*
         store_sums(const_cast<T*>(at<T>(p, dk, s.first_row + key, n)), sk, 1.f, n);
         store_sums(const_cast<T*>(at<T>(p, dv, s.first_row + key, n)), sv, 1.f, n);
     }
+}
+
+// out [rows, key_heads N] = sums over the heads that share one of parts [rows, heads N], in their order; a thread has 8 channels, `lanes` of them a head.
+template <class T> __device__ void join(const T* parts, T* out, int threads, int lanes, int share) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= threads) return;
+    Vec sum = zeros();
+    for (int g = 0; g < share; g++) {
+        const Vec x = load(parts + ((size_t(i / lanes) * share + g) * lanes + i % lanes) * 8);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum[j] += x[j];
+    }
+    store(out + size_t(i) * 8, sum);
 }
 
 } // namespace chunks

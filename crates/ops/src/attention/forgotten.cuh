@@ -34,18 +34,20 @@ template <class T, int N> __device__ void forgotten(const T* values, const T* ke
     }
 }
 
-// Scores of rows [nrows, heads N] with columns [ncols, heads N], a thread a row: out [heads, nrows] = log2 of the sum over columns of 2^(score log2 e), or, given
+// Scores of rows [nrows, row_heads N] with columns [ncols, column_heads N], a thread a row; where one has fewer heads than there are, several share one: out [heads, nrows] = log2 of the sum over columns of 2^(score log2 e), or, given
 // these of the columns, with SUMS the sum over columns of the softmax's shares.
-template <class T, int N, bool SUMS> __device__ void asked(const T* rows, const T* columns, const float* lse, float* out, int nrows, int ncols) {
+template <class T, int N, bool SUMS> __device__ void asked(const T* rows, const T* columns, const float* lse, float* out, int nrows, int ncols, int row_heads, int column_heads) {
     constexpr int TILE_ = 32;
     __shared__ __align__(16) float tile[TILE_][N];
     __shared__ float top[TILE_];
-    const int h = blockIdx.y, t = threadIdx.x, r = blockIdx.x * 128 + t, c = gridDim.y * N;
+    const int h = blockIdx.y, t = threadIdx.x, r = blockIdx.x * 128 + t, heads = gridDim.y;
+    rows += h / (heads / row_heads) * N;
+    columns += h / (heads / column_heads) * N;
     const float scale = rsqrtf(float(N)) * 1.44269504f;
     float x[N];
 #pragma unroll
     for (int e = 0; e < N; e += 8) {
-        const Vec v = r < nrows ? load(rows + size_t(r) * c + h * N + e) : zeros();
+        const Vec v = r < nrows ? load(rows + size_t(r) * row_heads * N + e) : zeros();
 #pragma unroll
         for (int j = 0; j < 8; j++) x[e + j] = v[j] * scale;
     }
@@ -53,7 +55,7 @@ template <class T, int N, bool SUMS> __device__ void asked(const T* rows, const 
     for (int first = 0; first < ncols; first += TILE_) {
         const int count = min(TILE_, ncols - first);
         __syncthreads();
-        for (int i = t; i < count * N / 8; i += 128) store(&tile[i / (N / 8)][i % (N / 8) * 8], load(columns + size_t(first + i / (N / 8)) * c + h * N + i % (N / 8) * 8));
+        for (int i = t; i < count * N / 8; i += 128) store(&tile[i / (N / 8)][i % (N / 8) * 8], load(columns + size_t(first + i / (N / 8)) * column_heads * N + i % (N / 8) * 8));
         if (SUMS && t < count) top[t] = lse[size_t(h) * ncols + first + t];
         __syncthreads();
         for (int j = 0; j < count; j++) {

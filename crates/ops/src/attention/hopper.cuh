@@ -87,15 +87,15 @@ template <class T> __device__ __forceinline__ void copy_rows(const Plan& p, T* t
         copy_async(to + place<64>(r, col), vector_of<64>(p, from, max(at, 0), head) + col, at >= 0);
     }
 }
-// A warp copies COUNT neighbouring rows of a head, zeros from row `end` on.
+// A warp copies COUNT neighbouring rows of keys or values of a head, zeros from row `end` on.
 template <int COUNT, class T> __device__ __forceinline__ void copy_span(const Plan& p, T* to, const T* from, int head, int row, int end) {
     const int r = threadIdx.x % 32 / 8, col = threadIdx.x % 8 * 8;
-    const T* at = vector_of<64>(p, from, row + r, head) + col;
+    const T* at = key_of<64>(p, from, row + r, head) + col;
 #pragma unroll 4
     for (int i = 0; i < COUNT / 4; i++) {
         const bool valid = row + r + 4 * i < end;
         copy_async(to + place<64>(r + 4 * i, col), valid ? at : from, valid);
-        at += size_t(4) * p.heads * 64;
+        at += size_t(4) * p.key_heads * 64;
     }
 }
 

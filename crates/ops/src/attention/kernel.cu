@@ -38,6 +38,9 @@ extern "C" __global__ void __launch_bounds__(32) chunk_fill(Plan p, const int* p
         chunk_dq_##name(Plan p, const T* q, const T* dy, const int* picks, const float2* stats, T* dq, int n) {                     \
         exact_queries(p, q, dy, picks, stats, dq, n);                                                                               \
     }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(256) chunk_join_##name(const T* parts, T* out, int threads, int lanes, int share) {  \
+        join(parts, out, threads, lanes, share);                                                                                    \
+    }                                                                                                                               \
     extern "C" __global__ void __launch_bounds__(128) chunk_dkv_##name(Plan p, const T* q, const T* dy, const float2* stats,          \
                                                                        const List* lists, const int* entries, T* dk, T* dv, int n) { \
         exact_keys(p, q, dy, stats, lists, entries, dk, dv, n);                                                                     \
@@ -108,12 +111,12 @@ HOPPER(bf16, bf16) HOPPER(f16, f16)
         chunks::forgotten<T, N>(values, keys, state, errors, count);                                                                \
     }                                                                                                                               \
     extern "C" __global__ void __launch_bounds__(128) chunk_ask_##name##_##N(                                                        \
-        const T* queries, const T* keys, float* lse, int nqueries, int nkeys) {                                                     \
-        chunks::asked<T, N, false>(queries, keys, nullptr, lse, nqueries, nkeys);                                                   \
+        const T* queries, const T* keys, float* lse, int nqueries, int nkeys, int query_heads, int key_heads) {                     \
+        chunks::asked<T, N, false>(queries, keys, nullptr, lse, nqueries, nkeys, query_heads, key_heads);                           \
     }                                                                                                                               \
     extern "C" __global__ void __launch_bounds__(128) chunk_asked_##name##_##N(                                                      \
-        const T* keys, const T* queries, const float* lse, float* sums, int nkeys, int nqueries) {                                  \
-        chunks::asked<T, N, true>(keys, queries, lse, sums, nkeys, nqueries);                                                       \
+        const T* keys, const T* queries, const float* lse, float* sums, int nkeys, int nqueries, int key_heads, int query_heads) {  \
+        chunks::asked<T, N, true>(keys, queries, lse, sums, nkeys, nqueries, key_heads, query_heads);                               \
     }
 #define FORGOTTEN(T, name) FORGOTTEN_FOR(T, name, 16) FORGOTTEN_FOR(T, name, 32) FORGOTTEN_FOR(T, name, 64) FORGOTTEN_FOR(T, name, 128)
 FOR_EACH_TYPE(FORGOTTEN)

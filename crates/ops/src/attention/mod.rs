@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! m_c = mean of the keys of chunk c           for full chunks, in f32
-//! P_t = the k - 1 past chunks c of largest q_t . m_c, all if there are fewer; of equal ones the earlier
+//! P_t = k - 1 past chunks c: the first few and the last few of the past if so wanted, then those of largest q_t . m_c, of equal ones the
+//!       earlier; all if there are fewer
 //! A_t = keys of the chunks in P_t, and those of t's own chunk up to t
 //! s_tj = q_t . k_j / sqrt(N)    p_tj = exp(s_tj) / sum_{i in A_t} exp(s_ti)    y_t = sum_{j in A_t} p_tj v_j
 //! ```
@@ -11,7 +12,7 @@
 //! While a sequence has no more than k chunks this is dense attention; [`Chunks::WHOLE`] makes it that for any length. The softmax is
 //! summed tile by tile of keys with a running maximum (FlashAttention, arXiv 2205.14135), so that nothing of size T x T exists; L_t, the
 //! logarithm of its denominator, is kept. Cost per token is k B N for attention and (T / B) N for the choice. Positions are not this
-//! operation's business: see [`Tape::rotary`].
+//! operation's business: see [`Tape::rotary`]. Several heads of queries may share one of keys and values (arXiv 2305.13245); each chooses by itself.
 //!
 //! Backward, with the choice held fixed and D_t = dy_t . y_t: p_tj = exp(s_tj - L_t); ds_tj = p_tj (dy_t . v_j - D_t) / sqrt(N);
 //! dq_t = sum_j ds_tj k_j; dk_j = sum_t ds_tj q_t; dv_j = sum_t p_tj dy_t. dq goes by tiles of queries and dk, dv by tiles of keys, each
@@ -20,7 +21,7 @@
 use crate::rows::{blocks, row, sum};
 use crate::{Segment, Tape, Var};
 use anser_tensor::cuda::DevicePtr;
-use anser_tensor::{Buf, Context, DType, DisjointMut, Guard};
+use anser_tensor::{Context, DType, DisjointMut, Guard};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -42,11 +43,25 @@ pub struct Chunks {
     pub size: usize,
     /// Chunks a token sees, k: its own and k - 1 past ones. At least 1.
     pub top: usize,
+    /// The first chunks of a sequence, so many of which are always among the past ones.
+    pub sink: usize,
+    /// The last chunks before the own one, likewise. Fewer than `top` together with `sink`.
+    pub window: usize,
 }
 
 impl Chunks {
     /// One chunk of any length: dense attention.
-    pub const WHOLE: Chunks = Chunks { size: usize::MAX, top: 1 };
+    pub const WHOLE: Chunks = Chunks::new(usize::MAX, 1);
+
+    /// Chunks of `size` tokens, of which a token sees its own and the `top - 1` best past ones.
+    pub const fn new(size: usize, top: usize) -> Chunks {
+        Chunks { size, top, sink: 0, window: 0 }
+    }
+
+    /// Whether a past chunk is seen from chunk `own` whatever its score.
+    fn always(&self, chunk: usize, own: usize) -> bool {
+        chunk < self.sink || chunk + self.window >= own
+    }
 }
 
 /// Means of the keys of full chunks, numbered `range`, of a sequence's `keys` [tokens, C], into `to` [chunks, C].
@@ -71,7 +86,7 @@ fn hold<'a>(segments: &[Segment], seen: &'a [Option<Past>]) -> Held<'a> {
     segments.iter().zip(seen).map(|(s, p)| p.as_ref().map(|p| (p.len() - s.len, p.read()))).collect()
 }
 
-/// The sequences of segments on the CPU. `means` are those of segments without a past, one after another.
+/// The sequences of segments on the CPU, of keys with `c` channels. `means` are those of segments without a past, one after another.
 fn sequences<'a>(
     segments: &[Segment], held: &'a Held<'a>, [k, v, means]: [&'a [f32]; 3], c: usize, chunks: Chunks,
 ) -> Vec<Sequence<'a>> {
@@ -93,7 +108,7 @@ fn sequences<'a>(
 fn plan(
     ctx: &Context, segments: &[Segment], held: &Held<'_>, [q, k, v]: [&Var; 3], means: DevicePtr, of: Shape,
 ) -> cuda::Plan {
-    let c = q.cols();
+    let c = k.cols();
     let mut full = 0;
     let sequence = |(s, held): (&Segment, &Option<(usize, [Guard<'_>; 3])>)| {
         let (first_row, len) = (s.start, s.len);
@@ -108,35 +123,39 @@ fn plan(
         cuda::Sequence { first_row, len, past: 0, known: 0, keys, values, means }
     };
     let list: Vec<_> = segments.iter().zip(held).map(sequence).collect();
-    cuda::Plan::new(ctx, q.rows(), of.heads, of.n, of.chunks, &list)
+    cuda::Plan::new(ctx, q.rows(), [of.heads, of.key_heads], of.n, of.chunks, &list)
 }
 
 impl<'p> Tape<'p> {
-    /// Attention of q, k, v [tokens, C] with C = heads x N, N at most 128 (on a GPU 16, 32, 64 or 128): [tokens, C]. Every row belongs to
-    /// one segment. A segment that starts from a state also sees the keys and values of the past in that slot, to which no gradient
+    /// Attention of q [tokens, C] with C = heads x N, N at most 128 (on a GPU 16, 32, 64 or 128), and k, v [tokens, key heads x N], of which each
+    /// serves as many heads in a row: [tokens, C]. Every row belongs to one segment. A segment that starts from a state also sees the keys and values of the past in that slot, to which no gradient
     /// flows; where it ends in a state its own are appended there. The pasts come back as they are afterwards.
     ///
     /// # Panics
-    /// When a segment goes on from a state while recording and a gradient is needed.
+    /// When a segment goes on from a state while recording and a gradient is needed, or more past chunks are always seen than are seen.
     pub fn attention(
         &mut self, [q, k, v]: [&Var; 3], segments: &Arc<[Segment]>, heads: usize, chunks: Chunks, pasts: &[Past],
     ) -> (Var, Vec<Past>) {
-        let (rows, c) = (q.rows(), q.cols());
+        let (rows, c, wide) = (q.rows(), q.cols(), k.cols());
         let n = c / heads;
+        let key_heads = wide / n;
         assert!(n * heads == c && n <= WIDEST, "{c} channels in {heads} heads");
+        assert!(n * key_heads == wide && heads.is_multiple_of(key_heads), "{wide} channels for {heads} heads of {n}");
+        assert!(chunks.sink + chunks.window < chunks.top, "{chunks:?}");
         let ctx = self.ctx().clone();
         let needs = self.needs_grad(&[q, k, v], &[]);
         assert!(!needs || segments.iter().all(|s| s.state_in.is_none()), "no gradient flows to a past");
-        let (seen, pasts) = Past::advance(&ctx, pasts, [k, v], segments, heads, chunks);
+        let (seen, pasts) = Past::advance(&ctx, pasts, [k, v], segments, [heads, key_heads], chunks);
         let longest = segments.iter().zip(&seen).map(|(s, p)| p.as_ref().map_or(s.len, Past::len)).max().unwrap_or(0);
         // No more than there is.
         let slots = (chunks.top - 1).min(longest.saturating_sub(1) / chunks.size);
-        let chunks = Chunks { size: chunks.size.min(longest.max(1)), top: slots + 1 };
-        let of = Shape { heads, n, chunks, slots };
+        let size = chunks.size.min(longest.max(1));
+        let chunks = Chunks { size, top: slots + 1, sink: chunks.sink.min(slots), window: chunks.window.min(slots) };
+        let of = Shape { heads, key_heads, n, chunks, slots };
 
         let fresh = || segments.iter().zip(&seen).filter(|(_, p)| p.is_none()).map(|(s, _)| s);
         let full: usize = fresh().map(|s| if slots > 0 { s.len / chunks.size } else { 0 }).sum();
-        let (mut new_means, mut picks) = (ctx.alloc_f32(full * c), ctx.alloc_f32(rows * heads * slots));
+        let (mut new_means, mut picks) = (ctx.alloc_f32(full * wide), ctx.alloc_f32(rows * heads * slots));
         let (mut y, mut lse) = (ctx.alloc(rows * c), needs.then(|| ctx.alloc_f32(rows * heads)));
         let held = hold(segments, &seen);
         if let Some(gpu) = ctx.cuda() {
@@ -151,10 +170,10 @@ impl<'p> Tape<'p> {
             let mut to = &mut new_means[..];
             for s in fresh().filter(|s| slots > 0 && s.len >= chunks.size) {
                 let here;
-                (here, to) = to.split_at_mut(s.len / chunks.size * c);
-                means(&ctx, &k.data()[s.start * c..], 0..s.len / chunks.size, chunks.size, here);
+                (here, to) = to.split_at_mut(s.len / chunks.size * wide);
+                means(&ctx, &k.data()[s.start * wide..], 0..s.len / chunks.size, chunks.size, here);
             }
-            let sequences = sequences(segments, &held, [k.data(), v.data(), &new_means], c, chunks);
+            let sequences = sequences(segments, &held, [k.data(), v.data(), &new_means], wide, chunks);
             if slots > 0 {
                 cpu::select(&ctx, &sequences, of, q.data(), &mut picks);
             }
@@ -167,7 +186,7 @@ impl<'p> Tape<'p> {
             let x = [q, k, v].map(Var::clone);
             self.record(move |b| {
                 let Some(dy) = slot.take() else { return };
-                let mut grads: [Buf; 3] = std::array::from_fn(|_| ctx.alloc(rows * c));
+                let mut grads = [c, wide, wide].map(|cols| ctx.alloc(rows * cols));
                 // What a sequence without a past sees is in k and v.
                 let held = segments.iter().map(|_| None).collect();
                 if let Some(gpu) = ctx.cuda() {
@@ -186,7 +205,7 @@ impl<'p> Tape<'p> {
                         }
                     });
                     let [q, k, v] = x.each_ref().map(Var::data);
-                    let sequences = sequences(&segments, &held, [k, v, &[]], c, chunks);
+                    let sequences = sequences(&segments, &held, [k, v, &[]], wide, chunks);
                     let saved = Saved { q, dy: &dy, picks: &picks, lse: &lse, delta: &delta };
                     cpu::backward(&ctx, &sequences, of, saved, grads.each_mut().map(|g| &mut g[..]));
                 });

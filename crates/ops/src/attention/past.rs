@@ -5,23 +5,24 @@ use crate::{Segment, Var};
 use anser_tensor::cuda::DevicePtr;
 use anser_tensor::{Buf, Context, DType, GrowingRows, Guard};
 
-/// Keys and values [tokens, C] that one layer's attention has seen of one sequence, and the mean key of every full chunk. Clones share
+/// Keys and values [tokens, key heads x N] that one layer's attention has seen of one sequence, and the mean key of every full chunk. Clones share
 /// memory ([`GrowingRows`]), so that a state can be kept or forked at no cost.
 #[derive(Clone)]
 pub struct Past {
-    heads: usize,
+    /// Of queries, and of keys.
+    heads: [usize; 2],
     pub(super) keys: GrowingRows,
     pub(super) values: GrowingRows,
-    /// f32 [chunks, C].
+    /// f32 [chunks, key heads x N].
     pub(super) means: GrowingRows,
-    /// Whatever else is kept of every token.
+    /// Whatever else is kept of every token, [tokens, heads x N].
     notes: Vec<GrowingRows>,
 }
 
 impl Past {
-    /// Nothing seen, for keys of `heads` heads with `c` channels in all.
-    pub fn new(ctx: &Context, heads: usize, c: usize) -> Past {
-        let rows = |dtype| GrowingRows::new(ctx, c, dtype);
+    /// Nothing seen, for so many heads of queries and of keys of size `n`.
+    pub fn new(ctx: &Context, heads: [usize; 2], n: usize) -> Past {
+        let rows = |dtype| GrowingRows::new(ctx, heads[1] * n, dtype);
         let [keys, values] = [ctx.dtype(); 2].map(rows);
         Past { heads, keys, values, means: rows(DType::F32), notes: Vec::new() }
     }
@@ -42,12 +43,23 @@ impl Past {
         [&self.keys, &self.values].into_iter().chain(&self.notes)
     }
 
-    /// Copies of what is kept of every token, [tokens, C] as f32: keys, values, then notes; waits for the device.
+    /// Heads of queries, and of keys.
+    pub fn heads(&self) -> [usize; 2] {
+        self.heads
+    }
+
+    /// Channels of keys and values, and of notes.
+    pub fn channels(&self) -> [usize; 2] {
+        let [heads, key_heads] = self.heads;
+        [self.keys.cols(), self.keys.cols() / key_heads * heads]
+    }
+
+    /// Copies of what is kept of every token, matrices of so many tokens as f32: keys, values, then notes; waits for the device.
     pub fn to_vecs(&self) -> Vec<Vec<f32>> {
         self.rows().map(GrowingRows::to_vec).collect()
     }
 
-    /// A copy of the keys, [tokens, C] as f32; waits for the device.
+    /// A copy of the keys, [tokens, key heads x N] as f32; waits for the device.
     pub fn keys(&self) -> Vec<f32> {
         self.keys.to_vec()
     }
@@ -61,11 +73,12 @@ impl Past {
     /// |v - S k / |k|^2|^2 / |v|^2. `None` on a CPU.
     pub fn forgotten(&self, ctx: &Context, count: usize, state: &Buf) -> Option<Vec<f32>> {
         let (gpu, [values, keys]) = (ctx.cuda()?, &self.notes[..]) else { return None };
-        let errors = ctx.alloc_f32(self.heads * count);
-        let of = [count, self.heads, self.keys.cols() / self.heads];
+        let heads = self.heads[0];
+        let errors = ctx.alloc_f32(heads * count);
+        let of = [count, heads, self.channels()[1] / heads];
         cuda::forgotten(ctx, gpu, [values, keys].map(|n| n.read().ptr()), state, &errors, of);
         let errors = errors.to_vec();
-        let mean = |t: usize| (0..self.heads).map(|h| errors[h * count + t]).sum::<f32>() / self.heads as f32;
+        let mean = |t: usize| (0..heads).map(|h| errors[h * count + t]).sum::<f32>() / heads as f32;
         Some((0..count).map(mean).collect())
     }
 
@@ -73,17 +86,18 @@ impl Past {
     /// queries and heads. `None` on a CPU.
     pub fn asked(&self, ctx: &Context, asking: usize, count: usize) -> Option<Vec<f32>> {
         let (gpu, [queries]) = (ctx.cuda()?, &self.notes[..]) else { return None };
-        let (c, sums) = (self.keys.cols(), ctx.alloc_f32(self.heads * count));
+        let ([_, c], [heads, key_heads]) = (self.channels(), self.heads);
+        let sums = ctx.alloc_f32(heads * count);
         let last = queries.read().ptr().offset((self.len() - asking) * c, queries.dtype());
-        let of = [asking, count, self.heads, c / self.heads];
+        let of = [asking, count, heads, key_heads, c / heads];
         cuda::asked(ctx, gpu, [last, self.keys.read().ptr()], &sums, of);
         let sums = sums.to_vec();
-        Some((0..count).map(|t| (0..self.heads).map(|h| sums[h * count + t]).sum()).collect())
+        Some((0..count).map(|t| (0..heads).map(|h| sums[h * count + t]).sum()).collect())
     }
 
     /// The same with notes of the last `count` tokens: rows of `notes`, as many matrices every time, from row `first` on.
     pub fn noting(&self, ctx: &Context, notes: &[&Buf], first: usize, count: usize) -> Past {
-        let c = self.keys.cols();
+        let c = self.channels()[1];
         let add = |(i, from): (usize, &&Buf)| {
             let before = self.notes.get(i).cloned().unwrap_or_else(|| GrowingRows::new(ctx, c, ctx.dtype()));
             before.append(ctx, from, first, count)
@@ -93,9 +107,8 @@ impl Past {
 
     /// The tokens of these numbers alone, ascending, as if nothing else had been seen.
     pub fn keep(&self, ctx: &Context, tokens: &[usize], chunks: Chunks) -> Past {
-        let c = self.keys.cols();
         let gather = |rows: &GrowingRows| {
-            let from = rows.read();
+            let (from, c) = (rows.read(), rows.cols());
             GrowingRows::new(ctx, c, rows.dtype()).append_with(ctx, tokens.len(), |to, at| {
                 let mut done = 0;
                 for run in tokens.chunk_by(|a, b| a + 1 == *b) {
@@ -105,7 +118,7 @@ impl Past {
             })
         };
         let (keys, values) = (gather(&self.keys), gather(&self.values));
-        let none = GrowingRows::new(ctx, c, DType::F32);
+        let none = GrowingRows::new(ctx, self.keys.cols(), DType::F32);
         let means = grown(ctx, &none, &keys, self.heads, chunks);
         Past { heads: self.heads, keys, values, means, notes: self.notes.iter().map(gather).collect() }
     }
@@ -119,7 +132,8 @@ impl Past {
     /// [`Past::with_means`].
     pub fn with_room(&self, ctx: &Context, notes: usize) -> Past {
         let room = |rows: &GrowingRows| rows.append_with(ctx, self.len() + 1 - rows.len(), |_, _| ());
-        let note = |i: usize| room(self.notes.get(i).unwrap_or(&GrowingRows::new(ctx, self.keys.cols(), ctx.dtype())));
+        let c = self.channels()[1];
+        let note = |i: usize| room(self.notes.get(i).unwrap_or(&GrowingRows::new(ctx, c, ctx.dtype())));
         let (keys, values) = (room(&self.keys), room(&self.values));
         Past { heads: self.heads, keys, values, means: self.means.clone(), notes: (0..notes).map(note).collect() }
     }
@@ -134,11 +148,6 @@ impl Past {
         let at = |rows: &GrowingRows| rows.read().ptr();
         let note = |i: usize| self.notes.get(i).map_or(DevicePtr::NULL, at);
         [at(&self.keys), at(&self.values), at(&self.means), note(0), note(1)]
-    }
-
-    /// Channels.
-    pub fn channels(&self) -> usize {
-        self.keys.cols()
     }
 
     /// Keys, values and means for reading.
@@ -157,12 +166,13 @@ impl Past {
     /// What segments see: for each the past that its rows of `k` and `v` were appended to; `None` where it starts from nothing and
     /// leaves nothing. And the pasts by slot afterwards.
     pub(super) fn advance(
-        ctx: &Context, pasts: &[Past], [k, v]: [&Var; 2], segments: &[Segment], heads: usize, chunks: Chunks,
+        ctx: &Context, pasts: &[Past], [k, v]: [&Var; 2], segments: &[Segment], heads: [usize; 2], chunks: Chunks,
     ) -> (Vec<Option<Past>>, Vec<Past>) {
         let mut next = pasts.to_vec();
         let seen = segments.iter().map(|s| {
             s.state_in.or(s.state_out)?;
-            let before = s.state_in.map_or_else(|| Past::new(ctx, heads, k.cols()), |slot| pasts[slot].clone());
+            let before =
+                s.state_in.map_or_else(|| Past::new(ctx, heads, k.cols() / heads[1]), |slot| pasts[slot].clone());
             let after = before.append(ctx, [k.buf(), v.buf()], s.start, s.len, chunks);
             if let Some(slot) = s.state_out {
                 next[slot] = after.clone();
@@ -174,7 +184,9 @@ impl Past {
 }
 
 /// The means with those of chunks that have become full.
-fn grown(ctx: &Context, means: &GrowingRows, keys: &GrowingRows, heads: usize, chunks: Chunks) -> GrowingRows {
+fn grown(
+    ctx: &Context, means: &GrowingRows, keys: &GrowingRows, [heads, key_heads]: [usize; 2], chunks: Chunks,
+) -> GrowingRows {
     let (known, full) = (means.len(), keys.len() / chunks.size);
     if full == known {
         return means.clone();
@@ -185,7 +197,8 @@ fn grown(ctx: &Context, means: &GrowingRows, keys: &GrowingRows, heads: usize, c
             let (len, none) = (full * chunks.size, DevicePtr::NULL);
             let (at, to) = (rows.ptr(), to.ptr());
             let sequence = cuda::Sequence { first_row: 0, len, past: 0, known, keys: at, values: none, means: to };
-            let plan = cuda::Plan::new(ctx, 0, heads, keys.cols() / heads, chunks, &[sequence]);
+            let n = keys.cols() / key_heads;
+            let plan = cuda::Plan::new(ctx, 0, [heads, key_heads], n, chunks, &[sequence]);
             cuda::means(ctx, gpu, &plan);
         } else if !ctx.is_dry() {
             super::means(ctx, &rows, known..full, chunks.size, &mut to[at..at + (full - known) * keys.cols()]);

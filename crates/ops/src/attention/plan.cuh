@@ -12,8 +12,8 @@ struct Sequence {
     int chunks;               // of past + len keys
     int known;                // chunks whose means are there
     int chunk_base, count_base, run_base, tile_base, piece_base, query_base, unused;
-    const void *keys, *values; // of position 0, [past + len, heads N]
-    float* means;              // [chunks, heads N]
+    const void *keys, *values; // of position 0, [past + len, key_heads N]
+    float* means;              // [chunks, key_heads N]
 };
 
 struct Plan {
@@ -28,6 +28,8 @@ struct Plan {
     int pieces;              // most such parts of a head
     int tiles, together;     // tiles of a head, and how many of them a block takes
     int bits, key_tile;      // bits of an entry that are the row; keys of a tile backward
+    int sink, window;        // first and last chunks of the past that are always picked
+    int key_heads, share;    // all heads of keys, and how many of queries share one
 };
 
 // The queries that chose a chunk: their place in the sequence's entries, how many, and the numbers of the first tile and piece.
@@ -82,6 +84,10 @@ template <class Int> __device__ __forceinline__ Int* entries_of(const Plan& p, c
 // Where the vector of a row of a head is in a matrix [rows, heads N].
 template <int N, class T> __device__ __forceinline__ T* vector_of(const Plan& p, T* x, int row, int head) {
     return x + (size_t(row) * p.heads + head) * N;
+}
+// The same in a matrix [rows, key_heads N], for a head of queries.
+template <int N, class T> __device__ __forceinline__ T* key_of(const Plan& p, T* x, int row, int head) {
+    return x + (size_t(row) * p.key_heads + head / p.share) * N;
 }
 
 // Where a lane points load_tiles, from row `row` and column `col` of a matrix of pitch P in shared memory, so that it gets

@@ -2,24 +2,24 @@
 //
 // A block has 128 queries of a head, a thread each. Scores come for 32 chunks at a time, on tensor cores in 16 bits: queries are exact, means in two parts.
 // A thread marks those above its worst pick, then takes the marked ones, in ascending order, into a sorted list in registers: what displaces
-// must be greater, so that of equal scores the lower chunk stays.
+// must be greater, so that of equal scores the lower chunk stays. What is always picked has a score above all.
 #pragma once
 #include "plan.cuh"
 
 namespace chunks {
 
-// A block a chunk and head, n / 8 columns of threads; rows in a fixed order.
+// A block a chunk and head of keys, n / 8 columns of threads; rows in a fixed order.
 template <class T> __device__ void means(const Plan& p, int n) {
     const Sequence& s = sequence_of<&Sequence::chunk_base>(p, blockIdx.x);
     const int c = int(blockIdx.x) - s.chunk_base;
     if (c < s.known || (c + 1) * p.size > s.past + s.len) return;
     __shared__ float parts[256][9];
     const int lanes = n / 8, col = threadIdx.x % lanes * 8, step = 256 / lanes;
-    const T* keys = static_cast<const T*>(s.keys) + (size_t(c) * p.size * p.heads + blockIdx.y) * n + col;
+    const T* keys = static_cast<const T*>(s.keys) + (size_t(c) * p.size * p.key_heads + blockIdx.y) * n + col;
     Vec sum = zeros();
 #pragma unroll 4
     for (int row = threadIdx.x / lanes; row < p.size; row += step) {
-        const Vec x = load(keys + size_t(row) * p.heads * n);
+        const Vec x = load(keys + size_t(row) * p.key_heads * n);
 #pragma unroll
         for (int j = 0; j < 8; j++) sum[j] += x[j];
     }
@@ -29,20 +29,20 @@ template <class T> __device__ void means(const Plan& p, int n) {
     if (threadIdx.x >= n) return;
     float total = 0.f;
     for (int i = 0; i < step; i++) total += parts[i * lanes + threadIdx.x / 8][threadIdx.x % 8];
-    s.means[(size_t(c) * p.heads + blockIdx.y) * n + threadIdx.x] = total / float(p.size);
+    s.means[(size_t(c) * p.key_heads + blockIdx.y) * n + threadIdx.x] = total / float(p.size);
 }
 
-// Means as two parts, [chunks, heads, 2, n]; 8 channels a thread. What isn't full becomes zero.
+// Means as two parts, [chunks, key_heads, 2, n]; 8 channels a thread. What isn't full becomes zero.
 template <class T> __device__ void split(const Plan& p, T* parts, int n) {
     const Sequence& s = sequence_of<&Sequence::chunk_base>(p, blockIdx.x);
     const int c = int(blockIdx.x) - s.chunk_base;
     const bool full = (c + 1) * p.size <= s.past + s.len;
-    for (int i = threadIdx.x; i < p.heads * n / 8; i += blockDim.x) {
+    for (int i = threadIdx.x; i < p.key_heads * n / 8; i += blockDim.x) {
         Vec x = zeros(), low;
-        if (full) x = load(s.means + size_t(c) * p.heads * n + i * 8);
+        if (full) x = load(s.means + size_t(c) * p.key_heads * n + i * 8);
 #pragma unroll
         for (int j = 0; j < 8; j++) low[j] = x[j] - to_f32(from_f32<T>(x[j]));
-        T* to = parts + size_t(blockIdx.x) * p.heads * 2 * n + size_t(i * 8 / n) * 2 * n + i * 8 % n;
+        T* to = parts + size_t(blockIdx.x) * p.key_heads * 2 * n + size_t(i * 8 / n) * 2 * n + i * 8 % n;
         store(to, x);
         store(to + n, low);
     }
@@ -101,7 +101,7 @@ template <class T> struct ExactScores {
     __device__ __forceinline__ void begin(int) {}
     __device__ __forceinline__ void score(int low, int end) {
         for (int c = low; q && c < min(low + AT_ONCE, end); c++) {
-            const float* mean = s.means + (size_t(c) * p.heads + blockIdx.y) * n;
+            const float* mean = s.means + (size_t(c) * p.key_heads + blockIdx.y / p.share) * n;
             float sum = 0.f;
             for (int i = 0; i < n; i += 8) {
                 const Vec x = load(q + i), m = load(mean + i);
@@ -128,7 +128,7 @@ template <class T, int N> struct TensorScores {
         T* to = tiles + low / AT_ONCE % 2 * STAGE;
         for (int i = threadIdx.x; i < 2 * AT_ONCE * N / 8; i += QUERIES) {
             const int part = i / (N / 8), col = i % (N / 8) * 8, c = low + part / 2;
-            copy_async(to + (part % 2 * AT_ONCE + part / 2) * PITCH + col, parts + (c < end ? ((size_t(c) * p.heads + blockIdx.y) * 2 + part % 2) * N + col : 0), c < end);
+            copy_async(to + (part % 2 * AT_ONCE + part / 2) * PITCH + col, parts + (c < end ? ((size_t(c) * p.key_heads + blockIdx.y / p.share) * 2 + part % 2) * N + col : 0), c < end);
         }
         copy_commit();
     }
@@ -195,6 +195,8 @@ template <int K, class Scores> __device__ __forceinline__ void select(const Plan
         from.begin(end);
         for (int low = 0; low < end; low += AT_ONCE) {
             from.score(low, end);
+            for (int c = low; c < min(low + AT_ONCE, p.sink); c++) from.scores[c - low][threadIdx.x] = INFINITY;
+            for (int c = max(low, own - p.window); c < min(low + AT_ONCE, own); c++) from.scores[c - low][threadIdx.x] = INFINITY;
             const float worst = best.worst();
             unsigned marked = 0;
             const int mine = min(AT_ONCE, own - low);
@@ -242,7 +244,7 @@ template <class T, int N, int K> __device__ void select_tensor(const Plan& p, co
     const Sequence& s = sequence_of<&Sequence::query_base>(p, block);
     const int first = (block - s.query_base) * QUERIES;
     auto* scores = reinterpret_cast<float(*)[QUERIES + 4]>(memory);
-    TensorScores<T, N> from{p, s, vector_of<N>(p, q, s.first_row + first, blockIdx.y), parts + size_t(s.chunk_base) * p.heads * 2 * N, s.len - first, scores,
+    TensorScores<T, N> from{p, s, vector_of<N>(p, q, s.first_row + first, blockIdx.y), parts + size_t(s.chunk_base) * p.key_heads * 2 * N, s.len - first, scores,
                             reinterpret_cast<T*>(memory + sizeof(float) * AT_ONCE * (QUERIES + 4))};
     select<K>(p, from, s, first, picks);
 }

@@ -62,12 +62,12 @@ template <int M, bool ALONE = false> __device__ __forceinline__ Tile tile_of(con
 // Row of a tile that a lane has as half h of block m: a block is 64 rows, 16 a warp.
 __device__ __forceinline__ int row_of(int m, int h) { return 64 * m + threadIdx.x / 32 * 16 + 8 * h + (threadIdx.x & 31) / 4; }
 
-// Starts copying rows of a head, `row(r)` of tile row r (-1: zeros), by `THREADS` threads.
-template <int N, int ROWS, int THREADS, class T, class Row> __device__ __forceinline__ void gather(const Plan& p, T* to, const T* from, int head, Row row) {
+// Starts copying rows of a head of queries or, OF_KEYS, of their keys, `row(r)` of tile row r (-1: zeros), by `THREADS` threads.
+template <int N, int ROWS, int THREADS, bool OF_KEYS, class T, class Row> __device__ __forceinline__ void gather(const Plan& p, T* to, const T* from, int head, Row row) {
 #pragma unroll
     for (int i = 0; i < ROWS * (N / 8) / THREADS; i++) {
         const int x = threadIdx.x + i * THREADS, r = x / (N / 8), col = x % (N / 8) * 8, at = row(r);
-        copy_async(to + place<N>(r, col), vector_of<N>(p, from, max(at, 0), head) + col, at >= 0);
+        copy_async(to + place<N>(r, col), (OF_KEYS ? key_of<N>(p, from, max(at, 0), head) : vector_of<N>(p, from, max(at, 0), head)) + col, at >= 0);
     }
 }
 
@@ -131,8 +131,8 @@ __device__ __forceinline__ void each_tile(const Plan& p, const List* lists, cons
         T* to = stages + stage * STAGE;
         const int key = t.from + step * KEYS<N>, last = t.to;
         const auto row = [&](int r) { return key + r < last ? key + r : -1; };
-        gather<N, KEYS<N>, 128>(p, to, static_cast<const T*>(t.keys), head, row);
-        gather<N, KEYS<N>, 128>(p, to + KEYS<N> * WIDTH<N>, static_cast<const T*>(t.values), head, row);
+        gather<N, KEYS<N>, 128, true>(p, to, static_cast<const T*>(t.keys), head, row);
+        gather<N, KEYS<N>, 128, true>(p, to + KEYS<N> * WIDTH<N>, static_cast<const T*>(t.values), head, row);
         copy_commit();
     };
     const auto fetch_first = [&](int i, int stage) {
@@ -173,7 +173,7 @@ template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, 
     const float scale = rsqrtf(float(N)) * LOG2E;
     uint32_t a[B][N / 16][4];
     float o[B][N / 8][4], top[B][2], total[B][2];
-    const auto queries = [&](auto row) { gather<N, M, 128>(p, tile, q, p.first + blockIdx.y, row); };
+    const auto queries = [&](auto row) { gather<N, M, 128, false>(p, tile, q, p.first + blockIdx.y, row); };
     const auto begin = [&](const Tile&, const int*) {
         load_rows<N>(a, tile);
 #pragma unroll
@@ -346,8 +346,8 @@ __device__ __forceinline__ void back_queries(const Plan& p, const T* q, const T*
     float o[B][N / 8][4];
     float2 stat[B][2];
     const auto queries = [&](auto row) {
-        gather<N, M, 128>(p, tile, q, head, row);
-        gather<N, M, 128>(p, tile + M * P, dy, head, row);
+        gather<N, M, 128, false>(p, tile, q, head, row);
+        gather<N, M, 128, false>(p, tile + M * P, dy, head, row);
     };
     const auto begin = [&](const Tile&, const int* entry) {
 #pragma unroll
@@ -428,8 +428,8 @@ __device__ __forceinline__ void back_keys(const Plan& p, const T* q, const T* dy
     const int own = piece == 0 ? (end - first + Q - 1) / Q : 0, steps = own + (to - from + Q - 1) / Q;
 
     const auto key_row = [&](int r) { return first + r < end ? first + r : -1; };
-    gather<N, K, THREADS>(p, keys, static_cast<const T*>(s.keys), head, key_row);
-    gather<N, K, THREADS>(p, values, static_cast<const T*>(s.values), head, key_row);
+    gather<N, K, THREADS, true>(p, keys, static_cast<const T*>(s.keys), head, key_row);
+    gather<N, K, THREADS, true>(p, values, static_cast<const T*>(s.values), head, key_row);
     copy_commit();
     // The rows of a thread's part of a step are fetched one step ahead of the rows' data.
     int row[PASSES];

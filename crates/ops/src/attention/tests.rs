@@ -15,17 +15,20 @@ fn ragged(lengths: &[usize]) -> Vec<Segment> {
 /// The definition, with the whole matrix of weights of each head.
 fn reference(x: &[Vec<f64>], segments: &[Segment], heads: usize, n: usize, chunks: Chunks) -> Vec<Vec<f64>> {
     let c = heads * n;
+    let share = x[0].len().checked_div(x[1].len()).unwrap_or(1);
     let mut y = vec![0.0; x[0].len()];
     for s in segments {
         for h in 0..heads {
-            let row = |m: usize, t: usize| &x[m][(s.start + t) * c + h * n..][..n];
+            let query = |t: usize| &x[0][(s.start + t) * c + h * n..][..n];
+            let row = |m: usize, t: usize| &x[m][(s.start + t) * c / share + h / share * n..][..n];
             for t in 0..s.len {
-                let dot = |j: usize| row(0, t).iter().zip(row(1, j)).map(|(q, k)| q * k).sum::<f64>();
+                let dot = |j: usize| query(t).iter().zip(row(1, j)).map(|(q, k)| q * k).sum::<f64>();
                 let own = t / chunks.size;
                 let keys = |chunk: usize| (chunk * chunks.size..(chunk + 1) * chunks.size).map(dot);
                 let mut past: Vec<usize> = (0..own).collect();
                 // A stable sort leaves the earlier of equal chunks first.
                 past.sort_by(|&a, &b| keys(b).sum::<f64>().total_cmp(&keys(a).sum()));
+                past.sort_by_key(|&a| !(a < chunks.sink || own - a <= chunks.window));
                 past.truncate(chunks.top - 1);
                 let seen: Vec<usize> =
                     (0..=t).filter(|j| j / chunks.size == own || past.contains(&(j / chunks.size))).collect();
@@ -44,14 +47,14 @@ fn reference(x: &[Vec<f64>], segments: &[Segment], heads: usize, n: usize, chunk
 }
 
 const fn chunks(size: usize, top: usize) -> Chunks {
-    Chunks { size, top }
+    Chunks::new(size, top)
 }
 
 #[test]
 fn values_and_gradients() {
     // No tokens, one token, lengths on both sides of a tile of keys and of queries, scores far apart; chunks smaller and larger than tiles,
-    // of one token, with and without past ones, more wanted than there are, none full, all full.
-    let cases: [(&[usize], usize, usize, f32, Chunks); 14] = [
+    // of one token, with and without past ones, more wanted than there are, none full, all full; first and last ones always seen, and nothing else.
+    let cases: [(&[usize], usize, usize, f32, Chunks); 18] = [
         (&[], 1, 4, 1.0, Chunks::WHOLE),
         (&[1], 2, 4, 1.0, Chunks::WHOLE),
         (&[3, 1, 18], 2, 4, 1.0, Chunks::WHOLE),
@@ -66,17 +69,25 @@ fn values_and_gradients() {
         (&[20, 7], 2, 5, 1.0, chunks(5, 1)),
         (&[12, 11], 1, 4, 1.0, chunks(3, 9)),
         (&[40], 1, 4, 3.0, chunks(1, 17)),
+        (&[4, 23], 2, 4, 1.0, Chunks { sink: 1, ..chunks(3, 3) }),
+        (&[35], 1, 4, 2.0, Chunks { window: 2, ..chunks(2, 4) }),
+        (&[30, 9], 1, 4, 2.0, Chunks { sink: 1, window: 1, ..chunks(2, 5) }),
+        (&[27], 2, 4, 1.0, Chunks { sink: 2, window: 1, ..chunks(2, 4) }),
     ];
     for (lengths, heads, n, scale, chunks) in cases {
         let segments = ragged(lengths);
         let rows = lengths.iter().sum();
         let shared: Arc<[Segment]> = segments.clone().into();
-        check(
-            &[1, 2, 3].map(|seed| matrix(rows, heads * n, seed, scale)),
-            &[],
-            |t, x, _| vec![t.attention([&x[0], &x[1], &x[2]], &shared, heads, chunks, &[]).0],
-            |x| reference(x, &segments, heads, n, chunks),
-        );
+        // Every head of queries has keys of its own, or two share them.
+        for key_heads in [heads, heads / 2].into_iter().filter(|k| *k > 0) {
+            let x = [(1, heads), (2, key_heads), (3, key_heads)];
+            check(
+                &x.map(|(seed, heads)| matrix(rows, heads * n, seed, scale)),
+                &[],
+                |t, x, _| vec![t.attention([&x[0], &x[1], &x[2]], &shared, heads, chunks, &[]).0],
+                |x| reference(x, &segments, heads, n, chunks),
+            );
+        }
     }
 }
 
@@ -100,16 +111,24 @@ fn attend(
 #[test]
 fn cuts_do_not_change_a_bit() {
     let (ctx, heads, n, len) = (Context::cpu(2), 2, 8, 150);
-    let c = heads * n;
-    let x = qkv(&ctx, len, c, 2.0);
-    for chunks in [Chunks::WHOLE, chunks(16, 3), chunks(7, 2), chunks(40, 1), chunks(1, 5)] {
+    let [q, mut k, mut v] = qkv(&ctx, len, heads * n, 2.0);
+    let always = Chunks { sink: 1, window: 2, ..chunks(5, 6) };
+    for chunks in [Chunks::WHOLE, chunks(16, 3), chunks(7, 2), chunks(40, 1), chunks(1, 5), always] {
+        // The last rule with one head of keys.
+        if chunks == always {
+            [k, v] = [k, v].map(|x| Var::constant(len, n, x.buf().part(0, len * n)));
+        }
+        let (x, key_heads) = ([q.clone(), k.clone(), v.clone()], k.cols() / n);
         let (whole, _) = attend(&ctx, &x, batch(1, len, false), heads, chunks, &[]);
         for cut in [1, 5, 16, 33, 149] {
-            let mut pasts = vec![Past::new(&ctx, heads, c)];
+            let mut pasts = vec![Past::new(&ctx, [heads, key_heads], n)];
             let mut y = Vec::new();
             for first in (0..len).step_by(cut) {
                 let count = cut.min(len - first);
-                let piece = x.each_ref().map(|x| Var::constant(count, c, x.buf().part(first * c, count * c)));
+                let piece = x.each_ref().map(|x| {
+                    let c = x.cols();
+                    Var::constant(count, c, x.buf().part(first * c, count * c))
+                });
                 let part;
                 (part, pasts) = attend(&ctx, &piece, batch(1, count, true), heads, chunks, &pasts);
                 y.extend(part);
@@ -127,7 +146,7 @@ fn a_fork_goes_on_from_its_own_past() {
     let rule = chunks(4, 2);
     let rows =
         |from: usize, count: usize| x.each_ref().map(|x| Var::constant(count, n, x.buf().part(from * n, count * n)));
-    let (_, start) = attend(&ctx, &rows(0, 9), batch(1, 9, true), heads, rule, &[Past::new(&ctx, 1, n)]);
+    let (_, start) = attend(&ctx, &rows(0, 9), batch(1, 9, true), heads, rule, &[Past::new(&ctx, [1, 1], n)]);
     let (a, after) = attend(&ctx, &rows(9, 5), batch(1, 5, true), heads, rule, &start);
     let (b, _) = attend(&ctx, &rows(14, 5), batch(1, 5, true), heads, rule, &start);
     // From the same past, in either order and beside each other.
@@ -177,6 +196,24 @@ fn of_equal_chunks_the_earlier_is_seen() {
 }
 
 #[test]
+fn the_first_and_the_last_chunks_are_always_seen() {
+    let (ctx, n, len) = (Context::cpu(1), 4, 22);
+    let ones = || Var::constant(len, n, ctx.copy_of(&vec![1.0; len * n]));
+    let v: Vec<f32> = (0..len).flat_map(|t| [t as f32; 4]).collect();
+    let seen = |sink, window| {
+        let x = [ones(), ones(), Var::constant(len, n, ctx.copy_of(&v))];
+        let rule = Chunks { sink, window, ..chunks(2, 4) };
+        attend(&ctx, &x, batch(1, len, false), 1, rule, &[]).0[21 * n]
+    };
+    // Of equal scores chunks 0 and 1 are the best; the own one is 10.
+    let mean = |chunks: &[usize]| chunks.iter().map(|c| 2.0 * *c as f32 + 0.5).sum::<f32>() / chunks.len() as f32;
+    assert_eq!(seen(0, 0), mean(&[0, 1, 2, 10]));
+    assert_eq!(seen(0, 1), mean(&[0, 1, 9, 10]));
+    assert_eq!(seen(2, 1), mean(&[0, 1, 9, 10]));
+    assert_eq!(seen(0, 3), mean(&[7, 8, 9, 10]));
+}
+
+#[test]
 fn large_scores_do_not_overflow_and_neighbours_do_not_matter() {
     let (heads, n, len) = (2, 16, 50);
     let c = heads * n;
@@ -207,11 +244,11 @@ fn what_is_kept_is_as_if_nothing_else_had_been() {
         })
     };
     let first: Vec<usize> = (0..20).collect();
-    let (_, all) = attend(&ctx, &rows(&first), batch(1, 20, true), 1, rule, &[Past::new(&ctx, 1, n)]);
+    let (_, all) = attend(&ctx, &rows(&first), batch(1, 20, true), 1, rule, &[Past::new(&ctx, [1, 1], n)]);
     let all = all[0].noting(&ctx, &[x[0].buf()], 0, 20);
     let kept = [0, 1, 2, 3, 8, 9, 13, 17, 18, 19];
     let few = all.keep(&ctx, &kept, rule);
-    let (_, want) = attend(&ctx, &rows(&kept), batch(1, 10, true), 1, rule, &[Past::new(&ctx, 1, n)]);
+    let (_, want) = attend(&ctx, &rows(&kept), batch(1, 10, true), 1, rule, &[Past::new(&ctx, [1, 1], n)]);
     assert_eq!((few.len(), few.to_vecs().len()), (10, 3));
     assert!(few.to_vecs()[..2] == want[0].to_vecs()[..] && few.to_vecs()[2] == rows(&kept)[0].to_vec());
     let next: Vec<usize> = (20..30).collect();

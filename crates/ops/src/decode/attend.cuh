@@ -5,15 +5,18 @@
 
 // What is kept of one sequence by one attention block.
 struct Kept {
-    void *keys, *values; // [tokens, C]
-    const float* means;  // [full chunks, C]
+    void *keys, *values; // [tokens, KC]
+    const float* means;  // [full chunks, KC]
     void* notes[2];      // [tokens, C]
 };
 struct Rule {
-    int stride;       // of the projections of a sequence, which are q, k and v [C] each
-    int c, blocks;    // channels; attention blocks
+    int stride;       // of the projections of a sequence, which are q [C], k and v [KC] and, if it is larger, a gate for each head
+    int c, kc;        // channels of queries; of keys
+    int group;        // heads of queries that share one of keys
+    int blocks;       // attention blocks
     int size, want;   // tokens of a chunk; past chunks that are seen at most
     int notes;        // 0, 1: the query, 2: value and key that the RWKV-7 block before wrote
+    int sink, window; // first and last chunks of the past that are always seen
 };
 
 // A chunk with its score; one that there isn't is -1.
@@ -57,15 +60,20 @@ __device__ void choose(const float* projected, const T* wrote, const Kept* all, 
     const int width = max(LEAST_SHARE, (own + int(gridDim.x) - 1) / int(gridDim.x)), shares = scoring ? (own + width - 1) / width : 1;
     if (share >= shares) return;
     const int first = share * width, end = scoring ? min(own, first + width) : first;
-    const float* means = kept.means + h * N;
+    const int key_head = h / r.group * N;
+    const float* means = kept.means + key_head;
     for (int i = first + t / LANES; i < end; i += GROUPS)
-        if (t % LANES % 8 == 0) prefetch(means + size_t(i) * r.c + t % LANES * 4);
+        if (t % LANES % 8 == 0) prefetch(means + size_t(i) * r.kc + t % LANES * 4);
     wait_for_previous();
-    projected += size_t(b) * r.stride + h * N;
+    projected += size_t(b) * r.stride;
+    if (share == 0 && t < N && h % r.group == 0) {
+        const size_t to = size_t(at) * r.kc + key_head + t;
+        static_cast<T*>(kept.keys)[to] = from_f32<T>(__ldcg(projected + r.c + key_head + t));
+        static_cast<T*>(kept.values)[to] = from_f32<T>(__ldcg(projected + r.c + r.kc + key_head + t));
+    }
+    projected += h * N;
     if (share == 0 && t < N) {
         const size_t to = size_t(at) * r.c + h * N + t;
-        static_cast<T*>(kept.keys)[to] = from_f32<T>(__ldcg(projected + r.c + t));
-        static_cast<T*>(kept.values)[to] = from_f32<T>(__ldcg(projected + 2 * r.c + t));
         if (r.notes == 1) static_cast<T*>(kept.notes[0])[to] = from_f32<T>(__ldcg(projected + t));
         for (int i = 0; i < 2 && r.notes == 2; i++)
             static_cast<T*>(kept.notes[i])[to] = from_f32<T>(load_fresh_one(wrote + size_t(i * gridDim.z + b) * r.c + h * N + t));
@@ -92,11 +100,12 @@ __device__ void choose(const float* projected, const T* wrote, const Kept* all, 
         for (int i0 = 0; i0 < n; i0 += GROUPS) {
             const int i = i0 + group;
             float4 m = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (i < n) m = __ldcg(reinterpret_cast<const float4*>(means + size_t(low + i) * r.c) + lane);
+            if (i < n) m = __ldcg(reinterpret_cast<const float4*>(means + size_t(low + i) * r.kc) + lane);
             float s = q[0] * m.x + q[1] * m.y + q[2] * m.z + q[3] * m.w;
 #pragma unroll
             for (int o = LANES / 2; o; o >>= 1) s += __shfl_xor_sync(~0u, s, o);
-            if (lane == 0 && i < n) list[have + i] = {s, low + i};
+            const bool always = low + i < r.sink || low + i + r.window >= own;
+            if (lane == 0 && i < n) list[have + i] = {always ? INFINITY : s, low + i};
         }
         take(n);
     }
@@ -143,13 +152,14 @@ __device__ void attend(const float* projected, const Kept* all, const int* slots
     const int h = blockIdx.y, b = blockIdx.z, t = threadIdx.x, warp = t >> 5, lane = t & 31, head = b * gridDim.y + h;
     const int at = positions[b], own = at / r.size, first_own = own * r.size, channel = lane % LANES * 8;
     const Kept kept = all[size_t(slots[b]) * r.blocks];
-    const T *keys = static_cast<const T*>(kept.keys) + h * N, *values = static_cast<const T*>(kept.values) + h * N;
+    const int key_head = h / r.group * N;
+    const T *keys = static_cast<const T*>(kept.keys) + key_head, *values = static_cast<const T*>(kept.values) + key_head;
     const int own_tiles = (at - first_own) / KEYS + 1, chunk_tiles = (r.size - 1) / KEYS + 1, seen = min(own, r.want);
     const int step = gridDim.x * ATTEND_WARPS, begin = blockIdx.x * ATTEND_WARPS + warp;
     // Those of the own chunk come first: they are known before the choice is.
     for (int i = begin; i < own_tiles; i += step) {
         const int row = first_own + i * KEYS + lane / 2;
-        if (row < at) prefetch((lane % 2 ? values : keys) + size_t(row) * r.c);
+        if (row < at) prefetch((lane % 2 ? values : keys) + size_t(row) * r.kc);
     }
     wait_for_previous();
     Vec q = load_fresh(projected + size_t(b) * r.stride + h * N + channel);
@@ -174,8 +184,8 @@ __device__ void attend(const float* projected, const Kept* all, const int* slots
             const int mine = row + j * ROWS_ + lane / LANES;
             k[j] = v[j] = make_uint4(0, 0, 0, 0);
             if (mine < stop) {
-                k[j] = __ldcg(reinterpret_cast<const uint4*>(keys + size_t(mine) * r.c + channel));
-                v[j] = __ldcg(reinterpret_cast<const uint4*>(values + size_t(mine) * r.c + channel));
+                k[j] = __ldcg(reinterpret_cast<const uint4*>(keys + size_t(mine) * r.kc + channel));
+                v[j] = __ldcg(reinterpret_cast<const uint4*>(values + size_t(mine) * r.kc + channel));
             }
         }
         float s[LOADS], most = top;
@@ -257,5 +267,7 @@ __device__ void attend(const float* projected, const Kept* all, const int* slots
         l += __ldcg(from + N + 1) * w;
         o += __ldcg(from + t) * w;
     }
-    out[size_t(b) * r.c + h * N + t] = from_f32<T>(o / l);
+    const int before = r.c + 2 * r.kc;
+    const float gate = r.stride > before ? sigmoid(to_f32(from_f32<T>(__ldcg(projected + size_t(b) * r.stride + before + h)))) : 1.f;
+    out[size_t(b) * r.c + h * N + t] = from_f32<T>(o / l * gate);
 }

@@ -16,9 +16,12 @@ const KEYS: usize = 16;
 
 /// Work shares and memory between the kernels.
 pub struct Attend {
-    heads: usize,
+    /// Of queries, and of keys.
+    heads: [usize; 2],
     size: usize,
     want: usize,
+    /// Of the chunks that are wanted, the first and the last of the past that always are.
+    always: [usize; 2],
     /// Blocks that share the keys of a head, with up to [`BATCH`] sequences, and all of those that fill the GPU.
     shares: usize,
     enough: usize,
@@ -32,8 +35,10 @@ pub struct Attend {
 /// What the kernels read and write beside their memory.
 #[derive(Clone, Copy)]
 pub struct Attended {
-    /// q, k and v of the sequences [batch, 3 C], f32.
+    /// q, k and v of the sequences, f32, and behind each one's a gate for each head, if there is one, filled up to a multiple of 8: [batch, channels of all].
     pub projected: DevicePtr,
+    /// Whether there is.
+    pub gated: bool,
     /// Value and key of the block before [2, batch, C], if they are noted.
     pub wrote: DevicePtr,
     /// Matrices that are noted of every token: none, the query, or those of `wrote`.
@@ -49,8 +54,9 @@ pub struct Attended {
 }
 
 impl Attend {
-    /// For steps of up to `batch` sequences with `heads` heads. `None` without a GPU, or for a rule that the kernels don't hold.
-    pub fn new(ctx: &Context, batch: usize, heads: usize, n: usize, chunks: Chunks) -> Option<Attend> {
+    /// For steps of up to `batch` sequences with so many heads of queries and of keys. `None` without a GPU, or for a rule that the kernels don't hold.
+    pub fn new(ctx: &Context, batch: usize, all: [usize; 2], n: usize, chunks: Chunks) -> Option<Attend> {
+        let heads = all[0];
         let (size, want) = (chunks.size.min(i32::MAX as usize), chunks.top - 1);
         if want > MOST_WANTED {
             return None;
@@ -60,9 +66,10 @@ impl Attend {
         let shares = enough.div_ceil(heads).min(tiles.div_ceil(WARPS)).max(1);
         let most = (batch.min(BATCH) * heads * shares).max(enough).max(batch * heads);
         Some(Attend {
-            heads,
+            heads: all,
             size,
             want,
+            always: [chunks.sink, chunks.window],
             shares,
             enough,
             found: ctx.alloc_f32(batch * heads * SHARES * want * 2),
@@ -74,29 +81,31 @@ impl Attend {
 
     /// Blocks that share the keys of a head: the same for few sequences, so that a sequence's bits don't depend on how many there are.
     fn shares(&self, batch: usize) -> usize {
-        if batch <= BATCH { self.shares } else { (self.enough / (self.heads * batch)).clamp(1, self.shares) }
+        if batch <= BATCH { self.shares } else { (self.enough / (self.heads[0] * batch)).clamp(1, self.shares) }
     }
 }
 
 impl Step<'_> {
     /// Puts keys, values and notes of the tokens to those of their sequences, and attends: out [batch, C] in the type of activations.
     pub fn attend(&self, plan: &Attend, of: Attended, out: DevicePtr) {
-        let mut words = [0; 8];
-        let values = [3 * self.c, self.c, of.blocks, plan.size, plan.want, of.notes];
-        words.iter_mut().zip(values).for_each(|(to, v)| *to = v as i32);
-        let rule = Arg::Words(words);
+        let ([sink, window], [heads, key_heads]) = (plan.always, plan.heads);
+        let (keys, group) = (key_heads * self.n, heads / key_heads);
+        let stride = self.c + 2 * keys + if of.gated { heads.next_multiple_of(8) } else { 0 };
+        let values = [stride, self.c, keys, group, of.blocks, plan.size, plan.want, of.notes, sink, window];
+        let words: Vec<u64> = values.chunks(2).map(|pair| pair[0] as u64 | (pair[1] as u64) << 32).collect();
+        let rule = Arg::Struct(&words);
         let name = |base: &str| kernel(self.ctx, &format!("decode_{base}_{}", self.n));
         let sequences = [of.kept, of.slots, of.positions].map(Arg::from);
         let mut args: Vec<Arg> = [of.projected, of.wrote].map(Arg::from).into();
         args.extend(sequences.iter().copied());
         args.extend([plan.found.ptr(), plan.ended[0].ptr(), plan.picks.ptr()].map(Arg::from));
         args.push(rule);
-        self.launch(&name("choose"), [SHARES, plan.heads, self.batch], 256, 0, true, &args);
+        self.launch(&name("choose"), [SHARES, heads, self.batch], 256, 0, true, &args);
         let mut args = vec![Arg::from(of.projected)];
         args.extend(sequences);
         args.extend([plan.picks.ptr(), plan.parts.ptr(), plan.ended[1].ptr(), out].map(Arg::from));
         args.push(rule);
-        let grid = [plan.shares(self.batch), plan.heads, self.batch];
+        let grid = [plan.shares(self.batch), heads, self.batch];
         self.launch(&name("attend"), grid, WARPS * 32, 0, true, &args);
     }
 }

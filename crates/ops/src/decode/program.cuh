@@ -255,10 +255,18 @@ template <class T> __device__ __forceinline__ void add_parts(const Sum& op, cons
         float4* x = reinterpret_cast<float4*>(op.x + size_t(item) * 8) + half;
         const float4 before = __ldcg(x);
         float4 s = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 8
-        for (int p = lane / 2; p < int(op.count); p += 16) {
-            const float4 v = __ldcg(reinterpret_cast<const float4*>(op.parts + (size_t(p) * batch * c + size_t(item) * 8)) + half);
-            s.x += v.x, s.y += v.y, s.z += v.z, s.w += v.w;
+        // As many at once as an H100 has blocks.
+        constexpr int LOADS = 9;
+        for (int first = lane / 2; first < int(op.count); first += 16 * LOADS) {
+            float4 v[LOADS];
+#pragma unroll
+            for (int j = 0; j < LOADS; j++) {
+                const int p = first + j * 16;
+                v[j] = make_float4(0.f, 0.f, 0.f, 0.f);
+                if (p < int(op.count)) v[j] = __ldcg(reinterpret_cast<const float4*>(op.parts + (size_t(p) * batch * c + size_t(item) * 8)) + half);
+            }
+#pragma unroll
+            for (int j = 0; j < LOADS; j++) s.x += v[j].x, s.y += v[j].y, s.z += v[j].z, s.w += v[j].w;
         }
 #pragma unroll
         for (int o = 2; o < 32; o *= 2) {

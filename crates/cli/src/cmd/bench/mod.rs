@@ -1,13 +1,13 @@
 mod serve;
 
 use crate::cmd::eval::picture;
-use crate::global::{Bound, Chunks, Global, Interrupted, stop};
+use crate::global::{Bound, Chunks, Global, Interrupted, NewBlocks, stop};
 use anser_eval::bench;
 use anser_eval::flat::{self, Flat, Measured};
 use anser_eval::long::{Long, Row};
 use anser_eval::profile::{chrome_trace, kinds, table};
 use anser_formats::Checkpoint;
-use anser_model::{Config, Hybrid, Load, Model};
+use anser_model::{Config, Load, Model};
 use anser_tensor::DType;
 use anser_tokenizer::Tokenizer;
 use anyhow::{Context, ensure};
@@ -150,6 +150,8 @@ struct Dims {
     #[arg(long)]
     attention: Option<usize>,
     #[command(flatten)]
+    blocks: NewBlocks,
+    #[command(flatten)]
     chunks: Chunks,
     #[command(flatten)]
     bound: Bound,
@@ -163,12 +165,13 @@ impl Dims {
             None => Config::preset(&self.preset)?,
         };
         ensure!(
-            config.hybrid.is_none() || self.attention.is_none(),
-            "--attention: the model has attention blocks already; leave it out"
+            config.hybrid.is_none() || self.attention.is_none() && !self.blocks.asked(),
+            "--attention, --gate and --key-heads: the model has attention blocks already; leave them out"
         );
         let blocks = self.attention.unwrap_or_else(|| attention(config.n_layer));
+        ensure!(blocks > 0 || !self.blocks.asked(), "--gate and --key-heads are of attention: give --attention too");
         if config.hybrid.is_none() && blocks > 0 {
-            config.hybrid = Some(Hybrid::new(blocks));
+            config.hybrid = Some(self.blocks.hybrid(blocks));
         }
         self.chunks.apply(config)
     }
