@@ -6,7 +6,6 @@
 #pragma once
 #include "few_heads.cuh"
 
-
 enum Kind { EMBED, MIXED, HEADS, ADD, CHANNELS, SUM, LOGITS, TOKEN, KINDS };
 constexpr int VALUES = 1 << KINDS; // beside the kinds in a mask: the second matrix of CHANNELS
 

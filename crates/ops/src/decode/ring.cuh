@@ -10,7 +10,7 @@
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
 constexpr int TILE = 8, UNIT = 32;   // rows and columns of W that a warp multiplies at once
-constexpr int CHUNK = 256;           // columns of a stage
+constexpr int CHUNK = 256;           // columns of a stage at most
 constexpr int APART = CHUNK + 32;    // elements between its rows, of which neighbours lie in different banks
 // Stages for which there is shared memory, with vectors that need little of it and with others.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ / 100 == 9
@@ -50,7 +50,7 @@ struct Walk {
 };
 
 template <class T, int STAGES> struct Ring {
-    T* places; // of this lane in this warp's first stage: [STAGES, TILE, APART]
+    T* places; // of this warp: [STAGES, TILE, APART]
     int in = 0, out = 0;
     // The next copy.
     const Share *share, *end;
