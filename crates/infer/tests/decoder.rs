@@ -257,6 +257,11 @@ fn what_the_kernels_do_not_know_goes_operation_by_operation() {
     assert!(Decoder::new(&ctx, &device, 1).unwrap().is_none());
     let control = model(&plain.control()).packed(&ctx, DType::F32);
     assert!(Decoder::new(&ctx, &control, 1).unwrap().is_none());
+    let half = Context::with_activations(Device::Cuda(0), DType::F16, 2).unwrap();
+    for (head_size, known) in [(32, false), (64, true)] {
+        let other = model(&config(head_size, 128, 1)).packed(&half, DType::F16);
+        assert!(Decoder::new(&half, &other, 1).unwrap().is_some() == known, "heads of {head_size}");
+    }
     let tokens = sequence(0, 9);
     let mut session = Session::new(&ctx, &device);
     for t in &tokens {

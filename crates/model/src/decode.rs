@@ -73,7 +73,8 @@ pub struct DecodeStep<'m> {
 impl<'m> DecodeStep<'m> {
     /// Sequences of a step at most.
     pub const MOST: usize = MOST;
-    /// For steps of up to `batch` sequences. `None` if the model's matrices are not on a GPU in 16 bits or are too wide for the kernels, or if
+
+    /// For steps of up to `batch` sequences. `None` if the model's matrices are not on a GPU in 16 bits or are too wide for the kernels, its heads are not of 64 or 128, or if
     /// it has what they don't know: the doubled in-context rate, a Transformer's blocks, attention to hundreds of chunks.
     pub fn new(ctx: &Context, model: &'m Model, batch: usize) -> Option<DecodeStep<'m>> {
         let on_device = |w: &Weight| matches!(w, Weight::Device(_));
