@@ -15,7 +15,7 @@ pub struct Global {
     /// CPU threads [default: as many as this process may use]
     #[arg(long, global = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Type of weights: f32, f16, bf16, on a CPU int8 and q4; for convert q8_0 too [default: bf16; for convert the file's]
+    /// Type of weights: f32, f16, bf16, int8, on a CPU q4; for convert q8_0 too [default: bf16; for convert the file's]
     #[arg(long = "dtype", global = true, value_name = "DTYPE")]
     pub stored: Option<Stored>,
     /// One JSON object on stdout, everything else on stderr
@@ -82,16 +82,17 @@ impl Global {
             ),
         };
         ensure!(
-            ctx.cuda().is_none(),
-            "--dtype {coded} keeps weights on the CPU only: use f16 or bf16, or --device cpu"
+            ctx.cuda().is_none() || coded == WeightType::Int8,
+            "--dtype {coded} keeps weights on the CPU only: use int8, f16 or bf16, or --device cpu"
         );
         Ok(coded)
     }
 
-    /// The device and threads asked for; activations on a GPU are of `--dtype`, or bf16.
+    /// The device and threads asked for; activations on a GPU are of `--dtype`, f16 beside int8, or bf16.
     pub fn context(&self) -> anyhow::Result<Context> {
         let activations = match self.stored {
             Some(Stored::Float(dtype)) => dtype,
+            Some(Stored::Int8) => DType::F16,
             _ => DType::BF16,
         };
         self.open(self.device.unwrap_or(Place::Best), activations)

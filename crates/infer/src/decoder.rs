@@ -93,9 +93,9 @@ impl<'m> Decoder<'m> {
         }))
     }
 
-    /// Sequences of a step at most of which each gives the same to the bit as alone: their sums have one order.
-    pub fn apart(&self) -> usize {
-        self.step.apart()
+    /// From now on each sequence of a step gives the same to the bit as alone, whatever the others are, in steps of up to so many.
+    pub fn set_apart(&mut self) -> usize {
+        self.step.set_apart()
     }
 
     /// Number of slots.

@@ -2,10 +2,14 @@
 //!
 //! Needs a GPU (or the emulator): `cargo test -p anser-infer --test decoder -- --ignored`.
 
+use anser_formats::{Checkpoint, Dtype, Source, coded, write_safetensors};
 use anser_infer::{Decoder, Session};
-use anser_model::{Config, Init, Model, State};
+use anser_model::{Config, Hybrid, Init, Load, Model, State};
 use anser_ops::{Tape, batch};
-use anser_tensor::{Context, DType, Device};
+use anser_tensor::{Code, Context, DType, Device, WeightType};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::Path;
 
 fn error(got: &[f32], want: &[f32]) -> f64 {
     assert_eq!(got.len(), want.len());
@@ -95,12 +99,154 @@ fn steps_equal_the_forward_pass() {
     }
 }
 
+/// A sequence that is kept apart gives the same bits alone and in steps of any number.
+#[test]
+#[ignore = "needs a GPU"]
+fn apart_in_any_number() {
+    let hybrid = Config { hybrid: Some(Hybrid { chunk: 16, topk: 4, ..Hybrid::new(1) }), ..config(64, 128, 1) };
+    let configs = [
+        (config(64, 192, 2), DType::F16, 71, 3, vec![1, 3, 5, 17, 33]),
+        (config(128, 256, 1), DType::BF16, 64, 3, vec![1, 40]),
+        (hybrid, DType::F16, 9, 36, vec![1, 5]),
+    ];
+    for (config, dtype, most, tokens, some) in configs {
+        let model = model(&config);
+        let ctx = Context::with_activations(Device::Cuda(0), dtype, 2).unwrap();
+        let device = model.packed(&ctx, dtype);
+        let mut decoder = Decoder::new(&ctx, &device, most).unwrap().unwrap();
+        assert_eq!(decoder.set_apart(), most);
+        let mut steps = |slots: &[usize]| {
+            slots.iter().for_each(|&slot| decoder.clear(slot).unwrap());
+            let mut logits = Vec::new();
+            for t in 0..tokens {
+                let inputs: Vec<(usize, u32)> = slots.iter().map(|&i| (i, sequence(i, tokens)[t])).collect();
+                logits = decoder.step(&inputs).unwrap().to_vec();
+            }
+            let state = |&slot: &usize| decoder.state(slot).unwrap().vars().flat_map(|v| v.to_vec()).collect();
+            let states: Vec<Vec<f32>> = slots.iter().map(state).collect();
+            (logits, states)
+        };
+        let slots: Vec<usize> = (0..most).collect();
+        let (all, states) = steps(&slots);
+        assert!(all.iter().all(|v| v.is_finite()) && all[..200] != all[200..400]);
+        for n in some {
+            let some: Vec<usize> = (0..n).map(|i| (i * 7 + 2) % most).collect();
+            let (logits, states_of_some) = steps(&some);
+            for (i, &slot) in some.iter().enumerate() {
+                assert!(logits[i * 200..][..200] == all[slot * 200..][..200], "logits of {slot} among {n}");
+                assert!(states_of_some[i] == states[slot], "state of {slot} among {n}");
+            }
+        }
+    }
+}
+
+/// With matrices in codes of 8 bits a step is that of the weights that the codes stand for: in f32 on a CPU, and operation by operation.
+#[test]
+#[ignore = "needs a GPU"]
+fn matrices_in_eight_bits() {
+    for (config, (dtype, tolerance)) in [config(64, 192, 2), config(128, 640, 1)].into_iter().zip(TYPES) {
+        let (plain, mut rounded) = (model(&config), model(&config));
+        let coded = |s: &anser_model::ParamSpec| {
+            let kept = anser_model::kept_as(WeightType::Int8, &s.name, &s.shape);
+            kept == Some(WeightType::Int8) && !s.name.ends_with("emb.weight")
+        };
+        let specs: Vec<_> = plain.params().specs().iter().filter(|s| coded(s)).cloned().collect();
+        assert!(specs.len() == 6 * config.n_layer + 1);
+        for spec in specs {
+            let k = spec.shape[1];
+            for row in rounded.params_mut().values_mut()[spec.range].chunks_mut(k) {
+                let (mut codes, mut scales) = (vec![0; k], vec![Default::default(); k.div_ceil(64)]);
+                Code::Int8.encode(row, &mut codes, &mut scales);
+                let value = |i: usize| f32::from(codes[i] as i8) * scales[i / 64].to_f32();
+                row.iter_mut().enumerate().for_each(|(i, w)| *w = value(i));
+            }
+        }
+        let ctx = Context::with_activations(Device::Cuda(0), dtype, 2).unwrap();
+        let device = plain.packed(&ctx, WeightType::Int8);
+        let vocab = config.vocab_size;
+        for n in [1, 6, 40, 70] {
+            let mut decoder = Decoder::new(&ctx, &device, n).unwrap().unwrap();
+            let mut logits = Vec::new();
+            for t in 0..4 {
+                let inputs: Vec<(usize, u32)> = (0..n).map(|i| (i, sequence(i, 4)[t])).collect();
+                logits = decoder.step(&inputs).unwrap().to_vec();
+            }
+            for i in [0, n / 2, n - 1] {
+                let got = &logits[i * vocab..][..vocab];
+                for (what, of) in [("the CPU", &rounded), ("unrounded weights", &plain)] {
+                    let (want, state) = reference(&Context::cpu(2), of, &sequence(i, 4));
+                    let e = error(got, &want[3 * vocab..]);
+                    println!("C {} {dtype} B {n}: from {what} {e:.1e}", config.n_embd);
+                    assert!(e < if what == "the CPU" { tolerance } else { 5e-2 }, "{what}: {e:.1e}");
+                    if what == "the CPU" {
+                        for (a, b) in decoder.state(i).unwrap().vars().zip(state.vars()) {
+                            assert!(error(&a.to_vec(), &b.to_vec()) < tolerance);
+                        }
+                    }
+                }
+                let (want, _) = reference(&ctx, &device, &sequence(i, 4));
+                assert!(error(got, &want[3 * vocab..]) < tolerance);
+            }
+        }
+    }
+}
+
+/// A file whose matrices are in codes gives the same on a GPU as coding those of a file in f32.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_file_in_eight_bits() {
+    let model = model(&config(64, 192, 1));
+    let folder = std::env::temp_dir().join(format!("anser-eight-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let [plain, small] = ["plain", "small"].map(|n| folder.join(format!("{n}.safetensors")));
+    let value = |s: &anser_model::ParamSpec| {
+        let values = &model.params().values()[s.range.clone()];
+        let values = Box::new(move || Ok(Cow::Borrowed(values)));
+        Source { name: s.name.clone(), shape: s.shape.clone(), dtype: Dtype::F32, values }
+    };
+    write_safetensors(&plain, &model.params().specs().iter().map(value).collect::<Vec<_>>(), &BTreeMap::new()).unwrap();
+    let file = Checkpoint::open(&plain).unwrap();
+    let mut sources = Vec::new();
+    for spec in model.params().specs() {
+        // The embedding, of which a row is read, is in 16 bits on a GPU.
+        let kept = anser_model::kept_as(WeightType::Int8, &spec.name, &spec.shape);
+        if kept != Some(WeightType::Int8) || spec.name.ends_with("emb.weight") {
+            sources.push(value(spec));
+            continue;
+        }
+        let (rows, k) = (spec.shape[0], spec.shape[1]);
+        let code = move |values: &[f32]| {
+            let groups = k.div_ceil(64);
+            let (mut codes, mut scales) = (vec![0; rows * k], vec![Default::default(); rows * groups]);
+            let each = codes.chunks_mut(k).zip(scales.chunks_mut(groups));
+            values.chunks(k).zip(each).for_each(|(w, (c, s))| Code::Int8.encode(w, c, s));
+            (codes, scales)
+        };
+        sources.extend(coded::sources(file.get(&spec.name).unwrap(), Dtype::I8, code).unwrap());
+    }
+    write_safetensors(&small, &sources, &coded::metadata(&[Dtype::I8]).collect()).unwrap();
+    assert!(std::fs::metadata(&small).unwrap().len() * 3 < std::fs::metadata(&plain).unwrap().len());
+    let ctx = Context::with_activations(Device::Cuda(0), DType::F16, 2).unwrap();
+    let logits = |path: &Path, kept: WeightType| {
+        let model = Model::load(&ctx, &Checkpoint::open(path).unwrap(), Load::Inference(kept)).unwrap();
+        let mut decoder = Decoder::new(&ctx, &model, 1).unwrap().unwrap();
+        decoder.step(&[(0, 7)]).unwrap();
+        decoder.step(&[(0, 9)]).unwrap().to_vec()
+    };
+    let want = logits(&plain, WeightType::Int8);
+    assert!(logits(&small, WeightType::Int8) == want && logits(&plain, DType::F16.into()) != want);
+    // In f16 the file in codes is that of the values that they stand for.
+    assert!(error(&logits(&small, DType::F16.into()), &want) < 5e-3);
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
 /// Steps of more sequences than the kernels for few serve, against operation by operation.
 #[test]
 #[ignore = "needs a GPU"]
 fn any_number_of_sequences() {
     let configs = [
         (config(64, 128, 2), DType::F16, 5e-3, vec![5, 64, 65, 200]),
+        (Config { vocab_size: 203, ..config(64, 1088, 1) }, DType::F16, 5e-3, vec![17, 33]),
         (config(64, 192, 2), DType::BF16, 4e-2, vec![9, 70]),
         (config(64, 320, 1), DType::F16, 5e-3, vec![6, 20]),
     ];

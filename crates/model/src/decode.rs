@@ -5,14 +5,16 @@
 use crate::pasts::Pasts;
 use crate::rwkv7::{Block, Rwkv7Block};
 use crate::{Eviction, Model, State};
-use anser_ops::decode::{BATCH, LowRanks, MOST, Norm, Step, fits};
+use anser_ops::decode::{BATCH, LowRanks, MOST, Matrix, Norm, PRODUCT, Step, fits};
 use anser_ops::{LowRank, Param, Weight};
 use anser_tensor::cuda::DevicePtr;
-use anser_tensor::{Buf, Context, DType};
+use anser_tensor::{Buf, Context, DType, WeightType};
 use few::Few;
+use products::Products;
 
 mod few;
 mod many;
+mod products;
 
 /// A kind of kernel of a step, to measure one alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,8 +43,9 @@ impl Part {
 
 /// Memory and work plans for steps of up to [`DecodeStep::most`] sequences, in f16 or bf16.
 ///
-/// A step goes one of two ways: with 1 to 4 sequences through one kernel, if it holds the model, and the bits of a sequence's result don't depend on its neighbours;
-/// with more through the matrix library and kernels between, where they depend on how many there are.
+/// A step goes one of three ways: with 1 to 4 sequences through one kernel, if it holds the model; with up to 64 through products of our own and kernels between;
+/// with more through the matrix library. In the first two the bits of a sequence's result don't depend on its neighbours, but are not the same in both; in the third they
+/// depend on how many there are. Matrices in codes of 8 bits know the second way alone, whatever the number.
 pub struct DecodeStep<'m> {
     ctx: Context,
     model: &'m Model,
@@ -53,6 +56,12 @@ pub struct DecodeStep<'m> {
     most: usize,
     /// What steps of few sequences need, if their kernel holds the model.
     few: Option<Few>,
+    /// What steps of more need, if its kernels hold the model.
+    products: Option<Products>,
+    /// Whether matrices are in codes of 8 bits, which only these know.
+    coded: bool,
+    /// Whether a sequence's results may not depend on how many there are.
+    apart: bool,
     /// Of the first layer, and of the others.
     low_ranks: [LowRanks; 2],
     tokens: Buf,
@@ -74,7 +83,7 @@ impl<'m> DecodeStep<'m> {
     /// Sequences of a step at most.
     pub const MOST: usize = MOST;
 
-    /// For steps of up to `batch` sequences. `None` if the model's matrices are not on a GPU in 16 bits or are too wide for the kernels, its heads are not of 64 or 128, or if
+    /// For steps of up to `batch` sequences. `None` if the model's matrices are not on a GPU in 16 or 8 bits or are too wide for the kernels, its heads are not of 64 or 128, or if
     /// it has what they don't know: the doubled in-context rate, a Transformer's blocks, attention to hundreds of chunks.
     pub fn new(ctx: &Context, model: &'m Model, batch: usize) -> Option<DecodeStep<'m>> {
         let on_device = |w: &Weight| matches!(w, Weight::Device(_));
@@ -104,15 +113,24 @@ impl<'m> DecodeStep<'m> {
             let [w, a, v, g] = ranks(layer)?;
             LowRanks::new(ctx, most, c, [(2, v, 2), (0, w, 3), (1, a, 4), (3, g, 5)])
         };
-        let few = Few::new(ctx, model, most, [ranks(0)?, ranks(1)?]);
+        let coded = blocks.iter().any(|b| products::coded(&b.att.receptance));
+        let few = if coded { None } else { Few::new(ctx, model, most, [ranks(0)?, ranks(1)?]) };
+        let low_ranks = [low_ranks(0)?, low_ranks(1)?];
         let wide = config.attention_rows().max(3 * c);
         let pasts = match attention.is_empty() {
             true => None,
             false => Some(Pasts::new(ctx, model, most, attention)?),
         };
+        let products = Products::new(ctx, model, most, &low_ranks);
+        if coded && products.is_none() {
+            return None;
+        }
         Some(DecodeStep {
             pasts,
-            low_ranks: [low_ranks(0)?, low_ranks(1)?],
+            products,
+            coded,
+            apart: false,
+            low_ranks,
             tokens: ctx.zeros_f32(most),
             slots: ctx.zeros_f32(most),
             x: ctx.zeros_f32(most * c),
@@ -136,9 +154,27 @@ impl<'m> DecodeStep<'m> {
         self.most
     }
 
-    /// Sequences at most of which each gives the same to the bit as alone.
-    pub fn apart(&self) -> usize {
-        if self.few.is_some() { BATCH } else { 1 }
+    /// From now on each sequence of a step gives the same to the bit as alone, whatever the others are: how many there may be in a step for that.
+    pub fn set_apart(&mut self) -> usize {
+        self.apart = true;
+        if let (Some(pasts), Some(_)) = (&mut self.pasts, &self.products) {
+            pasts.attend.set_apart(&self.ctx, self.most, self.model.config().head_size);
+        }
+        match (&self.products, &self.few) {
+            (Some(_), _) => self.most,
+            (None, Some(_)) => BATCH,
+            _ => 1,
+        }
+    }
+
+    /// Our own products, if steps of so many sequences have them.
+    fn products(&self, batch: usize) -> Option<&Products> {
+        self.products.as_ref().filter(|_| self.coded || self.apart || batch <= PRODUCT)
+    }
+
+    /// Whether steps of so many sequences are one kernel.
+    fn is_few(&self, batch: usize) -> bool {
+        batch <= BATCH && self.few.is_some() && !(self.apart && self.products.is_some())
     }
 
     /// Where the tokens of a step are put, as `int`; after it they are the most probable next ones.
@@ -171,7 +207,7 @@ impl<'m> DecodeStep<'m> {
     /// Before a step of sequences in these slots of `state`, in their order: writes the step down for this state if another was before, and makes room for what
     /// attention keeps of one token more.
     pub fn prepare(&mut self, state: &mut State, slots: &[usize]) {
-        if slots.len() <= BATCH
+        if self.is_few(slots.len())
             && let Some(mut few) = self.few.take()
         {
             if !few.is_for(state) {
@@ -206,7 +242,7 @@ impl<'m> DecodeStep<'m> {
         let (Some(gpu), config) = (self.ctx.cuda(), self.model.config()) else { return };
         let step = Step { ctx: &self.ctx, gpu, batch, c: config.n_embd, n: config.head_size };
         match &self.few {
-            Some(few) if batch <= BATCH => self.run_few(few, step, state, only),
+            Some(few) if self.is_few(batch) => self.run_few(few, step, state, only),
             _ => self.run_many(step, state, only),
         }
     }
@@ -222,6 +258,15 @@ impl<'m> DecodeStep<'m> {
 
     fn matrix(&self, w: &Weight) -> DevicePtr {
         w.device(&self.model.params)
+    }
+
+    /// The same with the scales of its codes, if it has some.
+    fn weights(&self, w: &Weight) -> Matrix {
+        let at = self.matrix(w);
+        match w {
+            Weight::Device(m) => m.scales().map_or(at.into(), |(scales, pitch)| Matrix { at, scales, pitch }),
+            _ => at.into(),
+        }
     }
 
     /// Where the value and key that the recurrent layer before block `at + 1` takes up go: null unless its attention notes them.
@@ -254,22 +299,26 @@ impl<'m> DecodeStep<'m> {
             rank(&att.decay) + rank(&att.rate) + rank(&att.gate) + att.value_gate.as_ref().map_or(0, rank)
         };
         let ranks: usize = self.blocks.iter().map(ranks).sum();
-        let many = batch > BATCH || self.few.is_none();
+        let many = !self.is_few(batch);
         let rows = 3 * c * self.blocks.len() + config.attention_rows() * (blocks - self.blocks.len());
+        // Elements of matrices that may be in codes, and of low-rank maps. The second halves of these are read with the heads, or by a kernel of their own before it that counts
+        // among projections.
         let elements = |part| match part {
-            Part::Mix => 0,
-            // The second halves of the low-rank maps are read with the heads, or by a kernel of their own before it.
-            Part::Projections if many => (2 * ranks + rows) * c,
-            Part::Heads if many => 0,
-            Part::Projections => (ranks + rows) * c,
-            Part::Heads => ranks * c,
-            Part::Output => blocks * c * c,
-            Part::Key | Part::Value => blocks * c * h,
-            Part::Head => config.vocab_size * c,
+            Part::Mix => (0, 0),
+            Part::Projections if many => (rows * c, 2 * ranks * c),
+            Part::Heads if many => (0, 0),
+            Part::Projections => (rows * c, ranks * c),
+            Part::Heads => (0, ranks * c),
+            Part::Output => (blocks * c * c, 0),
+            Part::Key | Part::Value => (blocks * c * h, 0),
+            Part::Head => (config.vocab_size * c, 0),
         };
         let states = (2 * config.state_len() * kept.size() * batch) as f64;
+        let size = self.ctx.dtype().size();
         let of = |part: Part| {
-            let matrices = (elements(part) * self.ctx.dtype().size()) as f64;
+            let (matrices, maps) = elements(part);
+            let matrices = if self.coded { WeightType::Int8.bytes_of(matrices) } else { matrices * size };
+            let matrices = (matrices + maps * size) as f64;
             match part {
                 Part::Heads => matrices + states,
                 Part::Value => matrices * (1.0 - zero),

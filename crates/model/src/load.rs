@@ -5,22 +5,25 @@ use crate::hybrid::HybridBlock;
 use crate::rwkv7::{Block, ChannelMix, Norm, Rwkv7Block, TimeMix};
 use crate::transformer::TransformerBlock;
 use crate::{Architecture, Config, Error, Hybrid, LoraDims, Model};
-use anser_formats::coded::NO_CODE;
+use anser_formats::coded::{Coded, NO_CODE};
 use anser_formats::{CONFIG_JSON, Checkpoint, Dtype, TensorView};
 use anser_ops::attention::Chunks;
 use anser_ops::{Activation, LowRank, Param, ParamSet, Weight};
-use anser_tensor::{Code, Context, DType, DeviceMatrix, DisjointMut, Packed, WeightType, memory};
+use anser_tensor::{Code, Context, DType, Packed, WeightType, memory};
+use device::{To, by_output, copy_finite, to_device};
 use half::f16;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+mod device;
 
 /// What a checkpoint is loaded for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Load {
     /// f32 master weights in the parameter arena.
     Train,
-    /// Matrices packed for inference in this type ([`kept_as`]), or on a GPU in the type of activations; vectors stay f32.
+    /// Matrices packed for inference in this type ([`kept_as`]), or on a GPU in 8 bits or in the type of activations; vectors stay f32.
     Inference(WeightType),
 }
 
@@ -215,14 +218,20 @@ impl Model {
         let mut list = config.tensors();
         if let Load::Inference(kept) = load {
             if ctx.cuda().is_some() {
-                weights = to_device(ctx, &config, |name, shape, out| {
+                weights = to_device(ctx, &config, kept, |name, shape, out| {
                     let t = find(name, shape)?;
                     // An element type that is no float shows at once; after that reading cannot fail.
                     t.read_f32_from(0, &mut [])?;
                     let stored = t.bytes().filter(|_| same(t.dtype(), ctx.dtype()));
-                    let bad = match stored {
-                        Some(bytes) => copy_finite(ctx, bytes, out),
-                        None => encode(ctx, out, |start, values| {
+                    let coded = t.coded().filter(|c| c.dtype == Dtype::I8 && t.shape() == shape);
+                    let bad = match (out, stored, coded) {
+                        (To::Values(out), Some(bytes), _) => copy_finite(ctx, bytes, out),
+                        (To::Codes(codes, scales), _, Some(coded)) => {
+                            by_output(ctx, shape[1], codes, scales, |o, to, scales| {
+                                copy_coded(&coded, Code::Int8, o, to, scales)
+                            })
+                        }
+                        (out, ..) => out.fill(ctx, shape, |start, values| {
                             if t.read_f32_from(start, values).is_err() {
                                 values.fill(f32::NAN);
                             }
@@ -242,12 +251,7 @@ impl Model {
                 let weight = match t.coded().and_then(|c| Some((c, code(c.dtype)?))) {
                     Some((coded, (code, as_coded))) if as_coded == kept && t.shape() == &shape[..] => {
                         Packed::from_codes(ctx, code, shape[0], shape[1], |o, codes, scales| {
-                            let (of, with) = coded.row(o);
-                            codes.copy_from_slice(of);
-                            scales.iter_mut().zip(with).for_each(|(s, b)| *s = f16::from_le_bytes(*b));
-                            let scale = scales.iter().position(|s| !s.is_finite()).map(|g| g * code.group());
-                            let no_code = || codes.iter().position(|c| code == Code::Int8 && *c == NO_CODE);
-                            if let Some(i) = scale.or_else(no_code) {
+                            if let Some(i) = copy_coded(&coded, code, o, codes, scales) {
                                 bad.fetch_min(o * shape[1] + i, Ordering::Relaxed);
                             }
                         })
@@ -293,9 +297,9 @@ impl Model {
             spec.map(|s| &self.params.values()[s.range.clone()]).unwrap_or_default()
         };
         if ctx.cuda().is_some() {
-            let copied = to_device(ctx, &self.config, |name, _, out| {
+            let copied = to_device(ctx, &self.config, kept, |name, shape, out| {
                 let m = from(name);
-                encode(ctx, out, |start, values| values.copy_from_slice(&m[start..start + values.len()]));
+                out.fill(ctx, shape, |start, values| values.copy_from_slice(&m[start..start + values.len()]));
                 Ok(())
             });
             weights = copied.unwrap_or_default();
@@ -324,7 +328,7 @@ impl Model {
     }
 
     /// A model for inference whose matrices are noise of the usual size: for measurements, made in seconds at any size. On a GPU they are kept in the type
-    /// of activations, elsewhere as `kept` says.
+    /// of activations, or in 8 bits, elsewhere as `kept` says.
     ///
     /// # Errors
     /// When the configuration is impossible, or device memory runs out.
@@ -355,9 +359,9 @@ impl Model {
         let mut weights = HashMap::new();
         let mut list = config.tensors();
         if ctx.cuda().is_some() {
-            weights = to_device(ctx, config, |name, shape, out| {
+            weights = to_device(ctx, config, kept, |name, shape, out| {
                 let m = filled(name, shape);
-                encode(ctx, out, |start, values| values.copy_from_slice(&m[start..start + values.len()]));
+                out.fill(ctx, shape, |start, values| values.copy_from_slice(&m[start..start + values.len()]));
                 Ok(())
             })?;
         }
@@ -464,25 +468,6 @@ impl Model {
     }
 }
 
-/// The matrices of a layer that read interpolations of one vector, in the order in which they lie one after another on a GPU, all [out, in]; attention blocks have the first three and
-/// a gate, if there is one.
-pub(crate) const STACK: [&str; 8] = [
-    "att.receptance.weight",
-    "att.key.weight",
-    "att.value.weight",
-    "att.v1",
-    "att.w1",
-    "att.a1",
-    "att.g1",
-    "att.gate.weight",
-];
-
-/// The second halves of the low-rank maps, in the order of their first halves, all [in, out].
-const STACK_UP: [&str; 4] = ["att.v2", "att.w2", "att.a2", "att.g2"];
-
-/// Elements that one thread converts at a time.
-const PIECE: usize = 1 << 15;
-
 /// The code of a coded matrix in a file, and the type of weights that it gives in memory.
 fn code(file: Dtype) -> Option<(Code, WeightType)> {
     match file {
@@ -493,129 +478,18 @@ fn code(file: Dtype) -> Option<(Code, WeightType)> {
     }
 }
 
+/// Codes and scales of an output from a file; which weight is none, if there is one.
+fn copy_coded(from: &Coded<'_>, code: Code, output: usize, codes: &mut [u8], scales: &mut [f16]) -> Option<usize> {
+    let (of, with) = from.row(output);
+    codes.copy_from_slice(of);
+    scales.iter_mut().zip(with).for_each(|(s, b)| *s = f16::from_le_bytes(*b));
+    let scale = scales.iter().position(|s| !s.is_finite()).map(|g| g * code.group());
+    scale.or_else(|| codes.iter().position(|c| code == Code::Int8 && *c == NO_CODE))
+}
+
 /// Whether a file's type is the type of activations.
 fn same(file: Dtype, dtype: DType) -> bool {
     matches!((file, dtype), (Dtype::F32, DType::F32) | (Dtype::F16, DType::F16) | (Dtype::BF16, DType::BF16))
-}
-
-/// Runs `work` on pieces of `out`, values of the type of activations, given with the number of their first one; it says which value is not finite. The first of these.
-fn in_pieces(ctx: &Context, out: &mut [u8], work: impl Fn(usize, &mut [u8]) -> Option<usize> + Sync) -> Option<usize> {
-    let (size, len) = (ctx.dtype().size(), out.len());
-    let bad = AtomicUsize::new(usize::MAX);
-    let shared = DisjointMut::new(out);
-    ctx.threads().run(len.div_ceil(PIECE * size), |t| {
-        // SAFETY: every task has its own piece.
-        let to = unsafe { shared.get(t * PIECE * size..len.min((t + 1) * PIECE * size)) };
-        if let Some(i) = work(t * PIECE, to) {
-            bad.fetch_min(t * PIECE + i, Ordering::Relaxed);
-        }
-    });
-    Some(bad.into_inner()).filter(|&i| i != usize::MAX)
-}
-
-/// Puts values into `out` in the type of activations; `read(start, values)` gives those from the `start`-th on. The first that is not finite.
-fn encode(ctx: &Context, out: &mut [u8], read: impl Fn(usize, &mut [f32]) + Sync) -> Option<usize> {
-    in_pieces(ctx, out, |start, to| {
-        let mut values = vec![0.0; to.len() / ctx.dtype().size()];
-        read(start, &mut values);
-        ctx.dtype().encode(&values, to);
-        values.iter().position(|v| !v.is_finite())
-    })
-}
-
-/// Copies values of the type of activations. The first that is not finite.
-fn copy_finite(ctx: &Context, from: &[u8], out: &mut [u8]) -> Option<usize> {
-    let size = ctx.dtype().size();
-    in_pieces(ctx, out, |start, to| {
-        to.copy_from_slice(&from[start * size..][..to.len()]);
-        let all = |mask: u16| to.as_chunks().0.iter().position(|b| u16::from_le_bytes(*b) & mask == mask);
-        match ctx.dtype() {
-            DType::F16 => all(0x7c00),
-            DType::BF16 => all(0x7f80),
-            DType::F32 => to.as_chunks().0.iter().position(|b| !f32::from_le_bytes(*b).is_finite()),
-        }
-    })
-}
-
-/// Copies the matrices to the GPU in the type of activations, one after another; `read` gives a tensor's values in this type. Those of [`STACK`] of a layer share
-/// a buffer, and those of [`STACK_UP`]; the second matrix of channel mixing lies [in, out], so that rows under zeros can be skipped.
-fn to_device(
-    ctx: &Context, config: &Config, read: impl Fn(&str, &[usize], &mut [u8]) -> Result<(), Error>,
-) -> Result<HashMap<String, Weight>, Error> {
-    let list = config.tensors();
-    let shapes: HashMap<&str, &[usize]> = list.iter().map(|(name, shape, _)| (name.as_str(), &shape[..])).collect();
-    let mut weights = HashMap::new();
-    let mut values = Vec::new();
-    let mut copy = |names: &[String]| -> Result<(), Error> {
-        if names.is_empty() {
-            return Ok(());
-        }
-        let size = |name: &String| shapes[name.as_str()].iter().product::<usize>();
-        let len: usize = names.iter().map(size).sum();
-        // Rows of zeros behind the gates of attention: what a step computes of them has sequences at aligned places.
-        let gated = names.iter().any(|name| place(name).1 == "att.gate.weight");
-        let all = if gated { config.attention_rows() * config.n_embd } else { len };
-        let mut buf = ctx.alloc(all);
-        buf.write_raw(len, &vec![0; (all - len) * ctx.dtype().size()]);
-        let (mut start, mut places) = (0, Vec::new());
-        for name in names {
-            let (shape, stored) = (shapes[name.as_str()], packed_layout(name) == Some(true));
-            let (outputs, inputs) = if stored { (shape[1], shape[0]) } else { (shape[0], shape[1]) };
-            let in_out = (stored && !STACK.contains(&place(name).1)) || name.ends_with("ffn.value.weight");
-            values.resize(size(name) * ctx.dtype().size(), 0);
-            read(name, shape, &mut values)?;
-            if stored != in_out {
-                let of = (&values[..], shape[0], shape[1]);
-                values = if ctx.dtype() == DType::F32 { transposed::<4>(ctx, of) } else { transposed::<2>(ctx, of) };
-            }
-            buf.write_raw(start, &values);
-            let digest = DeviceMatrix::digest_of(ctx.dtype(), &values);
-            places.push((name, start, (outputs, inputs), in_out, digest));
-            start += size(name);
-        }
-        ctx.check()?;
-        let buf = Arc::new(buf);
-        for (name, start, shape, in_out, digest) in places {
-            weights.insert(name.clone(), Weight::Device(DeviceMatrix::new(&buf, start, shape, in_out, digest)));
-        }
-        Ok(())
-    };
-    let attention = config.hybrid.map_or(0, |h| h.layers);
-    for block in (0..config.n_layer).map(|i| config.block(i)).chain((0..attention).map(|j| format!("moba.{j}."))) {
-        for stack in [&STACK[..], &STACK_UP] {
-            let all = stack.iter().map(|m| format!("{block}{m}"));
-            copy(&all.filter(|name| shapes.contains_key(name.as_str())).collect::<Vec<_>>())?;
-        }
-    }
-    for (name, ..) in &list {
-        let (at, part) = place(name);
-        let stacked = !matches!(at, Place::Outside) && (STACK.contains(&part) || STACK_UP.contains(&part));
-        if packed_layout(name).is_some() && !stacked {
-            copy(std::slice::from_ref(name))?;
-        }
-    }
-    Ok(weights)
-}
-
-/// A matrix [rows, cols] of elements of S bytes as [cols, rows].
-fn transposed<const S: usize>(ctx: &Context, (x, rows, cols): (&[u8], usize, usize)) -> Vec<u8> {
-    const TILE: usize = 32;
-    let mut y = vec![0; x.len()];
-    let shared = DisjointMut::new(&mut y);
-    let x = x.as_chunks::<S>().0;
-    ctx.threads().run(cols.div_ceil(TILE), |t| {
-        let first = t * TILE;
-        let n = TILE.min(cols - first);
-        // SAFETY: every task has its own rows of y.
-        let to = unsafe { shared.get(first * rows * S..(first + n) * rows * S) };
-        let to = to.as_chunks_mut::<S>().0;
-        for (r, row) in x.chunks_exact(cols).enumerate() {
-            for (j, v) in row[first..first + n].iter().enumerate() {
-                to[j * rows + r] = *v;
-            }
-        }
-    });
-    y
 }
 
 /// An error before a model is read that memory will not hold.

@@ -25,7 +25,7 @@ pub use buf::{Buf, MemoryStats};
 pub use codes::Code;
 pub use context::{Context, Device};
 pub use dtype::{DType, WeightType};
-pub use matrix::DeviceMatrix;
+pub use matrix::{CodedPlaces, DeviceMatrix};
 pub use packed::Packed;
 pub use rows::{GrowingRows, Guard};
 pub use threads::{DisjointMut, ThreadPool};

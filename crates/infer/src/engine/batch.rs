@@ -75,8 +75,8 @@ enum States<'m> {
     /// made anew only when it is too small, or much too large. A sequence that is alone may have tokens pending, of which its row
     /// knows nothing.
     Rows { arena: Option<State>, slots: Vec<Place>, guesses: Option<Box<Guesses>>, guesses_draws: bool },
-    /// On a GPU: slots of a decoder, of which the first ones are in use, each with its place in the last step if it had one.
-    Slots { decoder: Box<Decoder<'m>>, used: Vec<Option<usize>> },
+    /// On a GPU: slots of a decoder, of which the first ones are in use, each with its place in the last step if it had one, and how many sequences a step may have.
+    Slots { decoder: Box<Decoder<'m>>, used: Vec<Option<usize>>, together: usize },
 }
 
 enum Place {
@@ -134,12 +134,15 @@ impl<'m> Batch<'m> {
     pub fn new(ctx: &Context, model: &'m Model, options: &EngineOptions, empty: State) -> Result<Batch<'m>, Error> {
         let most = options.guesses.unwrap_or(GUESSES);
         let guesses = (most > 0 && ctx.cuda().is_none()).then(|| Box::new(Guesses::new(most)));
+        let apart = options.deterministic && ctx.cuda().is_some();
         let states = match Decoder::new(ctx, model, options.slots.min(Decoder::MOST_SLOTS))? {
-            Some(decoder) => States::Slots { decoder: Box::new(decoder), used: Vec::new() },
+            Some(mut decoder) => {
+                let together = if apart { decoder.set_apart() } else { decoder.slots() };
+                States::Slots { decoder: Box::new(decoder), used: Vec::new(), together }
+            }
             None => States::Rows { arena: None, slots: Vec::new(), guesses, guesses_draws: options.guesses.is_some() },
         };
         ctx.check()?;
-        let apart = options.deterministic && ctx.cuda().is_some();
         Ok(Batch { ctx: ctx.clone(), model, empty, states, apart })
     }
 
@@ -157,7 +160,7 @@ impl<'m> Batch<'m> {
                 guesses.iter_mut().for_each(|g| g.forget());
                 slots.push(Place::Apart(state));
             }
-            States::Slots { decoder, used } => {
+            States::Slots { decoder, used, .. } => {
                 decoder.set_state(used.len(), &state)?;
                 used.push(None);
             }
@@ -177,7 +180,7 @@ impl<'m> Batch<'m> {
                     arena.put(row, &self.empty, 0);
                 }
             }
-            States::Slots { decoder, used } => {
+            States::Slots { decoder, used, .. } => {
                 used.swap_remove(slot);
                 if slot < used.len() {
                     let last = decoder.state(used.len())?;
@@ -231,7 +234,7 @@ impl<'m> Batch<'m> {
                 guesses.iter_mut().for_each(|g| g.forget());
                 slots[slot] = Place::Apart(state);
             }
-            States::Slots { decoder, used } => {
+            States::Slots { decoder, used, .. } => {
                 decoder.set_state(slot, &state)?;
                 used[slot] = None;
             }
@@ -239,15 +242,15 @@ impl<'m> Batch<'m> {
         Ok(())
     }
 
-    /// Whether it can choose tokens itself, from logits that stay where they are until the next step.
+    /// Whether it can choose tokens itself, from logits that stay where they are until the next step: where all sequences have one.
     pub fn chooses(&self) -> bool {
-        matches!(self.states, States::Slots { .. }) && !self.apart
+        matches!(&self.states, States::Slots { decoder, together, .. } if *together >= decoder.slots())
     }
 
     /// The logits after what the sequence in `slot` read in the last step, if they stayed on the GPU; none otherwise.
     pub fn logits(&mut self, slot: usize) -> Result<Vec<f32>, Error> {
         match &mut self.states {
-            States::Slots { decoder, used } => match used[slot] {
+            States::Slots { decoder, used, .. } => match used[slot] {
                 Some(at) => Ok(decoder.logits(at..at + 1)?.to_vec()),
                 None => Ok(Vec::new()),
             },
@@ -297,15 +300,14 @@ impl<'m> Batch<'m> {
                 *arena = Some(state);
                 outputs
             }
-            States::Slots { decoder, used } => {
+            States::Slots { decoder, used, together } => {
                 let mut outputs: Vec<Output> = work.iter().map(|_| Output::default()).collect();
                 let (mut single, others): (Vec<usize>, Vec<usize>) = (0..work.len()).partition(|&i| work[i].is_one());
                 // Those whose logits the host needs first.
                 single.sort_by_key(|&i| work[i].wants.token.is_some());
                 used.fill(None);
                 let mut meanwhile = Some(meanwhile);
-                let together = if self.apart { decoder.apart() } else { single.len().max(1) };
-                for single in single.chunks(together) {
+                for single in single.chunks(*together) {
                     let inputs: Vec<(usize, u32)> = single.iter().map(|&i| (work[i].slot, work[i].tokens[0])).collect();
                     decoder.feed(&inputs)?;
                     meanwhile.take().into_iter().for_each(|f| f());

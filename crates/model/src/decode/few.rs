@@ -51,7 +51,7 @@ impl Few {
         if !ranks.iter().all(|&r| fits_program(ctx, model.blocks.len(), c, n, hidden, r)) {
             return None;
         }
-        // In the order of `load::STACK`; the value gate has the input of v.
+        // In the order of `load::device::STACK`; the value gate has the input of v.
         let projections =
             |[w, a, v, g]: [usize; 4]| Plan::new(ctx, c, &[(c, 0), (c, 1), (c + v, 2), (w, 3), (a, 4), (g, 5)]);
         let blocks = ctx.cuda()?.info().multiprocessors as usize;

@@ -1,5 +1,6 @@
-//! A step of more than a few sequences: products by the matrix library, and kernels between.
+//! A step of more than a few sequences: products, of our own or for many of the matrix library, and kernels between.
 
+use super::products::Products;
 use super::{DecodeStep, Part};
 use crate::State;
 use crate::rwkv7::{Block, ChannelMix};
@@ -10,10 +11,13 @@ use anser_tensor::cuda::DevicePtr;
 use anser_tensor::gemm::Trans;
 
 /// One step, or the kernels of one kind.
-#[derive(Clone, Copy)]
 struct Pass<'a> {
     step: Step<'a>,
     only: Option<Part>,
+    /// Our own products, if they are for so many sequences.
+    own: Option<&'a Products>,
+    /// Parts of sums that the residual stream hasn't taken up.
+    parts: (DevicePtr, usize),
 }
 
 impl Pass<'_> {
@@ -21,17 +25,26 @@ impl Pass<'_> {
         self.only.is_none_or(|o| o == part)
     }
 
-    /// y [batch, n] (+)= x W^T, or x W for W [k, n].
+    /// y [batch, n] (+)= x W^T, or x W for W [k, n], by the library.
     fn product(
         &self, w: DevicePtr, trans: Trans, n: usize, k: usize, x: DevicePtr, add: bool, y: DevicePtr, to: DType,
     ) {
         let Step { gpu, batch, ctx, .. } = self.step;
         gpu.gemm(Trans::N, trans, batch, n, k, x, w, ctx.dtype(), add, y, to);
     }
-}
 
-fn ahead(at: DevicePtr, rows: usize, cols: usize) -> Ahead {
-    Ahead { at, rows, cols, by_inputs: false }
+    /// Interpolations `to` of the normalised residual stream `x`, which takes up what is left of sums before; `next` [rows, C] is multiplied with them.
+    fn mix<const K: usize>(
+        &mut self, x: DevicePtr, to: DevicePtr, last: DevicePtr, slots: DevicePtr, norm: Norm, mu: [DevicePtr; K],
+        (next, rows): (DevicePtr, usize),
+    ) {
+        if self.on(Part::Mix) {
+            let library = Ahead { at: next, rows, cols: self.step.c, by_inputs: false };
+            let ahead = if self.own.is_some() { None } else { Some(library) };
+            self.step.mix(x, self.parts, to, last, slots, norm, mu, ahead);
+        }
+        self.parts = (DevicePtr::NULL, 0);
+    }
 }
 
 impl DecodeStep<'_> {
@@ -41,7 +54,8 @@ impl DecodeStep<'_> {
         let Step { gpu, batch, c, .. } = step;
         let (x, mixed, projected, slots) = (self.x.ptr(), self.mixed.ptr(), self.projected.ptr(), self.slots.ptr());
         let (mapped, logits) = (self.mapped.ptr(), self.logits.ptr());
-        let pass = Pass { step, only };
+        let own = self.products(batch);
+        let mut pass = Pass { step, only, own, parts: (DevicePtr::NULL, 0) };
         if pass.on(Part::Mix) {
             step.embed(self.matrix(&m.emb), self.tokens.ptr(), x, self.norm(&m.ln0));
         }
@@ -51,73 +65,102 @@ impl DecodeStep<'_> {
             if let (Block::Hybrid(block), Some(pasts)) = (block, &self.pasts) {
                 let Some((j, s)) = attention.next() else { break };
                 let (stacked, wide) = (self.matrix(&block.receptance), config.attention_rows());
-                if pass.on(Part::Mix) {
-                    let norm = self.norm(&block.ln1);
-                    step.mix(x, mixed, DevicePtr::NULL, slots, norm, [], ahead(stacked, wide, c));
-                }
+                pass.mix(x, mixed, DevicePtr::NULL, slots, self.norm(&block.ln1), [], (stacked, wide));
                 if pass.on(Part::Projections) {
-                    pass.product(stacked, Trans::T, wide, c, mixed, false, projected, DType::F32);
+                    match own.and_then(|own| own.attention.as_ref()) {
+                        Some(pieces) => {
+                            let w = self.weights(&block.receptance);
+                            step.product(w, pieces, mixed, [projected, DevicePtr::NULL], [wide, 0]);
+                        }
+                        None => pass.product(stacked, Trans::T, wide, c, mixed, false, projected, DType::F32),
+                    }
                 }
                 if pass.on(Part::Heads) {
                     let notes = state.cache.map_or(0, |c| c.notes());
                     step.attend(&pasts.attend, pasts.of(j, notes, projected, slots), mixed);
                 }
-                self.output(&pass, &block.output);
-                self.channel_mix(&pass, self.norm(&block.ln2), &block.ffn, s.ffn_x.buf().ptr());
+                self.output(&mut pass, &block.output);
+                self.channel_mix(&mut pass, self.norm(&block.ln2), &block.ffn, s.ffn_x.buf().ptr());
                 continue;
             }
             let Some((i, (block, s))) = layers.next() else { break };
-            let att = &block.att;
+            let (att, low_ranks) = (&block.att, &self.low_ranks[i.min(1)]);
             let stacked = self.matrix(&att.receptance);
-            if pass.on(Part::Mix) {
-                // In the order of inputs.
-                let [mr, mw, mk, mv, ma, mg] = att.mix.map(|p| self.at(p));
-                let (mu, next) = ([mr, mk, mv, mw, ma, mg], ahead(stacked, 3 * c, c));
-                step.mix(x, mixed, s.att_x.buf().ptr(), slots, self.norm(&block.ln1), mu, next);
-            }
+            // In the order of inputs.
+            let [mr, mw, mk, mv, ma, mg] = att.mix.map(|p| self.at(p));
+            let mu = [mr, mk, mv, mw, ma, mg];
+            pass.mix(x, mixed, s.att_x.buf().ptr(), slots, self.norm(&block.ln1), mu, (stacked, 3 * c));
             if pass.on(Part::Projections) {
-                let each = |p: DevicePtr, apart: usize, t: DType| [0, 1, 2].map(|i| p.offset(i * apart, t));
-                let (from, to) = (each(mixed, batch * c, dtype), each(projected, batch * c, DType::F32));
-                let matrices = each(stacked, c * c, dtype);
-                gpu.gemm_each(Trans::N, Trans::T, batch, c, c, from, matrices, dtype, false, to, DType::F32);
-                let down = stacked.offset(3 * c * c, dtype);
                 let maps = [Some(&att.decay), Some(&att.rate), att.value_gate.as_ref(), Some(&att.gate)];
                 let up = maps.map(|l: Option<&LowRank>| l.map_or(DevicePtr::NULL, |l| self.matrix(&l.up)));
-                step.low_rank(&self.low_ranks[i.min(1)], down, up, mixed, mapped);
+                if let Some(own) = own {
+                    let (pieces, (halves, pitch)) = (&own.projections[i.min(1)], low_ranks.halves());
+                    let w = self.weights(&att.receptance);
+                    step.product(w, &pieces.vectors, mixed, [projected, halves], [c, pitch]);
+                    if let Some(pieces) = &pieces.halves {
+                        let down = self.matrix(&att.value_gate.as_ref().unwrap_or(&att.decay).down);
+                        step.product(down, pieces, mixed, [projected, halves], [c, pitch]);
+                    }
+                    step.second_halves(low_ranks, up, mapped);
+                } else {
+                    let each = |p: DevicePtr, apart: usize, t: DType| [0, 1, 2].map(|i| p.offset(i * apart, t));
+                    let (from, to) = (each(mixed, batch * c, dtype), each(projected, batch * c, DType::F32));
+                    let matrices = each(stacked, c * c, dtype);
+                    gpu.gemm_each(Trans::N, Trans::T, batch, c, c, from, matrices, dtype, false, to, DType::F32);
+                    step.low_rank(low_ranks, stacked.offset(3 * c * c, dtype), up, mixed, mapped);
+                }
             }
             if pass.on(Part::Heads) {
                 let heads = Heads { vectors: self.vectors(block), ln_x: self.norm(&att.ln_x) };
                 let (gated, wrote) = (att.value_gate.is_some(), self.wrote(state, at));
                 step.heads([projected, mapped], gated, &heads, self.first.ptr(), s.wkv.buf(), slots, wrote, mixed);
             }
-            self.output(&pass, &att.output);
-            self.channel_mix(&pass, self.norm(&block.ln2), &block.ffn, s.ffn_x.buf().ptr());
+            self.output(&mut pass, &att.output);
+            self.channel_mix(&mut pass, self.norm(&block.ln2), &block.ffn, s.ffn_x.buf().ptr());
         }
         let (head, vocab) = (self.matrix(&m.head), config.vocab_size);
-        if pass.on(Part::Mix) {
-            step.mix(x, mixed, DevicePtr::NULL, slots, self.norm(&m.ln_out), [], ahead(head, vocab, c));
-        }
+        pass.mix(x, mixed, DevicePtr::NULL, slots, self.norm(&m.ln_out), [], (head, vocab));
         if pass.on(Part::Head) {
-            pass.product(head, Trans::T, vocab, c, mixed, false, logits, DType::F32);
+            match own {
+                Some(own) => {
+                    step.product(self.weights(&m.head), &own.head, mixed, [logits, DevicePtr::NULL], [vocab, 0]);
+                }
+                None => pass.product(head, Trans::T, vocab, c, mixed, false, logits, DType::F32),
+            }
             step.argmax(logits, self.tokens.ptr(), vocab);
         }
     }
 
     /// x += mixed W^T.
-    fn output(&self, pass: &Pass<'_>, weight: &Weight) {
-        if pass.on(Part::Output) {
-            let (w, c) = (self.matrix(weight), pass.step.c);
-            pass.product(w, Trans::T, c, c, self.mixed.ptr(), true, self.x.ptr(), DType::F32);
+    fn output(&self, pass: &mut Pass<'_>, weight: &Weight) {
+        let (w, c, mixed) = (self.weights(weight), pass.step.c, self.mixed.ptr());
+        if let Some(own) = pass.own {
+            let parts = own.parts.ptr();
+            if pass.on(Part::Output) {
+                pass.step.product(w, &own.output, mixed, [parts, DevicePtr::NULL], [c, 0]);
+            }
+            pass.parts = (parts, own.output.parts());
+        } else if pass.on(Part::Output) {
+            pass.product(w.at, Trans::T, c, c, mixed, true, self.x.ptr(), DType::F32);
         }
     }
 
     /// The second half of a block; `last` [slots, C] are its last inputs.
-    fn channel_mix(&self, pass: &Pass<'_>, norm: Norm, ffn: &ChannelMix, last: DevicePtr) {
+    fn channel_mix(&self, pass: &mut Pass<'_>, norm: Norm, ffn: &ChannelMix, last: DevicePtr) {
         let (step, x, mixed, hidden) = (pass.step, self.x.ptr(), self.mixed.ptr(), self.hidden.ptr());
         let (c, wide) = (step.c, self.model.config().n_hidden);
         let [key, value] = [&ffn.key, &ffn.value].map(|w| self.matrix(w));
-        if pass.on(Part::Mix) {
-            step.mix(x, mixed, last, self.slots.ptr(), norm, [self.at(ffn.mix)], ahead(key, wide, c));
+        pass.mix(x, mixed, last, self.slots.ptr(), norm, [self.at(ffn.mix)], (key, wide));
+        if let Some(own) = pass.own {
+            let parts = own.parts.ptr();
+            if pass.on(Part::Key) {
+                step.product(self.weights(&ffn.key), &own.key, mixed, [DevicePtr::NULL, hidden], [0, wide]);
+            }
+            if pass.on(Part::Value) {
+                step.product(self.weights(&ffn.value), &own.value, hidden, [parts, DevicePtr::NULL], [c, 0]);
+            }
+            pass.parts = (parts, own.value.parts());
+            return;
         }
         if pass.on(Part::Key) {
             pass.product(key, Trans::T, wide, c, mixed, false, hidden, self.ctx.dtype());

@@ -25,6 +25,7 @@ pub struct Attend {
     /// Blocks that share the keys of a head, with up to [`BATCH`] sequences, and all of those that fill the GPU.
     shares: usize,
     enough: usize,
+    apart: bool,
     found: Buf,
     picks: Buf,
     parts: Buf,
@@ -72,6 +73,7 @@ impl Attend {
             always: [chunks.sink, chunks.window],
             shares,
             enough,
+            apart: false,
             found: ctx.alloc_f32(batch * heads * SHARES * want * 2),
             picks: ctx.alloc_f32(batch * heads * want),
             parts: ctx.alloc_f32(most * (n + 2)),
@@ -79,9 +81,19 @@ impl Attend {
         })
     }
 
+    /// From now on a sequence's bits don't depend on how many there are, up to `batch`.
+    pub fn set_apart(&mut self, ctx: &Context, batch: usize, n: usize) {
+        self.apart = true;
+        self.parts = ctx.alloc_f32(self.parts.len().max(batch * self.heads[0] * self.shares * (n + 2)));
+    }
+
     /// Blocks that share the keys of a head: the same for few sequences, so that a sequence's bits don't depend on how many there are.
     fn shares(&self, batch: usize) -> usize {
-        if batch <= BATCH { self.shares } else { (self.enough / (self.heads[0] * batch)).clamp(1, self.shares) }
+        if self.apart || batch <= BATCH {
+            self.shares
+        } else {
+            (self.enough / (self.heads[0] * batch)).clamp(1, self.shares)
+        }
     }
 }
 

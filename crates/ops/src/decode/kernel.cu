@@ -6,6 +6,7 @@
 #include "heads.cuh"
 #include "low_rank.cuh"
 #include "mix.cuh"
+#include "product.cuh"
 #include "program.cuh"
 
 // The types of activations that decoding has kernels for.
@@ -13,9 +14,9 @@
 
 #define MIX_OF(T, name, HELD, K)                                                                                                    \
     extern "C" __global__ void __launch_bounds__(256) decode_mix##K##_##HELD##_##name(                                              \
-        const float* x, T* y, T* last, const int* slots, const float* w, const float* b, Mixes mu, const void* next,                  \
-        Ahead ahead, int c) {                                                                                                       \
-        mix<T, HELD, K>(x, y, last, slots, w, b, mu, next, ahead, c);                                                               \
+        float* x, const float* parts, int count, T* y, T* last, const int* slots, const float* w, const float* b, Mixes mu,           \
+        const void* next, Ahead ahead, int c) {                                                                                     \
+        mix<T, HELD, K>(x, parts, count, y, last, slots, w, b, mu, next, ahead, c);                                                 \
     }
 #define MIX_FOR(T, name, HELD)                                                                                                      \
     extern "C" __global__ void __launch_bounds__(256) decode_embed_##HELD##_##name(                                                 \
@@ -43,6 +44,17 @@ FOR_BOTH_TYPES(HEADS_OF_ALL)
     }
 #define PROGRAM(T, name) PROGRAM_FOR(T, name, 1, 1) PROGRAM_FOR(T, name, 1, 2) PROGRAM_FOR(T, name, 4, 1) PROGRAM_FOR(T, name, 4, 2)
 FOR_BOTH_TYPES(PROGRAM)
+
+#define PRODUCT_OF(T, name, LIE, how, M)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(256, 1) decode_product_##how##_##M##_##name(                                        \
+        const void* w, const f16* scales, int pitch, const T* x, float* y, T* z, const Piece* work, int pieces, int batch, int count, \
+        int k, int n, int y_pitch, int z_pitch) {                                                                                    \
+        product_of_many<T, LIE, M>({w, scales, pitch}, x, y, z, work, pieces, batch, count, k, n, y_pitch, z_pitch);                  \
+    }
+#define PRODUCT_FOR(T, name, M)                                                                                                      \
+    PRODUCT_OF(T, name, ROWS, rows, M) PRODUCT_OF(T, name, INPUTS, inputs, M) PRODUCT_OF(T, name, CODES, codes, M)
+#define PRODUCT(T, name) PRODUCT_FOR(T, name, 16) PRODUCT_FOR(T, name, 32) PRODUCT_FOR(T, name, 64)
+FOR_BOTH_TYPES(PRODUCT)
 
 #define LOW_RANK(T, name)                                                                                                           \
     extern "C" __global__ void __launch_bounds__(256) decode_downs_##name(                                                          \

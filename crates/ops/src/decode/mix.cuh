@@ -49,10 +49,10 @@ struct Mixes {
     const float* p[6];
 };
 
-// blockIdx.y > 0: these blocks only fetch what comes next. h = norm(x); y [K, batch, C] = h + (last - h) mu_k; last [slots, C] = h. With K = 0, y [batch, C] = h.
+// blockIdx.y > 0: these blocks only fetch what comes next. x += `count` parts [count, batch, C]; h = norm(x); y [K, batch, C] = h + (last - h) mu_k; last [slots, C] = h. With K = 0, y [batch, C] = h.
 template <class T, int HELD, int K>
-__device__ void mix(const float* x, T* y, T* last, const int* slots, const float* weight, const float* bias, Mixes mu, const void* next,
-                    Ahead ahead, int c) {
+__device__ void mix(float* x, const float* parts, int count, T* y, T* last, const int* slots, const float* weight, const float* bias, Mixes mu,
+                    const void* next, Ahead ahead, int c) {
     if (blockIdx.y) return fetch(next, ahead);
     const Constants<HELD> w(weight, c), b(bias, c);
     const size_t row = size_t(blockIdx.x) * c;
@@ -70,6 +70,16 @@ __device__ void mix(const float* x, T* y, T* last, const int* slots, const float
     wait_for_previous();
     let_next_start();
     each_vector<HELD>(c, [&](int i, int at) { h[i] = load_fresh(x + row + at); });
+    if (count)
+        each_vector<HELD>(c, [&](int i, int at) {
+#pragma unroll 4
+            for (int p = 0; p < count; p++) {
+                const Vec part = load_fresh(parts + size_t(p) * gridDim.x * c + row + at);
+#pragma unroll
+                for (int j = 0; j < 8; j++) h[i][j] += part[j];
+            }
+            store(x + row + at, h[i]);
+        });
     normalise<HELD>(h, w, b, c);
     each_vector<HELD>(c, [&](int i, int at) {
         if (K == 0) {

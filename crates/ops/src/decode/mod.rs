@@ -21,14 +21,18 @@
 //! chunks; attention, shared by keys among blocks that fill the GPU), and goes on with [`Listing::add`] before the same channel mixing. Where keys and values lie and
 //! how many there are is read from device memory.
 //!
-//! **More sequences.** With more than [`BATCH`] sequences the large products are the matrix library's, r, k and v in one call. Between them stand
-//! [`Step::mix`], the low-rank maps ([`Step::low_rank`]: two kernels, their inputs and ranks being too different for one call of the library), [`Step::heads`]
-//! and [`Step::relu_squared`]. The second matrix of channel mixing is read whole: with more sequences hardly a row is under zeros of all.
-//! Since the library's kernels don't start early, the small one before each fetches what it reads first ([`Ahead`]). From about 100 sequences on states are
-//! most of what a step moves; kept in f16 they are half of that.
+//! **More sequences.** With up to [`PRODUCT`] sequences the large products are [`Step::product`]s, each a kernel whose blocks, one for each multiprocessor, begin to copy weights while the kernel
+//! before still runs, and have functions, sums and inputs of their rows within: the projections with the first halves of the low-rank maps are one, relu^2 is in another, and where an
+//! output's sum is split among blocks, as for the matrices of C outputs, [`Step::mix`] adds up the parts when it takes the residual stream. Eight kernels a layer: mix, projections, second halves
+//! ([`Step::second_halves`]), [`Step::heads`], output, mix, key, value. With more the products are the matrix library's, r, k and v in one call, and [`Step::low_rank`] and [`Step::relu_squared`] stand between;
+//! since the library's kernels don't start early, the small one before each fetches what it reads first ([`Ahead`]). The second matrix of channel mixing is read whole: with more sequences hardly
+//! a row is under zeros of all. From about 100 sequences on states are most of what a step moves; kept in f16 they are half of that.
+//!
+//! **8 bits.** Matrices in codes ([`anser_tensor::CodedPlaces`]) are read by [`Step::product`]s for any number of sequences, more than 64 in several launches; codes become f16 or bf16 in registers.
 //!
 //! **Sums.** Of few sequences a row of a product is summed within tiles, then over warps, then over blocks, in order: the same bits every time, whatever the other
-//! sequences of the batch are; skipped rows are products with zero, which leave a sum as it is, and which rows a thread has does not depend on what is skipped. With more the library and the low-rank maps share a sum as suits the number of
+//! sequences of the batch are; skipped rows are products with zero, which leave a sum as it is, and which rows a thread has does not depend on what is skipped. In a [`Step::product`] the order is that of the pieces, which
+//! is the same for any number of sequences, though not that of few. The library and [`Step::low_rank`] share a sum as suits the number of
 //! sequences: the same bits for the same number every time, but not the same for another.
 
 use crate::gpu::{int, kernel, pointers, size};
@@ -37,10 +41,12 @@ use anser_tensor::{Buf, Context, DType};
 
 mod attend;
 mod low_rank;
+mod product;
 mod program;
 
 pub use attend::{Attend, Attended};
 pub use low_rank::LowRanks;
+pub use product::{Lie, Matrix, PRODUCT, Pieces, Run, Through, To};
 pub use program::{FewHeads, Kinds, Listing, Mix, Plan, Program, fits_program};
 
 static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
@@ -143,18 +149,23 @@ impl Step<'_> {
         self.launch(&kernel(self.ctx, &name), [self.batch, 1, 1], self.row_threads(), 0, false, &args);
     }
 
-    /// y [K, batch, C]: K interpolations between LayerNorm(x) and the rows `slots` of `last` [slots, C], which are replaced; K = 0: LayerNorm(x) only.
-    /// `ahead` is the matrix of the product after it.
+    /// x += `parts` [n, batch, C]; y [K, batch, C]: K interpolations between LayerNorm(x) and the rows `slots` of `last` [slots, C], which are replaced; K = 0: LayerNorm(x)
+    /// only. `ahead` is the matrix of the library's product after it.
     pub fn mix<const K: usize>(
-        &self, x: DevicePtr, y: DevicePtr, last: DevicePtr, slots: DevicePtr, norm: Norm, mu: [DevicePtr; K],
-        ahead: Ahead,
+        &self, x: DevicePtr, (parts, n): (DevicePtr, usize), y: DevicePtr, last: DevicePtr, slots: DevicePtr,
+        norm: Norm, mu: [DevicePtr; K], ahead: Option<Ahead>,
     ) {
-        let args = [x, y, last, slots, norm[0], norm[1]].map(Arg::from).into_iter();
-        let args = args.chain([pointers(mu)]).chain(ahead.args(self.ctx.dtype())).chain([int(self.c)]);
-        let args: Vec<Arg> = args.collect();
+        let mut args = vec![x.into(), parts.into(), int(n)];
+        args.extend([y, last, slots, norm[0], norm[1]].map(Arg::from));
+        args.push(pointers(mu));
+        match ahead {
+            Some(ahead) => args.extend(ahead.args(self.ctx.dtype())),
+            None => args.extend([DevicePtr::NULL.into(), Arg::Words([0; 8])]),
+        }
+        args.push(int(self.c));
         let name = kernel(self.ctx, &format!("decode_mix{K}_{}", self.held(self.row_threads())));
-        let grid = [self.batch, 1 + Ahead::BLOCKS.div_ceil(self.batch), 1];
-        self.launch(&name, grid, self.row_threads(), 0, true, &args);
+        let more = if ahead.is_some() { Ahead::BLOCKS.div_ceil(self.batch) } else { 0 };
+        self.launch(&name, [self.batch, 1 + more, 1], self.row_threads(), 0, true, &args);
     }
 
     /// Heads from r, k and v `projected` [3, batch, C] and low-rank maps `mapped` [4, batch, C] ([`Step::low_rank`]), both f32, to `out` [batch, C]; `first`

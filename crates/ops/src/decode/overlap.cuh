@@ -33,11 +33,16 @@ __device__ __forceinline__ void copy_async_once(void* to, const void* from) {
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "l"(policy) : "memory");
 }
+// Four bytes from device memory to shared memory in the background.
+__device__ __forceinline__ void copy_async_word(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
 #else
 inline void add_release(unsigned* p) { ++*p; }
 inline void wait_for_at_least(const unsigned* p, unsigned n) {
     while (*p < n) emulator::state->yield();
 }
+inline void copy_async_word(void* to, const void* from) { memcpy(to, from, 4); }
 inline void copy_async_once(void* to, const void* from) { copy_async(to, from); }
 #endif
 

@@ -3,14 +3,17 @@
 //!
 //! Backward: `dx = dy W`, `dW += dy^T x`.
 
+use crate::gpu::{int, kernel};
 use crate::{Backward, GradSlot, Kept, Param, ParamSet, Tape, Var};
-use anser_tensor::cuda::{Cuda, DevicePtr};
+use anser_tensor::cuda::{Arg, Cuda, DevicePtr, Module};
 use anser_tensor::gemm::{Trans, gemm};
 use anser_tensor::{Buf, Context, DType, DeviceMatrix, Packed};
 use std::sync::Arc;
 
 #[cfg(test)]
 mod tests;
+
+static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 
 /// The weight of a linear map. Models call [`Tape::linear`] with one and never look inside.
 #[derive(Clone)]
@@ -21,7 +24,7 @@ pub enum Weight {
     InOut(Param),
     /// Tiled floats, or 8 or 4 bits: inference only.
     Packed(Arc<Packed>),
-    /// On a GPU in the type of activations: inference only.
+    /// On a GPU in the type of activations, or in codes of 8 bits: inference only.
     Device(DeviceMatrix),
 }
 
@@ -104,7 +107,7 @@ impl Weight {
 
 /// The same three products on a GPU: x and dx [rows, in], y and dy [rows, out] in the type of activations.
 impl Weight {
-    /// Where the weights for products are.
+    /// Where the weights for products are, or their codes ([`DeviceMatrix::scales`]).
     pub fn device(&self, params: &ParamSet) -> DevicePtr {
         match self {
             Weight::OutIn(p) | Weight::InOut(p) => params.rounded(*p),
@@ -128,7 +131,8 @@ impl Weight {
     ) {
         let (n, k, t) = (self.outputs(), self.inputs(), ctx.dtype());
         let bias = bias.map(|b| params.rounded(b));
-        gpu.gemm_bias(Trans::N, self.stored().0, rows, n, k, x, self.device(params), t, false, y, t, bias);
+        let [(w, _held)] = values(ctx, gpu, params, [self]);
+        gpu.gemm_bias(Trans::N, self.stored().0, rows, n, k, x, w, t, false, y, t, bias);
     }
 
     pub(crate) fn input_grad_cuda(
@@ -143,6 +147,29 @@ impl Weight {
         let Some((dw, add)) = self.param().and_then(|p| b.param_grad_ptr(p)) else { return };
         add_weight_grads_cuda(b.ctx(), gpu, [self], [x], [dy], [dw], add, rows);
     }
+}
+
+/// Where the values of weights of one shape are, and the memory of those that are made from codes, in which they lie at equal distances.
+fn values<const N: usize>(
+    ctx: &Context, gpu: &Cuda, params: &ParamSet, ws: [&Weight; N],
+) -> [(DevicePtr, Option<Buf>); N] {
+    let scales = |w: &Weight| if let Weight::Device(m) = w { m.scales() } else { None };
+    if ws.iter().all(|w| scales(w).is_none()) {
+        return ws.map(|w| (w.device(params), None));
+    }
+    let (n, k) = (ws[0].outputs(), ws[0].inputs());
+    let bufs: [Buf; N] = ctx.alloc_each(n * k);
+    let mut made = bufs.into_iter();
+    ws.map(|w| match (scales(w), made.next()) {
+        (Some((at, pitch)), Some(buf)) => {
+            let args = [w.device(params), at].map(Arg::from).into_iter();
+            let args: Vec<Arg> = args.chain([int(pitch), buf.ptr().into(), int(n), int(k)]).collect();
+            let (blocks, threads) = gpu.walk(n * k / 2);
+            gpu.launch(&KERNELS, &kernel(ctx, "linear_decoded"), blocks, threads, &args);
+            (buf.ptr(), Some(buf))
+        }
+        _ => (w.device(params), None),
+    })
 }
 
 /// The gradients of the inputs of several weights of one shape.
@@ -193,10 +220,9 @@ impl<'p> Tape<'p> {
         assert!(ws.iter().all(|w| alike(w)) && xs.iter().all(|x| (x.rows(), x.cols()) == (rows, k)));
         let mut ys: [Buf; N] = self.ctx().alloc_each(rows * n);
         if let Some(gpu) = self.ctx().cuda() {
-            let (x, w, y) =
-                (xs.map(|x| x.buf().ptr()), ws.map(|w| w.device(self.params())), ys.each_ref().map(Buf::ptr));
-            let t = self.ctx().dtype();
-            gpu.gemm_each(Trans::N, ws[0].stored().0, rows, n, k, x, w, t, false, y, t);
+            let (x, y) = (xs.map(|x| x.buf().ptr()), ys.each_ref().map(Buf::ptr));
+            let (w, t) = (values(self.ctx(), gpu, self.params(), ws), self.ctx().dtype());
+            gpu.gemm_each(Trans::N, ws[0].stored().0, rows, n, k, x, w.each_ref().map(|w| w.0), t, false, y, t);
         }
         for ((y, x), w) in ys.iter_mut().zip(xs).zip(ws) {
             self.run(|| w.product(self.ctx(), self.params(), x.data(), y));

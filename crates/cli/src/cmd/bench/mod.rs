@@ -8,7 +8,7 @@ use anser_eval::long::{Long, Row};
 use anser_eval::profile::{chrome_trace, kinds, table};
 use anser_formats::Checkpoint;
 use anser_model::{Config, Load, Model};
-use anser_tensor::DType;
+use anser_tensor::{DType, WeightType};
 use anser_tokenizer::Tokenizer;
 use anyhow::{Context, ensure};
 use serde_json::json;
@@ -309,6 +309,10 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             ensure!(*state != DType::BF16, "--state must be f32 or f16");
             let (name, models, _) = subjects(preset, model.as_deref(), &ctx, global)?;
             let r = bench::decode_batch(&ctx, &models[0], *batch, *tokens, *state, *tune)?;
+            let kept = match global.weights(&ctx)? {
+                kept @ WeightType::Int8 => format!("{kept}, activations {}", ctx.dtype()),
+                _ => ctx.dtype().to_string(),
+            };
             let rate = r.decode * r.bytes / *batch as f64;
             let part = |(name, seconds, bytes): &(String, f64, f64)| json!({ "part": name, "microseconds": seconds * 1e6, "bytes": bytes, "share_of_bandwidth": bytes / seconds / r.bandwidth });
             let json = json!({
@@ -324,8 +328,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             });
             global.result(json, || {
                 let mut text = format!(
-                    "{name} {}, batch {batch}, states {state}: decode {:.0} tokens/s = {:.0} GB/s of {:.0} measured ({:.0}%), {:.1} MB a step, {:.0}% of relu^2 zero; {:.0} tokens/s with logits on the host; prefill of {} tokens {:.0} tokens/s; {:.2} GB of device memory\n",
-                    ctx.dtype(),
+                    "{name} {kept}, batch {batch}, states {state}: decode {:.0} tokens/s = {:.0} GB/s of {:.0} measured ({:.0}%), {:.1} MB a step, {:.0}% of relu^2 zero; {:.0} tokens/s with logits on the host; prefill of {} tokens {:.0} tokens/s; {:.2} GB of device memory\n",
                     r.decode,
                     rate / 1e9,
                     r.bandwidth / 1e9,
