@@ -225,7 +225,7 @@ fn a_file_in_eight_bits() {
         sources.extend(coded::sources(file.get(&spec.name).unwrap(), Dtype::I8, code).unwrap());
     }
     write_safetensors(&small, &sources, &coded::metadata(&[Dtype::I8]).collect()).unwrap();
-    assert!(std::fs::metadata(&small).unwrap().len() * 3 < std::fs::metadata(&plain).unwrap().len());
+    assert!(std::fs::metadata(&small).unwrap().len() * 2 < std::fs::metadata(&plain).unwrap().len());
     let ctx = Context::with_activations(Device::Cuda(0), DType::F16, 2).unwrap();
     let logits = |path: &Path, kept: WeightType| {
         let model = Model::load(&ctx, &Checkpoint::open(path).unwrap(), Load::Inference(kept)).unwrap();
