@@ -1,8 +1,8 @@
 //! Attention on a GPU: in f32 on CUDA cores, and in 16 bits with heads of 64 or 128 on tensor cores; on Hopper, with heads of 64 and chunks of at least 128, by
 //! kernels of its own.
 //!
-//! The kernels work on groups of heads, so that what is between them (lists, and partial results of a row for each of its k chunks) stays
-//! below a bound that counts no data.
+//! What chose what is found for all heads at once, and kept for the way back. The kernels after that work on groups of heads, so that what is between them (partial
+//! results of a row for each of its k chunks) stays below a bound that counts no data. Kernels start while those before end, and wait for these by themselves.
 
 use super::Chunks;
 use crate::gpu::{int, kernel, table};
@@ -31,7 +31,7 @@ const FEW: usize = 16;
 const CANDIDATES: usize = 24;
 /// Chunks of a sequence, and counts of one of its heads, that one block sums up.
 const ORDERED: usize = 256;
-const ORDER: usize = 1 << 16;
+const ORDER: usize = 1 << 12;
 /// Rows that are counted together, and longest part of a list that one block takes.
 const RUN: usize = 128;
 const PIECE: usize = 2048;

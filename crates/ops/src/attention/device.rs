@@ -259,6 +259,8 @@ fn many_picks() {
 #[ignore = "needs a GPU"]
 fn extremes() {
     check(&ALL, &Case { size: 1, sequences: &[(0, 70)], ..SHAPE });
+    // More chunks than one block sums up.
+    check(&[DType::BF16], &Case { size: 1, sequences: &[(0, 270)], heads: 1, ..SHAPE });
     check(&ALL, &Case { size: 32, top: 1, sequences: &[(0, 100)], ..SHAPE });
     check(&ALL, &Case { size: 1000, sequences: &[(0, 100)], ..SHAPE });
 }
