@@ -83,6 +83,12 @@ inline unsigned __ballot_sync(unsigned, int v) {
 }
 inline int __any_sync(unsigned m, int v) { return __ballot_sync(m, v) != 0; }
 inline int __all_sync(unsigned m, int v) { return __ballot_sync(m, v) == ~0u; }
+inline unsigned __brev(unsigned x) {
+    unsigned y = 0;
+    for (int i = 0; i < 32; i++) y |= (x >> i & 1u) << (31 - i);
+    return y;
+}
+inline unsigned atomicOr(unsigned* p, unsigned v) { return std::exchange(*p, *p | v); }
 inline int atomicAdd(int* p, int v) { return std::exchange(*p, *p + v); }
 inline unsigned atomicAdd(unsigned* p, unsigned v) { return std::exchange(*p, *p + v); }
 inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long v) { return std::exchange(*p, *p + v); }

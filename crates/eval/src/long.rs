@@ -215,7 +215,7 @@ fn shares(ctx: &Context, session: &Session<'_>, tokens: &[u32]) -> Result<Option
         spans.iter().filter(|s| kinds.iter().any(|k| s.name.starts_with(k))).fold(0.0, |sum, s| sum + s.duration)
     };
     let all = of(&[""]);
-    let choosing = of(&["chunk_means", "chunk_split", "chunk_select"]);
+    let choosing = of(&["chunk_means", "chunk_select"]);
     Ok((all > 0.0).then(|| Shares { attention: of(&["chunk_"]) / all, choosing: choosing / all }))
 }
 

@@ -1,12 +1,12 @@
 //! Attention on a GPU: in f32 on CUDA cores, and in 16 bits with heads of 64 or 128 on tensor cores; on Hopper, with heads of 64 and chunks of at least 128, by
 //! kernels of its own.
 //!
-//! The kernels work on groups of heads, so that what is between them (lists, and partial results of a row for each of its k chunks) stays
-//! below a bound that counts no data.
+//! What chose what is found for all heads at once, and kept for the way back. The kernels after that work on groups of heads, so that what is between them (partial
+//! results of a row for each of its k chunks) stays below a bound that counts no data. Kernels start while those before end, and wait for these by themselves.
 
 use super::Chunks;
 use crate::gpu::{int, kernel, table};
-use anser_tensor::cuda::{Arg, Cuda, DevicePtr, Module};
+use anser_tensor::cuda::{Arg, Cuda, DevicePtr, Launch, Module};
 use anser_tensor::{Buf, Context, DType};
 use std::ops::Range;
 
@@ -17,12 +17,22 @@ const QUERIES: usize = 128;
 /// Keys of a tile going back to keys; on Hopper.
 const KEYS: usize = 64;
 const HOPPER_KEYS: usize = 128;
+/// On Hopper, queries of a tile, and going forward of an item where chunks are short: at most so long.
+const HOPPER_TILE: usize = 192;
+const ITEM: usize = 512;
+const SHORT: usize = 256;
 /// Tokens of a block that looks what a state has forgotten.
 const TOKENS: usize = 64;
 /// Chunks that are counted, and those that are scored, at a time.
-const WINDOW: usize = 8192;
+const WINDOW: usize = 1024;
 const AT_ONCE: usize = 32;
-/// Longest run of rows that is counted together, and longest part of a list that one block takes.
+/// Picks for which candidates are kept, at most so many.
+const FEW: usize = 16;
+const CANDIDATES: usize = 24;
+/// Chunks of a sequence, and counts of one of its heads, that one block sums up.
+const ORDERED: usize = 256;
+const ORDER: usize = 1 << 12;
+/// Rows that are counted together, and longest part of a list that one block takes.
 const RUN: usize = 128;
 const PIECE: usize = 2048;
 /// On Hopper, where blocks take pieces as they can: as many times tiles of keys are enough, within these bounds.
@@ -55,15 +65,21 @@ pub(super) struct Plan {
     chunks: Chunks,
     /// Bytes between kernels that a group of heads may take.
     between: usize,
-    sequences: Buf,
+    /// Going forward, and backward, which have tiles of their own.
+    sequences: [Buf; 2],
     count: usize,
     /// Totals over the sequences: chunks, counts of a head, runs, tiles, pieces times tiles of keys, blocks of queries.
     all: Totals,
     most_chunks: usize,
-    run: usize,
+    /// Counts of a head in a sequence at most.
+    most_counts: usize,
     piece: usize,
     /// Whether the kernels for Hopper do it.
     hopper: bool,
+    /// Positions whose queries see all before them in one piece, without lists.
+    dense: usize,
+    /// First tiles, forward and backward, that are taken before others.
+    ahead: [usize; 2],
 }
 
 #[derive(Clone, Copy, Default)]
@@ -71,9 +87,17 @@ struct Totals {
     chunks: usize,
     counts: usize,
     runs: usize,
-    tiles: usize,
+    /// Going forward and backward.
+    tiles: [usize; 2],
     pieces: usize,
     queries: usize,
+}
+
+/// A direction.
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    Forward,
+    Backward,
 }
 
 /// Heads in hand.
@@ -83,10 +107,34 @@ struct Group {
     len: usize,
 }
 
-/// Who chose each chunk, of a group of heads.
+/// The picks, and who chose each chunk, of all heads.
+pub(super) struct Choice {
+    /// i32 [rows, heads, k - 1]: past chunks in ascending order, then -1.
+    pub picks: Buf,
+    lists: Option<Lists>,
+}
+
 struct Lists {
     lists: Buf,
     entries: Buf,
+    /// Two for each head.
+    counters: Buf,
+}
+
+impl Choice {
+    /// Picks alone, as the CPU has them.
+    pub fn of(picks: Buf) -> Choice {
+        Choice { picks, lists: None }
+    }
+
+    /// Addresses of a group's lists and entries and of its `which`-th counter.
+    fn addresses(&self, plan: &Plan, group: Group, which: usize) -> [Arg<'static>; 3] {
+        let Some(l) = &self.lists else { return [DevicePtr::NULL.into(); 3] };
+        let at = |b: &Buf, n: usize| Arg::Ptr(b.ptr().offset(n, DType::F32));
+        let first = group.first;
+        let entries = at(&l.entries, first * plan.rows * plan.picks());
+        [at(&l.lists, first * plan.all.chunks * 4), entries, at(&l.counters, 2 * first + which)]
+    }
 }
 
 impl Plan {
@@ -104,9 +152,7 @@ impl Plan {
     ) -> Plan {
         let k = chunks.top - 1;
         assert!(rows * 4 * chunks.top < 1 << 31, "{rows} rows of {} chunks are too many for one call", chunks.top);
-        let run = (rows / 128).next_power_of_two().clamp(64, RUN);
         let piece = (rows * k / 64).next_multiple_of(64).clamp(64, PIECE);
-        let tile = tile(n);
         let capability = ctx.cuda().map(|g| g.info().capability);
         let hopper = capability == Some((9, 0)) && ctx.dtype() != DType::F32 && n == 64 && chunks.size >= HOPPER_KEYS;
         let keys = if hopper { HOPPER_KEYS } else { KEYS };
@@ -117,59 +163,110 @@ impl Plan {
         } else {
             piece
         };
-        let (mut all, mut most_chunks, mut words) = (Totals::default(), 0, Vec::new());
+        let short = hopper && k > 0 && chunks.size <= SHORT;
+        let ordered = list.windows(2).all(|w| w[0].first_row <= w[1].first_row);
+        let dense = if hopper && !short && k > 0 && ordered { chunks.top * chunks.size } else { 0 };
+        let ahead = match list {
+            [s] if hopper => {
+                let own = if k == 0 { s.len } else { dense.saturating_sub(s.past).min(s.len) };
+                [if short { 0 } else { own.div_ceil(HOPPER_TILE) }, own.div_ceil(HOPPER_TILE)]
+            }
+            _ => [0; 2],
+        };
+        let (mut all, mut most_chunks, mut most_counts, mut words) =
+            (Totals::default(), 0, 0, [Vec::new(), Vec::new()]);
         for s in list {
             let count = (s.past + s.len).div_ceil(chunks.size);
-            let runs = s.len.div_ceil(run);
-            let ints = [
-                s.first_row,
-                s.len,
-                s.past,
-                count,
-                s.known,
-                all.chunks,
-                all.counts,
-                all.runs,
-                all.tiles,
-                all.pieces,
-                all.queries,
-                0,
-            ];
-            words.extend(ints.map(|i| i as i32));
-            for p in [s.keys, s.values, s.means] {
-                words.extend([p.address() as i32, (p.address() >> 32) as i32]);
+            let runs = s.len.div_ceil(RUN);
+            for (way, words) in words.iter_mut().enumerate() {
+                let ints = [
+                    s.first_row,
+                    s.len,
+                    s.past,
+                    count,
+                    s.known,
+                    all.chunks,
+                    all.counts,
+                    all.runs,
+                    all.tiles[way],
+                    all.pieces,
+                    all.queries,
+                    0,
+                ];
+                words.extend(ints.map(|i| i as i32));
+                for p in [s.keys, s.values, s.means] {
+                    words.extend([p.address() as i32, (p.address() >> 32) as i32]);
+                }
             }
-            // A list of n queries has n.div_ceil(tile) tiles; all lists of the sequence together have at most len * k queries.
-            let lists = if k > 0 { s.len * k / tile + count } else { 0 };
+            let tiles = |tile: usize, own: usize| {
+                // A list of n queries has n.div_ceil(tile) tiles; all lists of the sequence together have at most len * k queries.
+                let lists = if k > 0 { s.len * k / tile + count } else { 0 };
+                own + lists
+            };
             all.chunks += count;
             all.counts += runs * count;
             all.runs += runs;
-            all.tiles += s.len.div_ceil(tile) + lists;
+            let rows = if hopper { HOPPER_TILE } else { tile(n) };
+            all.tiles[0] +=
+                if short { tiles(ITEM, count - s.past / chunks.size) } else { tiles(rows, s.len.div_ceil(rows)) };
+            all.tiles[1] += tiles(rows, s.len.div_ceil(rows));
             all.pieces += (count + s.len * k / piece) * chunks.size.div_ceil(keys);
             all.queries += s.len.div_ceil(QUERIES);
             most_chunks = most_chunks.max(count);
+            most_counts = most_counts.max(runs * count);
         }
-        let sequences = table(ctx, &words);
+        let sequences = words.map(|w| table(ctx, &w));
         let count = list.len();
-        Plan { rows, heads, key_heads, n, chunks, between, sequences, count, all, most_chunks, run, piece, hopper }
+        Plan {
+            rows,
+            heads,
+            key_heads,
+            n,
+            chunks,
+            between,
+            sequences,
+            count,
+            all,
+            most_chunks,
+            most_counts,
+            piece,
+            hopper,
+            dense,
+            ahead,
+        }
     }
 
     /// The same as the kernels have it, for a group of heads.
-    fn words(&self, group: Group) -> [u64; 11] {
+    fn words(&self, way: Way, group: Group) -> [u64; 12] {
         let pair = |low: usize, high: usize| low as u64 | (high as u64) << 32;
         [
-            self.sequences.ptr().address(),
+            self.sequences[way as usize].ptr().address(),
             pair(self.count, self.heads),
             pair(group.first, group.len),
             pair(self.chunks.top, self.chunks.size),
             pair(self.rows, self.all.chunks),
-            pair(self.all.counts, self.run),
+            pair(self.all.counts, RUN),
             pair(self.piece, self.pieces()),
-            pair(self.all.tiles, self.together()),
+            pair(self.all.tiles[way as usize], self.together()),
             pair(self.bits(), self.key_tile()),
             pair(self.chunks.sink, self.chunks.window),
             pair(self.key_heads, self.heads / self.key_heads),
+            pair(self.dense, self.ahead[way as usize]),
         ]
+    }
+
+    /// Whether chunks are short enough for a kernel that keeps their keys.
+    fn short(&self) -> bool {
+        self.hopper && self.picks() > 0 && self.chunks.size <= SHORT
+    }
+
+    /// Queries of a tile.
+    fn tile(&self, way: Way) -> usize {
+        match way {
+            Way::Forward if self.short() => ITEM,
+            _ if self.hopper => HOPPER_TILE,
+            _ => tile(self.n),
+        }
     }
 
     /// Pieces of lists of a head.
@@ -211,11 +308,6 @@ impl Plan {
         let heads = self.heads;
         (0..heads).step_by(len).map(move |first| Group { first, len: len.min(heads - first) })
     }
-
-    /// Bytes of a head's lists and counts.
-    fn list_bytes(&self) -> usize {
-        4 * (self.rows * self.picks() + self.all.counts + 4 * self.all.chunks)
-    }
 }
 
 /// Queries of a tile on tensor cores.
@@ -233,32 +325,57 @@ fn shared(rows: usize, n: usize) -> usize {
     1024 + 2 * rows * if n == 64 { 64 } else { n + 8 }
 }
 
-/// Means of the chunks that are full and not known.
-pub(super) fn means(ctx: &Context, gpu: &Cuda, plan: &Plan) {
-    let words = plan.words(plan.all_heads());
-    let args = [Arg::Struct(&words), int(plan.n)];
-    gpu.launch(&KERNELS, &kernel(ctx, "chunk_means"), [plan.all.chunks, plan.key_heads, 1], [256, 1, 1], &args);
+/// Launches a kernel that waits for those before by itself (see plan.cuh).
+fn launch(gpu: &Cuda, name: &str, grid: [usize; 3], threads: usize, shared: usize, args: &[Arg]) {
+    let how = Launch { grid, block: [threads, 1, 1], shared, overlap: true, together: false };
+    gpu.launch_as(&KERNELS, name, how, args);
 }
 
-/// The picks, i32 [rows, heads, k - 1]: past chunks in ascending order, then -1.
-pub(super) fn select(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, picks: &Buf) {
+/// Means of the chunks that are full and not known.
+pub(super) fn means(ctx: &Context, gpu: &Cuda, plan: &Plan) {
+    means_in_parts(ctx, gpu, plan, DevicePtr::NULL);
+}
+
+/// The same, and all of them as two parts.
+fn means_in_parts(ctx: &Context, gpu: &Cuda, plan: &Plan, parts: DevicePtr) {
+    let words = plan.words(Way::Forward, plan.all_heads());
+    let args = [Arg::Struct(&words), parts.into(), int(plan.n)];
+    let threads = if plan.chunks.size > 512 { 1024 } else { 256 };
+    launch(gpu, &kernel(ctx, "chunk_means"), [plan.all.chunks, plan.key_heads, 1], threads, 0, &args);
+}
+
+/// Means of chunks, the picks by them, and on tensor cores who chose each chunk.
+pub(super) fn choose(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf) -> Choice {
+    let picks = ctx.alloc_f32(plan.rows * plan.heads * plan.picks());
     if plan.picks() == 0 {
-        return;
+        return Choice::of(picks);
     }
-    let words = plan.words(plan.all_heads());
+    let words = plan.words(Way::Forward, plan.all_heads());
     let (head, grid) = (Arg::Struct(&words), [plan.all.queries, plan.heads, 1]);
     if !plan.on_tensor_cores(ctx) {
+        means(ctx, gpu, plan);
         let args = [head, q.ptr().into(), picks.ptr().into(), int(plan.n)];
-        return gpu.launch(&KERNELS, &kernel(ctx, "chunk_select"), grid, [QUERIES, 1, 1], &args);
+        launch(gpu, &kernel(ctx, "chunk_select"), grid, QUERIES, 0, &args);
+        return Choice::of(picks);
     }
     let parts = ctx.alloc(plan.all.chunks * plan.key_heads * 2 * plan.n);
-    let args = [head, parts.ptr().into(), int(plan.n)];
-    gpu.launch(&KERNELS, &kernel(ctx, "chunk_split"), [plan.all.chunks, 1, 1], [128, 1, 1], &args);
-    let at_once = if plan.picks() <= 2 { 2 } else { 16 };
-    let name = format!("{}_{}", kernel(ctx, &format!("chunk_select_{at_once}")), plan.n);
-    let bytes = 4 * AT_ONCE * (QUERIES + 4) + 2 * QUERIES * (plan.n + 8);
-    let args = [head, q.ptr().into(), parts.ptr().into(), picks.ptr().into()];
-    gpu.launch_with(&KERNELS, &name, grid, [QUERIES, 1, 1], bytes, &args);
+    means_in_parts(ctx, gpu, plan, parts.ptr());
+    let counts = ctx.alloc_f32(plan.heads * plan.all.counts);
+    let which = match plan.picks() {
+        0..=2 => "2",
+        3..=FEW if plan.most_chunks <= 1 << 16 => "16",
+        _ => "more",
+    };
+    let name = format!("{}_{}", kernel(ctx, &format!("chunk_select_{which}")), plan.n);
+    let counted = plan.most_chunks <= WINDOW && which != "more";
+    // Sets of queries, where candidates are kept in the place of scores.
+    let rest = if which == "16" { 6 * CANDIDATES * QUERIES } else { 16 * plan.most_chunks.min(WINDOW) };
+    let bytes = 4 * AT_ONCE * (QUERIES + 4) + 2 * QUERIES * (plan.n + 8) + rest;
+    let to = if counted { counts.ptr() } else { DevicePtr::NULL };
+    let args = [head, q.ptr().into(), parts.ptr().into(), picks.ptr().into(), to.into()];
+    launch(gpu, &name, grid, QUERIES, bytes, &args[..if which == "more" { 4 } else { 5 }]);
+    let lists = Some(lists(ctx, gpu, plan, &picks, &counts, counted));
+    Choice { picks, lists }
 }
 
 /// errors [heads, count] f32: how badly the state [heads, N, N] f32 gives back each of `count` values under its key, both [count, heads x N].
@@ -288,161 +405,186 @@ pub(super) fn asked(ctx: &Context, gpu: &Cuda, [queries, keys]: [DevicePtr; 2], 
     launch("chunk_asked", count, &args);
 }
 
-/// Turns the picks of a group of heads round; `None` where there are none.
-fn lists(ctx: &Context, gpu: &Cuda, plan: &Plan, group: Group, picks: &Buf) -> Option<Lists> {
-    (plan.picks() > 0).then(|| {
-        let counts = ctx.alloc_f32(group.len * plan.all.counts);
-        let lists = ctx.alloc_f32(group.len * plan.all.chunks * 4);
-        let entries = ctx.alloc_f32(group.len * plan.rows * plan.picks());
-        let words = plan.words(group);
-        let head = Arg::Struct(&words);
-        let [p, c, l, e] = [picks, &counts, &lists, &entries].map(|b| Arg::Ptr(b.ptr()));
-        let (runs, window) = ([plan.all.runs, group.len, 1], 4 * plan.most_chunks.min(WINDOW));
-        gpu.launch_with(&KERNELS, "chunk_count", runs, [256, 1, 1], window, &[head, p, c]);
-        let grid = [plan.all.chunks.div_ceil(32), group.len, 1];
-        gpu.launch(&KERNELS, "chunk_total", grid, [1024, 1, 1], &[head, c, l]);
-        let grid = [plan.count, group.len, 1];
-        gpu.launch(&KERNELS, "chunk_scan", grid, [256, 1, 1], &[head, l, int(tile(plan.n))]);
-        gpu.launch_with(&KERNELS, "chunk_fill", runs, [32, 1, 1], window, &[head, p, c, l, e]);
-        Lists { lists, entries }
-    })
+/// Turns the picks round. `counts` of runs may be there.
+fn lists(ctx: &Context, gpu: &Cuda, plan: &Plan, picks: &Buf, counts: &Buf, counted: bool) -> Lists {
+    let heads = plan.heads;
+    let lists = ctx.alloc_f32(heads * plan.all.chunks * 4);
+    let entries = ctx.alloc_f32(heads * plan.rows * plan.picks());
+    let counters = ctx.alloc_f32(2 * heads);
+    let words = plan.words(Way::Forward, plan.all_heads());
+    let head = Arg::Struct(&words);
+    let [p, c, l, e] = [picks, counts, &lists, &entries].map(|b| Arg::Ptr(b.ptr()));
+    let (runs, window) = ([plan.all.runs, heads, 1], plan.most_chunks.min(WINDOW));
+    if !counted {
+        launch(gpu, "chunk_count", runs, 256, 16 * window, &[head, p, c]);
+    }
+    let lists = Lists { lists, entries, counters };
+    if plan.most_chunks <= ORDERED && plan.most_counts <= ORDER {
+        let args = [head, c, l, int(plan.tile(Way::Forward)), lists.counters.ptr().into(), int(2 * heads)];
+        launch(gpu, "chunk_order", [plan.count, heads, 1], 1024, 0, &args);
+    } else {
+        launch(gpu, "chunk_total", [plan.all.chunks.div_ceil(32), heads, 1], 1024, 0, &[head, c, l]);
+        scan(gpu, plan, &lists, Way::Forward);
+    }
+    launch(gpu, "chunk_fill", runs, 256, 20 * window, &[head, p, c, l, e]);
+    lists
 }
 
-/// Addresses of lists and entries, null where there are none.
-fn addresses(lists: Option<&Lists>) -> [Arg<'static>; 2] {
-    lists.map_or([DevicePtr::NULL.into(); 2], |l| [l.lists.ptr().into(), l.entries.ptr().into()])
+/// Numbers the tiles of lists for a direction, and clears the counters.
+fn scan(gpu: &Cuda, plan: &Plan, lists: &Lists, way: Way) {
+    let words = plan.words(way, plan.all_heads());
+    let (tile, counters) = (int(plan.tile(way)), lists.counters.ptr().into());
+    let args = [Arg::Struct(&words), lists.lists.ptr().into(), tile, counters, int(2 * plan.heads)];
+    launch(gpu, "chunk_scan", [plan.count, plan.heads, 1], 256, 0, &args);
 }
 
 /// y [rows, heads x N] and, if wanted, lse [rows, heads].
-pub(super) fn forward(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, picks: &Buf, y: &Buf, lse: Option<&Buf>) {
+pub(super) fn forward(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, choice: &Choice, y: &Buf, lse: Option<&Buf>) {
     let (n, heads, slots) = (plan.n, plan.heads, plan.chunks.top);
-    let null = DevicePtr::NULL;
-    let lse = lse.map_or(null, Buf::ptr);
+    let lse = lse.map_or(DevicePtr::NULL, Buf::ptr);
+    let [q, p, y] = [q, &choice.picks, y].map(|b| Arg::Ptr(b.ptr()));
     if !plan.on_tensor_cores(ctx) {
-        let words = plan.words(plan.all_heads());
-        let args = [Arg::Struct(&words), q.ptr().into(), picks.ptr().into(), y.ptr().into(), lse.into(), int(n)];
+        let words = plan.words(Way::Forward, plan.all_heads());
+        let args = [Arg::Struct(&words), q, p, y, lse.into(), int(n)];
         let grid = [plan.all.queries, heads, 1];
-        return gpu.launch(&KERNELS, &kernel(ctx, "chunk_forward"), grid, [128, 1, 1], &args);
+        return launch(gpu, &kernel(ctx, "chunk_forward"), grid, 128, 0, &args);
     }
     let name = |base: &str| format!("{}_{n}", kernel(ctx, base));
-    let bytes = shared(tile(n) + 4 * step(n), n);
-    let attend = |group: Group, lists: Option<&Lists>, out: DevicePtr, lse: DevicePtr| {
-        let words = plan.words(group);
-        let [l, e] = addresses(lists);
-        if plan.hopper {
-            let args = [Arg::Struct(&words), q.ptr().into(), out.into(), lse.into()];
-            return hopper(ctx, gpu, "attend", plan.all.tiles * group.len, 3 * 128 + 4 * 2 * 128, [l, e], &args);
+    let attend = |group: Group, out: Arg<'_>, part_lse: DevicePtr| {
+        let words = plan.words(Way::Forward, group);
+        let tiles = plan.all.tiles[0];
+        let lists = choice.addresses(plan, group, 0);
+        let part_lse = part_lse.into();
+        if plan.short() {
+            let steps = plan.chunks.size.div_ceil(HOPPER_KEYS);
+            let (kernel, rows) = (format!("chunk_short_{steps}"), 9 * 64 + [3, 2][steps - 1] * steps * 2 * HOPPER_KEYS);
+            let args = [Arg::Struct(&words), q, out, part_lse];
+            return hopper(ctx, gpu, (&kernel, 512, rows), tiles * group.len, lists, &args);
         }
-        let args = [Arg::Struct(&words), q.ptr().into(), l, e, out.into(), lse.into()];
-        let grid = [plan.all.tiles.div_ceil(plan.together()), group.len, 1];
-        gpu.launch_with(&KERNELS, &name("chunk_attend"), grid, [128, 1, 1], bytes, &args);
+        if plan.hopper {
+            let rows = 2 * HOPPER_TILE + 4 * 2 * HOPPER_KEYS;
+            let args = [Arg::Struct(&words), q, out, part_lse, y, lse.into()];
+            return hopper(ctx, gpu, ("chunk_hopper_attend", 512, rows), tiles * group.len, lists, &args);
+        }
+        let [l, e, _] = lists;
+        let args = [Arg::Struct(&words), q, l, e, out, part_lse];
+        let grid = [tiles.div_ceil(plan.together()), group.len, 1];
+        launch(gpu, &name("chunk_attend"), grid, 128, shared(tile(n) + 4 * step(n), n), &args);
     };
     if slots == 1 {
-        return attend(plan.all_heads(), None, y.ptr(), lse);
+        return attend(plan.all_heads(), y, lse);
     }
-    for group in plan.groups(plan.list_bytes() + plan.rows * slots * (2 * n + 4)) {
-        let lists = lists(ctx, gpu, plan, group, picks);
+    for group in plan.groups(plan.rows * slots * (2 * n + 4)) {
         let parts = ctx.alloc(plan.rows * group.len * slots * n);
         let part_lse = ctx.alloc_f32(plan.rows * group.len * slots);
-        attend(group, lists.as_ref(), parts.ptr(), part_lse.ptr());
-        let words = plan.words(group);
-        let [p, o, l] = [picks, &parts, &part_lse].map(|b| Arg::Ptr(b.ptr()));
+        attend(group, parts.ptr().into(), part_lse.ptr());
+        let words = plan.words(Way::Forward, group);
         let grid = [(plan.rows * group.len * n / 8).div_ceil(128), 1, 1];
-        let args = [Arg::Struct(&words), p, o, l, y.ptr().into(), lse.into()];
-        gpu.launch(&KERNELS, &name("chunk_merge"), grid, [128, 1, 1], &args);
+        let args = [Arg::Struct(&words), p, parts.ptr().into(), part_lse.ptr().into(), y, lse.into()];
+        launch(gpu, &name("chunk_merge"), grid, 128, 0, &args);
     }
 }
 
-/// Launches a kernel for Hopper on `work` pieces of work: a block a multiprocessor, with `rows` rows of shared memory for heads of tiles and steps. The
-/// kernel takes the lists and a counter of pieces first.
-fn hopper(ctx: &Context, gpu: &Cuda, name: &str, work: usize, rows: usize, [l, e]: [Arg<'_>; 2], args: &[Arg<'_>]) {
+/// Launches a kernel for Hopper, so many threads a block, on `work` pieces of work: a block a multiprocessor, with `rows` rows of shared memory. The kernel
+/// takes the lists and a counter of pieces first.
+fn hopper(
+    ctx: &Context, gpu: &Cuda, (name, threads, rows): (&str, usize, usize), work: usize, [l, e, mut c]: [Arg<'_>; 3],
+    args: &[Arg<'_>],
+) {
     let counter = ctx.alloc_f32(1);
-    gpu.clear(counter.ptr(), 4);
-    let args = [&[l, e, counter.ptr().into()], args].concat();
+    if matches!(c, Arg::Ptr(DevicePtr::NULL)) {
+        gpu.clear(counter.ptr(), 4);
+        c = counter.ptr().into();
+    }
+    let args = [&[l, e, c], args].concat();
     let grid = [work.min(gpu.info().multiprocessors as usize), 1, 1];
-    let name = kernel(ctx, &format!("chunk_hopper_{name}"));
-    gpu.launch_with(&KERNELS, &name, grid, [384, 1, 1], shared(rows, 64), &args);
+    launch(gpu, &kernel(ctx, name), grid, threads, shared(rows, 64), &args);
 }
 
 /// dq [rows, heads x N] and dk, dv [rows, key heads x N] of sequences without a past.
 pub(super) fn backward(
-    ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, picks: &Buf, of: [&Buf; 3], [dq, dk, dv]: [&Buf; 3],
+    ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, choice: &Choice, of: [&Buf; 3], [dq, dk, dv]: [&Buf; 3],
 ) {
     let share = plan.heads / plan.key_heads;
     if share == 1 {
-        return each_head_back(ctx, gpu, plan, q, picks, of, [dq, dk, dv]);
+        return each_head_back(ctx, gpu, plan, q, choice, of, [dq, dk, dv]);
     }
     // Those of each head of queries first.
     let parts: [Buf; 2] = std::array::from_fn(|_| ctx.alloc(plan.rows * plan.heads * plan.n));
-    each_head_back(ctx, gpu, plan, q, picks, of, [dq, &parts[0], &parts[1]]);
+    each_head_back(ctx, gpu, plan, q, choice, of, [dq, &parts[0], &parts[1]]);
     for (from, to) in parts.iter().zip([dk, dv]) {
         let threads = plan.rows * plan.key_heads * plan.n / 8;
         let args = [from.ptr().into(), to.ptr().into(), int(threads), int(plan.n / 8), int(share)];
-        gpu.launch(&KERNELS, &kernel(ctx, "chunk_join"), [threads.div_ceil(256), 1, 1], [256, 1, 1], &args);
+        launch(gpu, &kernel(ctx, "chunk_join"), [threads.div_ceil(256), 1, 1], 256, 0, &args);
     }
 }
 
 /// dq, dk, dv [rows, heads x N], as if every head had keys of its own.
 fn each_head_back(
-    ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, picks: &Buf, [y, dy, lse]: [&Buf; 3], grads: [&Buf; 3],
+    ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, choice: &Choice, [y, dy, lse]: [&Buf; 3], grads: [&Buf; 3],
 ) {
     let (n, heads, slots) = (plan.n, plan.heads, plan.chunks.top);
     let stats = ctx.alloc_f32(plan.rows * heads * 2);
     let [dq, dk, dv] = grads.map(|b| Arg::Ptr(b.ptr()));
-    let [q, y, dy, lse, s, p] = [q, y, dy, lse, &stats, picks].map(|b| Arg::Ptr(b.ptr()));
+    let [q, y, dy, lse, s, p] = [q, y, dy, lse, &stats, &choice.picks].map(|b| Arg::Ptr(b.ptr()));
     let grid = [(plan.rows * heads * n / 8).div_ceil(256), 1, 1];
     let args = [dy, y, lse, s, int(plan.rows * heads), int(n)];
-    gpu.launch(&KERNELS, &kernel(ctx, "chunk_stats"), grid, [256, 1, 1], &args);
+    launch(gpu, &kernel(ctx, "chunk_stats"), grid, 256, 0, &args);
     if !plan.on_tensor_cores(ctx) {
-        let lists = lists(ctx, gpu, plan, plan.all_heads(), picks);
-        let words = plan.words(plan.all_heads());
-        let ([l, e], head) = (addresses(lists.as_ref()), Arg::Struct(&words));
+        let counts = ctx.alloc_f32(plan.heads * plan.all.counts);
+        let lists = (slots > 1).then(|| lists(ctx, gpu, plan, &choice.picks, &counts, false));
+        let words = plan.words(Way::Backward, plan.all_heads());
+        let null = || DevicePtr::NULL.into();
+        let l = lists.as_ref().map_or_else(null, |l| l.lists.ptr().into());
+        let e = lists.as_ref().map_or_else(null, |l| l.entries.ptr().into());
+        let head = Arg::Struct(&words);
         let grid = [plan.all.queries, heads, 1];
-        gpu.launch(&KERNELS, &kernel(ctx, "chunk_dq"), grid, [128, 1, 1], &[head, q, dy, p, s, dq, int(n)]);
+        launch(gpu, &kernel(ctx, "chunk_dq"), grid, 128, 0, &[head, q, dy, p, s, dq, int(n)]);
         let grid = [plan.all.chunks, heads, 1];
         let args = [head, q, dy, s, l, e, dk, dv, int(n)];
-        return gpu.launch(&KERNELS, &kernel(ctx, "chunk_dkv"), grid, [128, 1, 1], &args);
+        return launch(gpu, &kernel(ctx, "chunk_dkv"), grid, 128, 0, &args);
     }
     let name = |base: &str| format!("{}_{n}", kernel(ctx, base));
+    if let Some(lists) = &choice.lists {
+        scan(gpu, plan, lists, Way::Backward);
+    }
     // A head's sums of pieces of lists, which only lists of several need.
     let sums = if slots > 1 { plan.pieces() * 2 * plan.chunks.size * n } else { 0 };
-    let bytes = if slots > 1 { plan.list_bytes() + plan.rows * slots * 2 * n + 4 * sums } else { 0 };
+    let bytes = if slots > 1 { plan.rows * slots * 2 * n + 4 * sums } else { 0 };
+    let tiles = plan.all.tiles[1];
     for group in plan.groups(bytes) {
-        let words = plan.words(group);
+        let words = plan.words(Way::Backward, group);
         let head = Arg::Struct(&words);
-        let lists = lists(ctx, gpu, plan, group, picks);
-        let [l, e] = addresses(lists.as_ref());
-        let attend = |out: Arg<'_>| {
-            if plan.hopper {
-                let work = plan.all.tiles * group.len;
-                return hopper(ctx, gpu, "dq", work, 2 * 2 * 128 + 8 * 2 * 64, [l, e], &[head, q, dy, s, out]);
-            }
-            let bytes = shared(2 * tile(n) + 4 * step(n), n);
-            let grid = [plan.all.tiles.div_ceil(plan.together()), group.len, 1];
-            gpu.launch_with(&KERNELS, &name("chunk_dq"), grid, [128, 1, 1], bytes, &[head, q, dy, s, l, e, out]);
-        };
-        if slots == 1 {
-            attend(dq);
-        } else {
-            let parts = ctx.alloc(plan.rows * group.len * slots * n);
-            attend(parts.ptr().into());
-            let grid = [(plan.rows * group.len * n / 8).div_ceil(128), 1, 1];
-            gpu.launch(&KERNELS, &name("chunk_merge_dq"), grid, [128, 1, 1], &[head, p, parts.ptr().into(), dq]);
-        }
+        let parts = ctx.alloc(if slots > 1 { plan.rows * group.len * slots * n } else { 0 });
         let sums = ctx.alloc_f32(group.len * sums);
+        let out = if slots > 1 { parts.ptr().into() } else { dq };
+        let back = [head, q, dy, s];
+        let to_keys = [sums.ptr().into(), dk, dv];
         if plan.hopper {
-            let args = [head, q, dy, s, sums.ptr().into(), dk, dv];
-            hopper(ctx, gpu, "dkv", plan.all.pieces * group.len, 2 * 2 * 128 + 8 * 2 * 64, [l, e], &args);
+            // The second doesn't wait for the first, so that its blocks start where those of the first end.
+            let rows = 2 * 2 * HOPPER_TILE + 6 * 2 * 64;
+            let lists = choice.addresses(plan, group, 0);
+            let args = [&back[..], &[out, dq]].concat();
+            hopper(ctx, gpu, ("chunk_hopper_dq", 512, rows), tiles * group.len, lists, &args);
+            let lists = choice.addresses(plan, group, 1);
+            let args = [&back[..], &to_keys].concat();
+            let rows = 2 * 2 * HOPPER_KEYS + 8 * 2 * 64;
+            hopper(ctx, gpu, ("chunk_hopper_dkv", 384, rows), plan.all.pieces * group.len, lists, &args);
         } else {
+            let [l, e, _] = choice.addresses(plan, group, 0);
+            let bytes = shared(2 * tile(n) + 4 * step(n), n);
+            let grid = [tiles.div_ceil(plan.together()), group.len, 1];
+            launch(gpu, &name("chunk_dq"), grid, 128, bytes, &[&back[..], &[l, e, out]].concat());
             let bytes = shared(2 * KEYS + 4 * step(n), n) + 2 * step(n) * 8;
-            let args = [head, q, dy, s, l, e, sums.ptr().into(), dk, dv];
             let grid = [plan.all.pieces, group.len, 1];
-            gpu.launch_with(&KERNELS, &name("chunk_dkv"), grid, [2 * KEYS, 1, 1], bytes, &args);
+            launch(gpu, &name("chunk_dkv"), grid, 2 * KEYS, bytes, &[&back[..], &[l, e], &to_keys].concat());
         }
         if slots > 1 {
+            let grid = [(plan.rows * group.len * n / 8).div_ceil(128), 1, 1];
+            launch(gpu, &name("chunk_merge_dq"), grid, 128, 0, &[head, p, parts.ptr().into(), dq]);
+            let [l, ..] = choice.addresses(plan, group, 0);
             let grid = [plan.all.chunks * plan.chunks.size.div_ceil(16), group.len, 1];
-            let args = [head, l, sums.ptr().into(), dk, dv];
-            gpu.launch(&KERNELS, &name("chunk_add_pieces"), grid, [2 * n, 1, 1], &args);
+            launch(gpu, &name("chunk_add_pieces"), grid, 2 * n, 0, &[head, l, sums.ptr().into(), dk, dv]);
         }
     }
 }

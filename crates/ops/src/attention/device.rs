@@ -96,19 +96,17 @@ fn run(ctx: &Context, case: &Case<'_>) -> Out {
     let chunks = Chunks { sink, window, ..Chunks::new(case.size, case.top) };
     let heads = [case.heads, case.heads / case.share];
     let plan = cuda::Plan::within(ctx, rows, heads, case.n, chunks, &list, case.between);
-    cuda::means(ctx, gpu, &plan);
-    let picks = ctx.alloc_f32(rows * case.heads * (case.top - 1));
-    cuda::select(ctx, gpu, &plan, &q, &picks);
+    let choice = cuda::choose(ctx, gpu, &plan, &q);
     let (y, lse) = (ctx.alloc(rows * c), ctx.alloc_f32(rows * case.heads));
-    cuda::forward(ctx, gpu, &plan, &q, &picks, &y, Some(&lse));
+    cuda::forward(ctx, gpu, &plan, &q, &choice, &y, Some(&lse));
     let mut values = vec![wide(&y), wide(&lse)];
     if rows == keys {
         let grads = [c, kc, kc].map(|cols| ctx.alloc(rows * cols));
-        cuda::backward(ctx, gpu, &plan, &q, &picks, [&y, &dy, &lse], grads.each_ref());
+        cuda::backward(ctx, gpu, &plan, &q, &choice, [&y, &dy, &lse], grads.each_ref());
         values.extend(grads.iter().map(wide));
     }
     ctx.check().unwrap();
-    let picks = picks.to_vec().iter().map(|p| p.to_bits() as i32).collect();
+    let picks = choice.picks.to_vec().iter().map(|p| p.to_bits() as i32).collect();
     Out { picks, values, inputs: [&q, &k, &v, &dy].map(wide) }
 }
 
@@ -234,6 +232,21 @@ fn long_lists() {
     check(&[DType::BF16], &Case { n: 128, size: 40, top: 2, sequences: &[(0, 230)], between: 1, ..SHAPE });
 }
 
+/// Chunks whose keys a kernel for Hopper keeps, and the first chunks, which it sees in one piece where they are longer.
+#[test]
+#[ignore = "needs a GPU"]
+fn short_and_long_chunks() {
+    const HALF: [DType; 2] = [DType::BF16, DType::F16];
+    for (size, top) in [(128, 3), (150, 2), (256, 2), (260, 2)] {
+        check(&HALF, &Case { size, top, sequences: &[(0, 3 * size + 70), (0, 40), (0, size)], ..SHAPE });
+    }
+    check(&[DType::BF16], &Case { size: 130, sequences: &[(300, 260), (0, 130), (125, 12)], heads: 1, ..SHAPE });
+    check(
+        &[DType::BF16],
+        &Case { size: 257, top: 2, sequences: &[(300, 300), (900, 70), (20, 30)], heads: 1, ..SHAPE },
+    );
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn many_picks() {
@@ -246,6 +259,8 @@ fn many_picks() {
 #[ignore = "needs a GPU"]
 fn extremes() {
     check(&ALL, &Case { size: 1, sequences: &[(0, 70)], ..SHAPE });
+    // More chunks than one block sums up.
+    check(&[DType::BF16], &Case { size: 1, sequences: &[(0, 270)], heads: 1, ..SHAPE });
     check(&ALL, &Case { size: 32, top: 1, sequences: &[(0, 100)], ..SHAPE });
     check(&ALL, &Case { size: 1000, sequences: &[(0, 100)], ..SHAPE });
 }

@@ -1,21 +1,22 @@
 // Who chose a chunk: picks [rows, heads, slots - 1] turned round into a list for each head and chunk, by a counting sort in ascending order of rows.
 //
-// Rows go in runs. A run counts its picks; the counts before a run, and the chunks before a chunk, say where its entries go.
+// Rows go in runs of 128. For each chunk a run has a set of its rows, a bit each: their number is the run's count, and a row's place among them is that of its
+// entry. The counts before a run, and the chunks before a chunk, say where a run's entries go.
 #pragma once
 #include "plan.cuh"
 
 namespace chunks {
 
-constexpr int WINDOW = 8192; // chunks that are counted at a time
+constexpr int WINDOW = 1024; // chunks that have sets at a time
 
 struct Run {
     const Sequence& s;
-    int from, to, number;
+    int first, from, to, number; // its first row; rows that are listed
 };
 __device__ __forceinline__ Run run_of(const Plan& p) {
     const Sequence& s = sequence_of<&Sequence::run_base>(p, blockIdx.x);
     const int number = int(blockIdx.x) - s.run_base, from = number * p.run;
-    return {s, s.first_row + from, s.first_row + min(from + p.run, s.len), number};
+    return {s, s.first_row + from, s.first_row + max(from, p.dense - s.past), s.first_row + min(from + p.run, s.len), number};
 }
 __device__ __forceinline__ int* counts_of(const Plan& p, const Sequence& s, int* counts, int run) {
     return counts + size_t(blockIdx.y) * p.counts + s.count_base + size_t(run) * s.chunks;
@@ -24,21 +25,42 @@ __device__ __forceinline__ const int* picks_of(const Plan& p, const int* picks, 
     return picks + (size_t(row) * p.heads + p.first + blockIdx.y) * (p.slots - 1);
 }
 
-__device__ void count(const Plan& p, const int* picks, int* counts, int* seen) {
+// Rows of a run that chose a chunk.
+using Set = uint4;
+__device__ __forceinline__ void put(Set* sets, int c, int i) { atomicOr(reinterpret_cast<unsigned*>(sets + c) + i / 32, 1u << i % 32); }
+__device__ __forceinline__ int size_of(const Set& s) { return __popc(s.x) + __popc(s.y) + __popc(s.z) + __popc(s.w); }
+// Rows of the set before row i.
+__device__ __forceinline__ int before_in(const Set* sets, int c, int i) {
+    const unsigned* words = reinterpret_cast<const unsigned*>(sets + c);
+    int n = __popc(words[i / 32] & ((1u << i % 32) - 1));
+    for (int w = 0; w < i / 32; w++) n += __popc(words[w]);
+    return n;
+}
+// Calls f(row, slot) for all picks of a run; by a block.
+template <class F> __device__ __forceinline__ void each_pick(const Plan& p, const Run& r, F f) {
+    const int k = p.slots - 1, bits = min(5, 32 - __clz(k - 1)), lanes = 1 << bits; // lanes of a row
+    for (int row = r.from + threadIdx.x / lanes; row < r.to; row += blockDim.x / lanes)
+        for (int slot = threadIdx.x % lanes; slot < k; slot += lanes) f(row, slot);
+}
+// The sets of a run for n chunks from `low` on; by a block.
+__device__ __forceinline__ void sets_of(const Plan& p, const Run& r, const int* picks, int low, int n, Set* sets) {
+    __syncthreads();
+    for (int c = threadIdx.x; c < n; c += blockDim.x) sets[c] = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+    each_pick(p, r, [&](int row, int slot) {
+        const int c = picks_of(p, picks, row)[slot] - low;
+        if (c >= 0 && c < n) put(sets, c, row - r.first);
+    });
+    __syncthreads();
+}
+
+__device__ void count(const Plan& p, const int* picks, int* counts, Set* sets) {
     const Run r = run_of(p);
     int* to = counts_of(p, r.s, counts, r.number);
-    const int k = p.slots - 1;
     for (int low = 0; low < r.s.chunks; low += WINDOW) {
         const int n = min(WINDOW, r.s.chunks - low);
-        __syncthreads();
-        for (int c = threadIdx.x; c < n; c += blockDim.x) seen[c] = 0;
-        __syncthreads();
-        for (int i = threadIdx.x; i < (r.to - r.from) * k; i += blockDim.x) {
-            const int c = picks_of(p, picks, r.from + i / k)[i % k] - low;
-            if (c >= 0 && c < n) atomicAdd(&seen[c], 1);
-        }
-        __syncthreads();
-        for (int c = threadIdx.x; c < n; c += blockDim.x) to[low + c] = seen[c];
+        sets_of(p, r, picks, low, n, sets);
+        for (int c = threadIdx.x; c < n; c += blockDim.x) to[low + c] = size_of(sets[c]);
     }
 }
 
@@ -69,10 +91,8 @@ __device__ void total(const Plan& p, int* counts, List* lists) {
     }
 }
 
-// Sums over the chunks before; a block of 8 warps a sequence.
-__device__ void scan(const Plan& p, List* lists, int tile) {
-    const Sequence& s = p.sequences[blockIdx.x];
-    List* all = const_cast<List*>(lists_of(p, s, lists, blockIdx.y));
+// Sums over the chunks before; by 256 threads, of a sequence.
+__device__ __forceinline__ void sum_up(const Plan& p, const Sequence& s, List* all, int tile) {
     __shared__ int sums[3][8];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     int before[3] = {0, 0, 0};
@@ -89,7 +109,7 @@ __device__ void scan(const Plan& p, List* lists, int tile) {
             }
             if (lane == 31) sums[i][warp] = x[i];
         }
-        __syncthreads();
+        wait_barrier(1, 256);
 #pragma unroll
         for (int i = 0; i < 3; i++) {
             x[i] += before[i] - own[i];
@@ -99,35 +119,67 @@ __device__ void scan(const Plan& p, List* lists, int tile) {
             }
         }
         if (c < s.chunks) all[c] = {x[0], size, x[1], x[2]};
-        __syncthreads();
+        wait_barrier(1, 256);
     }
 }
+// Counters of what the kernels after have taken start from zero here.
+__device__ __forceinline__ void clear(int* counters, int n) {
+    for (int i = threadIdx.x; blockIdx.x + blockIdx.y == 0 && i < n; i += blockDim.x) counters[i] = 0;
+}
+__device__ void scan(const Plan& p, List* lists, int tile, int* counters, int n) {
+    clear(counters, n);
+    const Sequence& s = p.sequences[blockIdx.x];
+    sum_up(p, s, const_cast<List*>(lists_of(p, s, lists, blockIdx.y)), tile);
+}
 
-// A warp a run: the picks of a row are different chunks, so that lanes never meet.
-__device__ void fill(const Plan& p, const int* picks, int* counts, const List* lists, int* entries, int* next) {
+// Both for a sequence of few chunks and runs: a block of 1024 threads, of which a warp takes a chunk.
+__device__ void order(const Plan& p, int* counts, List* lists, int tile, int* counters, int n) {
+    clear(counters, n);
+    const Sequence& s = p.sequences[blockIdx.x];
+    List* all = const_cast<List*>(lists_of(p, s, lists, blockIdx.y));
+    const int runs = (s.len + p.run - 1) / p.run, lane = threadIdx.x & 31;
+    for (int c = threadIdx.x / 32; c < s.chunks; c += 32) {
+        int* of = counts_of(p, s, counts, 0) + c;
+        int before = 0;
+        for (int low = 0; low < runs; low += 128) { // four neighbouring runs a lane
+            int m[4], sum = 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++) m[i] = low + 4 * lane + i < runs ? of[size_t(low + 4 * lane + i) * s.chunks] : 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++) sum += m[i];
+            int x = sum;
+            for (int by = 1; by < 32; by *= 2) {
+                const int y = __shfl_up_sync(~0u, x, by);
+                if (lane >= by) x += y;
+            }
+            int at = before + x - sum;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (low + 4 * lane + i < runs) of[size_t(low + 4 * lane + i) * s.chunks] = at;
+                at += m[i];
+            }
+            before += __shfl_sync(~0u, x, 31);
+        }
+        if (lane == 0) all[c].size = before;
+    }
+    __syncthreads();
+    if (threadIdx.x < 256) sum_up(p, s, all, tile);
+}
+
+__device__ void fill(const Plan& p, const int* picks, const int* counts, const List* lists, int* entries, Set* sets) {
     const Run r = run_of(p);
     const List* all = lists_of(p, r.s, lists, blockIdx.y);
-    const int* before = counts_of(p, r.s, counts, r.number);
-    int* to = entries_of(p, r.s, entries, blockIdx.y);
-    const int lane = threadIdx.x, k = p.slots - 1;
+    const int* before = counts_of(p, r.s, const_cast<int*>(counts), r.number);
+    int *to = entries_of(p, r.s, entries, blockIdx.y), *first = reinterpret_cast<int*>(sets + min(WINDOW, r.s.chunks));
     for (int low = 0; low < r.s.chunks; low += WINDOW) {
         const int n = min(WINDOW, r.s.chunks - low);
-        __syncwarp();
-        for (int c = lane; c < n; c += 32) next[c] = all[low + c].first + before[low + c];
-        __syncwarp();
-        for (int first = 0; first < k; first += 32) {
-            const int slot = first + lane;
-            for (int row = r.from; row < r.to; row += 8) {
-                int c[8];
-#pragma unroll
-                for (int i = 0; i < 8; i++) c[i] = row + i < r.to && slot < k ? picks_of(p, picks, row + i)[slot] - low : -1;
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    if (c[i] >= 0 && c[i] < n) to[next[c[i]]++] = entry_of(p, row + i, slot);
-                    __syncwarp();
-                }
-            }
-        }
+        __syncthreads();
+        for (int c = threadIdx.x; c < n; c += blockDim.x) first[c] = all[low + c].first + before[low + c];
+        sets_of(p, r, picks, low, n, sets);
+        each_pick(p, r, [&](int row, int slot) {
+            const int c = picks_of(p, picks, row)[slot] - low;
+            if (c >= 0 && c < n) to[first[c] + before_in(sets, c, row - r.first)] = entry_of(p, row, slot);
+        });
     }
 }
 

@@ -155,17 +155,18 @@ impl<'p> Tape<'p> {
 
         let fresh = || segments.iter().zip(&seen).filter(|(_, p)| p.is_none()).map(|(s, _)| s);
         let full: usize = fresh().map(|s| if slots > 0 { s.len / chunks.size } else { 0 }).sum();
-        let (mut new_means, mut picks) = (ctx.alloc_f32(full * wide), ctx.alloc_f32(rows * heads * slots));
+        let mut new_means = ctx.alloc_f32(full * wide);
         let (mut y, mut lse) = (ctx.alloc(rows * c), needs.then(|| ctx.alloc_f32(rows * heads)));
         let held = hold(segments, &seen);
-        if let Some(gpu) = ctx.cuda() {
-            let plan = plan(&ctx, segments, &held, [q, k, v], new_means.ptr(), of);
-            if slots > 0 {
-                cuda::means(&ctx, gpu, &plan);
-                cuda::select(&ctx, gpu, &plan, q.buf(), &picks);
+        let mut choice = match ctx.cuda() {
+            Some(gpu) => {
+                let plan = plan(&ctx, segments, &held, [q, k, v], new_means.ptr(), of);
+                let choice = cuda::choose(&ctx, gpu, &plan, q.buf());
+                cuda::forward(&ctx, gpu, &plan, q.buf(), &choice, &y, lse.as_ref());
+                choice
             }
-            cuda::forward(&ctx, gpu, &plan, q.buf(), &picks, &y, lse.as_ref());
-        }
+            None => cuda::Choice::of(ctx.alloc_f32(rows * heads * slots)),
+        };
         self.run(|| {
             let mut to = &mut new_means[..];
             for s in fresh().filter(|s| slots > 0 && s.len >= chunks.size) {
@@ -175,9 +176,9 @@ impl<'p> Tape<'p> {
             }
             let sequences = sequences(segments, &held, [k.data(), v.data(), &new_means], wide, chunks);
             if slots > 0 {
-                cpu::select(&ctx, &sequences, of, q.data(), &mut picks);
+                cpu::select(&ctx, &sequences, of, q.data(), &mut choice.picks);
             }
-            cpu::forward(&ctx, &sequences, of, q.data(), &picks, &mut y, lse.as_deref_mut());
+            cpu::forward(&ctx, &sequences, of, q.data(), &choice.picks, &mut y, lse.as_deref_mut());
         });
         drop(new_means);
         let out = self.output(rows, c, y, needs);
@@ -191,7 +192,7 @@ impl<'p> Tape<'p> {
                 let held = segments.iter().map(|_| None).collect();
                 if let Some(gpu) = ctx.cuda() {
                     let plan = plan(&ctx, &segments, &held, x.each_ref(), DevicePtr::NULL, of);
-                    cuda::backward(&ctx, gpu, &plan, x[0].buf(), &picks, [y.buf(), &dy, &lse], grads.each_ref());
+                    cuda::backward(&ctx, gpu, &plan, x[0].buf(), &choice, [y.buf(), &dy, &lse], grads.each_ref());
                 }
                 let mut delta = ctx.alloc_f32(if ctx.cuda().is_none() { rows * heads } else { 0 });
                 b.run(|_| {
@@ -206,7 +207,7 @@ impl<'p> Tape<'p> {
                     });
                     let [q, k, v] = x.each_ref().map(Var::data);
                     let sequences = sequences(&segments, &held, [k, v, &[]], wide, chunks);
-                    let saved = Saved { q, dy: &dy, picks: &picks, lse: &lse, delta: &delta };
+                    let saved = Saved { q, dy: &dy, picks: &choice.picks, lse: &lse, delta: &delta };
                     cpu::backward(&ctx, &sequences, of, saved, grads.each_mut().map(|g| &mut g[..]));
                 });
                 x.iter().zip(grads).for_each(|(x, g)| x.add_grad(g));

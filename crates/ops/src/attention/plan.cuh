@@ -3,9 +3,15 @@
 // Work is flattened: the host knows from shapes how many pieces of work each sequence has at most and gives every sequence the number of
 // its first one; a block finds its sequence, then, where lists are concerned, its chunk, and has nothing to do if it is one too many.
 #pragma once
-#include "mma.cuh"
+#include "../decode/overlap.cuh"
 
 namespace chunks {
+
+// Kernels of the operation follow each other closely: each lets the next one start at once and waits for those before.
+__device__ __forceinline__ void begin_kernel() {
+    let_next_start();
+    wait_for_previous();
+}
 
 struct Sequence {
     int first_row, len, past; // row of the first query; queries; keys before the first query
@@ -30,6 +36,8 @@ struct Plan {
     int bits, key_tile;      // bits of an entry that are the row; keys of a tile backward
     int sink, window;        // first and last chunks of the past that are always picked
     int key_heads, share;    // all heads of keys, and how many of queries share one
+    int dense, ahead;        // positions of a sequence whose queries are taken to see all keys before them in one piece, without lists (see hopper.cuh), and the first
+                             // tiles that are taken before others, the last of them first: the longest if there is one sequence
 };
 
 // The queries that chose a chunk: their place in the sequence's entries, how many, and the numbers of the first tile and piece.
@@ -72,7 +80,15 @@ template <int Sequence::*BASE, bool ALONE = false> __device__ __forceinline__ co
 __device__ __forceinline__ const List* lists_of(const Plan& p, const Sequence& s, const List* lists, int y) {
     return lists + size_t(y) * p.chunks + s.chunk_base;
 }
-// An entry is a row and, in the bits above it, the slot of its pick.
+// The first key that a query sees in one piece with itself.
+__device__ __forceinline__ int low_of(const Plan& p, int position) { return position < p.dense ? 0 : position / p.size * p.size; }
+// Whether a row is such a query; only where sequences lie in the order of their rows.
+__device__ __forceinline__ bool dense_row(const Plan& p, int row) {
+    if (p.dense == 0) return false;
+    const Sequence& s = p.sequences[last_up_to_alone(p.count, row, [&](int i) { return p.sequences[i].first_row; })];
+    return s.past + row - s.first_row < p.dense;
+}
+// An entry is a row and, in the bits above it, the slot of its pick; p.slots where the result is the whole one.
 __device__ __forceinline__ int entry_of(const Plan& p, int row, int slot) { return slot << p.bits | row; }
 __device__ __forceinline__ int row_in(const Plan& p, int entry) { return entry & ((1 << p.bits) - 1); }
 __device__ __forceinline__ int slot_in(const Plan& p, int entry) { return entry >> p.bits; }

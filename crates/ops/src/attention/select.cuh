@@ -4,48 +4,49 @@
 // A thread marks those above its worst pick, then takes the marked ones, in ascending order, into a sorted list in registers: what displaces
 // must be greater, so that of equal scores the lower chunk stays. What is always picked has a score above all.
 #pragma once
-#include "plan.cuh"
+#include "lists.cuh"
 
 namespace chunks {
 
-// A block a chunk and head of keys, n / 8 columns of threads; rows in a fixed order.
-template <class T> __device__ void means(const Plan& p, int n) {
+// A block a chunk and head of keys; rows in a fixed order that depends on the block's threads alone. What is known is left. If so wanted also as two parts,
+// [chunks, key_heads, 2, n], where what isn't full becomes zero.
+template <class T> __device__ void means(const Plan& p, T* parts, int n) {
     const Sequence& s = sequence_of<&Sequence::chunk_base>(p, blockIdx.x);
     const int c = int(blockIdx.x) - s.chunk_base;
-    if (c < s.known || (c + 1) * p.size > s.past + s.len) return;
-    __shared__ float parts[256][9];
-    const int lanes = n / 8, col = threadIdx.x % lanes * 8, step = 256 / lanes;
-    const T* keys = static_cast<const T*>(s.keys) + (size_t(c) * p.size * p.key_heads + blockIdx.y) * n + col;
-    Vec sum = zeros();
-#pragma unroll 4
-    for (int row = threadIdx.x / lanes; row < p.size; row += step) {
-        const Vec x = load(keys + size_t(row) * p.key_heads * n);
+    const bool full = (c + 1) * p.size <= s.past + s.len, known = c < s.known;
+    __shared__ float sums[32][128];
+    float* to = s.means + (size_t(c) * p.key_heads + blockIdx.y) * n;
+    if (full && !known) {
+        const int lanes = n / 8, col = threadIdx.x % lanes * 8, step = blockDim.x / lanes;
+        const T* keys = static_cast<const T*>(s.keys) + (size_t(c) * p.size * p.key_heads + blockIdx.y) * n + col;
+        Vec sum = zeros();
+#pragma unroll 8
+        for (int row = threadIdx.x / lanes; row < p.size; row += step) {
+            const Vec x = load(keys + size_t(row) * p.key_heads * n);
 #pragma unroll
-        for (int j = 0; j < 8; j++) sum[j] += x[j];
+            for (int j = 0; j < 8; j++) sum[j] += x[j];
+        }
+        for (int o = 16; o >= lanes; o /= 2)
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum[j] += __shfl_xor_sync(~0u, sum[j], o);
+        if ((threadIdx.x & 31) < lanes)
+#pragma unroll
+            for (int j = 0; j < 8; j++) sums[threadIdx.x / 32][col + j] = sum[j];
+        __syncthreads();
     }
-#pragma unroll
-    for (int j = 0; j < 8; j++) parts[threadIdx.x][j] = sum[j];
-    __syncthreads();
     if (threadIdx.x >= n) return;
-    float total = 0.f;
-    for (int i = 0; i < step; i++) total += parts[i * lanes + threadIdx.x / 8][threadIdx.x % 8];
-    s.means[(size_t(c) * p.key_heads + blockIdx.y) * n + threadIdx.x] = total / float(p.size);
-}
-
-// Means as two parts, [chunks, key_heads, 2, n]; 8 channels a thread. What isn't full becomes zero.
-template <class T> __device__ void split(const Plan& p, T* parts, int n) {
-    const Sequence& s = sequence_of<&Sequence::chunk_base>(p, blockIdx.x);
-    const int c = int(blockIdx.x) - s.chunk_base;
-    const bool full = (c + 1) * p.size <= s.past + s.len;
-    for (int i = threadIdx.x; i < p.key_heads * n / 8; i += blockDim.x) {
-        Vec x = zeros(), low;
-        if (full) x = load(s.means + size_t(c) * p.key_heads * n + i * 8);
-#pragma unroll
-        for (int j = 0; j < 8; j++) low[j] = x[j] - to_f32(from_f32<T>(x[j]));
-        T* to = parts + size_t(blockIdx.x) * p.key_heads * 2 * n + size_t(i * 8 / n) * 2 * n + i * 8 % n;
-        store(to, x);
-        store(to + n, low);
+    float mean = 0.f;
+    if (known) {
+        mean = to[threadIdx.x];
+    } else if (full) {
+        for (int i = 0; i < blockDim.x / 32; i++) mean += sums[i][threadIdx.x];
+        mean /= float(p.size);
+        to[threadIdx.x] = mean;
     }
+    if (!parts) return;
+    T* two = parts + (size_t(blockIdx.x) * p.key_heads + blockIdx.y) * 2 * n + threadIdx.x;
+    two[0] = from_f32<T>(mean);
+    two[n] = from_f32<T>(mean - to_f32(two[0]));
 }
 
 // The K best of what comes, best first; the slots in front of `first` are out of use.
@@ -88,6 +89,20 @@ template <int K> struct Best {
     }
 };
 
+// The K greatest of what comes, greatest first; `first` of them are out of use.
+template <int K> struct Greatest {
+    float score[K];
+    __device__ __forceinline__ Greatest(int first) {
+#pragma unroll
+        for (int j = 0; j < K; j++) score[j] = j < first ? INFINITY : -INFINITY;
+    }
+    __device__ __forceinline__ void insert(float s) {
+#pragma unroll
+        for (int j = K - 1; j > 0; j--) score[j] = fmaxf(score[j], fminf(s, score[j - 1]));
+        score[0] = fmaxf(score[0], s);
+    }
+};
+
 constexpr int AT_ONCE = 32; // chunks that are scored at a time
 
 // Scores in f32 on CUDA cores, by each thread for its query.
@@ -118,17 +133,23 @@ template <class T, int N> struct TensorScores {
     static constexpr int PITCH = N + 8, STAGE = 2 * AT_ONCE * PITCH;
     const Plan& p;
     const Sequence& s;
-    const T *q, *parts; // of the block's first query; of the sequence's chunk 0
+    const T *q, *parts; // of the block's first query; of the sequence's chunk 0 and the key head
     int rows;           // queries
     float (*scores)[QUERIES + 4];
     T* tiles; // two stages of means; before them the queries come here
     uint32_t a[2][N / 16][4];
 
+    // A thread copies a vector of every (QUERIES / (N / 4))th chunk's mean, of one of its parts.
     __device__ __forceinline__ void fetch(int low, int end) {
-        T* to = tiles + low / AT_ONCE % 2 * STAGE;
-        for (int i = threadIdx.x; i < 2 * AT_ONCE * N / 8; i += QUERIES) {
-            const int part = i / (N / 8), col = i % (N / 8) * 8, c = low + part / 2;
-            copy_async(to + (part % 2 * AT_ONCE + part / 2) * PITCH + col, parts + (c < end ? ((size_t(c) * p.key_heads + blockIdx.y / p.share) * 2 + part % 2) * N + col : 0), c < end);
+        constexpr int V = N / 8, STEP = QUERIES / (2 * V);
+        const int first = threadIdx.x / (2 * V), half = threadIdx.x / V % 2, col = threadIdx.x % V * 8, stride = p.key_heads * 2 * N;
+        const T* from = parts + size_t(low + first) * stride + half * N + col;
+        T* to = tiles + low / AT_ONCE % 2 * STAGE + (half * AT_ONCE + first) * PITCH + col;
+#pragma unroll
+        for (int c = 0; c < AT_ONCE; c += STEP) {
+            const bool valid = low + first + c < end;
+            copy_async(to + c * PITCH, valid ? from : parts, valid);
+            from += size_t(STEP) * stride;
         }
         copy_commit();
     }
@@ -152,7 +173,8 @@ template <class T, int N> struct TensorScores {
         __syncthreads();
         if (low + AT_ONCE < end) fetch(low + AT_ONCE, end);
         const T* tile = tiles + low / AT_ONCE % 2 * STAGE;
-        const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+        const int lane = threadIdx.x & 31;
+        float* to = &scores[2 * (lane & 3)][(threadIdx.x >> 5) * 32 + (lane >> 2)];
 #pragma unroll
         for (int j = 0; j < AT_ONCE / 16; j++) {
             float c[2][2][4] = {};
@@ -171,20 +193,45 @@ template <class T, int N> struct TensorScores {
 #pragma unroll
             for (int i = 0; i < 16; i++) {
                 const int m = i / 8, half = i / 4 % 2, e = i % 4;
-                scores[16 * j + 8 * half + 2 * t + e % 2][(threadIdx.x >> 5) * 32 + 16 * m + g + 8 * (e / 2)] = c[m][half][e];
+                to[(16 * j + 8 * half + e % 2) * (QUERIES + 4) + 16 * m + 8 * (e / 2)] = c[m][half][e];
             }
         }
         __syncwarp(); // a warp's queries are its threads'
     }
 };
 
+// The sets of the block's queries that chose each chunk, if so wanted, become a run's counts (see lists.cuh).
+struct Chosen {
+    Set* sets; // null: not wanted
+    int* counts;
+    __device__ __forceinline__ void begin(const Sequence& s) const {
+        __syncthreads();
+        for (int c = threadIdx.x; sets && c < s.chunks; c += QUERIES) sets[c] = make_uint4(0, 0, 0, 0);
+        __syncthreads();
+    }
+    // This thread's query, which is listed or not, chose a chunk.
+    __device__ __forceinline__ void add(bool listed, int c) const {
+        if (listed) put(sets, c, threadIdx.x);
+    }
+    __device__ __forceinline__ bool lists(const Plan& p, int position) const { return sets && position >= p.dense; }
+    __device__ __forceinline__ void end(const Plan& p, const Sequence& s, int run) const {
+        __syncthreads();
+        for (int c = threadIdx.x; sets && c < s.chunks; c += QUERIES)
+            counts[size_t(blockIdx.y) * p.counts + s.count_base + size_t(run) * s.chunks + c] = size_of(sets[c]);
+    }
+};
+
 // picks [rows, heads, slots - 1]: K at a time, each time those after the last one of the time before.
-template <int K, class Scores> __device__ __forceinline__ void select(const Plan& p, Scores& from, const Sequence& s, int first, int* picks) {
+template <int K, class Scores> __device__ __forceinline__ void select(const Plan& p, Scores& from, const Sequence& s, int first, int* picks, const Chosen& chosen) {
     const int want = p.slots - 1, i = first + threadIdx.x;
     const int own = i < s.len ? (s.past + i) / p.size : 0, end = (s.past + min(first + QUERIES, s.len) - 1) / p.size;
+    const bool listed = chosen.lists(p, s.past + i);
     int* to = picks + (size_t(s.first_row + i) * p.heads + blockIdx.y) * want;
     if (end <= want) { // all that is past
-        for (int j = 0; i < s.len && j < want; j++) to[j] = j < own ? j : -1;
+        for (int j = 0; i < s.len && j < want; j++) {
+            to[j] = j < own ? j : -1;
+            if (j < own) chosen.add(listed, j);
+        }
         return;
     }
     float before = INFINITY;
@@ -218,7 +265,11 @@ template <int K, class Scores> __device__ __forceinline__ void select(const Plan
         best.sort();
 #pragma unroll
         for (int j = 0; j < K; j++)
-            if (i < s.len && j < count) to[done + j] = best.chunk[j] == 0x7fffffff ? -1 : best.chunk[j];
+            if (i < s.len && j < count) {
+                const bool real = best.chunk[j] != 0x7fffffff;
+                to[done + j] = real ? best.chunk[j] : -1;
+                if (real) chosen.add(listed, best.chunk[j]);
+            }
         if (done + K < want) __syncthreads();
     }
     if (want <= K || i >= s.len) return;
@@ -230,23 +281,109 @@ template <int K, class Scores> __device__ __forceinline__ void select(const Plan
     }
 }
 
+constexpr int CANDIDATES = 24; // that a query keeps at most
+struct Candidates {
+    float score[CANDIDATES][QUERIES];
+    uint16_t chunk[CANDIDATES][QUERIES];
+};
+
+// The same for at most K picks. A thread has the best scores in registers, and beside them, in ascending order of chunks, those that were among the best when they
+// came; when these are many they are looked through.
+template <int K, class Scores>
+__device__ __forceinline__ void select_few(const Plan& p, Scores& from, const Sequence& s, int first, int* picks, const Chosen& chosen, Candidates& kept) {
+    const int want = p.slots - 1, i = first + threadIdx.x;
+    const int own = i < s.len ? (s.past + i) / p.size : 0, end = (s.past + min(first + QUERIES, s.len) - 1) / p.size;
+    const bool listed = chosen.lists(p, s.past + i);
+    int* to = picks + (size_t(s.first_row + i) * p.heads + blockIdx.y) * want;
+    if (end <= want) { // all that is past
+        chosen.begin(s);
+        for (int j = 0; i < s.len && j < want; j++) {
+            to[j] = j < own ? j : -1;
+            if (j < own) chosen.add(listed, j);
+        }
+        return;
+    }
+    Greatest<K> best(K - want);
+    int count = 0;
+    // Leaves those that are among the best still: what is above the worst one, and of what equals it the first.
+    const auto look_through = [&] {
+        const float worst = best.score[K - 1];
+        int equal = want, left = 0;
+#pragma unroll
+        for (int j = 0; j < K; j++)
+            if (j >= K - want && best.score[j] > worst) equal--;
+#pragma unroll 4
+        for (int j = 0; j < CANDIDATES; j++) {
+            const float x = kept.score[j][threadIdx.x];
+            const uint16_t c = kept.chunk[j][threadIdx.x];
+            kept.score[left][threadIdx.x] = x;
+            kept.chunk[left][threadIdx.x] = c;
+            const bool same = x == worst && equal > 0, stays = j < count && (x > worst || same);
+            equal -= same;
+            left += stays;
+        }
+        count = left;
+    };
+    from.begin(end);
+    for (int low = 0; low < end; low += AT_ONCE) {
+        from.score(low, end);
+        if (p.sink + p.window > 0) {
+            for (int c = low; c < min(low + AT_ONCE, p.sink); c++) from.scores[c - low][threadIdx.x] = INFINITY;
+            for (int c = max(low, own - p.window); c < min(low + AT_ONCE, own); c++) from.scores[c - low][threadIdx.x] = INFINITY;
+        }
+        const float worst = best.score[K - 1];
+        unsigned marked = 0;
+#pragma unroll
+        for (int c = 0; c < AT_ONCE; c++)
+            if (from.scores[c][threadIdx.x] > worst) marked |= 1u << c;
+        if (own - low < AT_ONCE) marked &= own > low ? (1u << (own - low)) - 1 : 0;
+        while (__any_sync(~0u, marked != 0)) {
+            const int c = __clz(__brev(marked)) & 31;
+            const float x = marked ? from.scores[c][threadIdx.x] : -INFINITY;
+            best.insert(x);
+            kept.score[count][threadIdx.x] = x;
+            kept.chunk[count][threadIdx.x] = uint16_t(low + c);
+            count += marked && x >= best.score[K - 1];
+            marked &= marked - 1;
+            if (__any_sync(~0u, count == CANDIDATES)) look_through();
+        }
+    }
+    look_through();
+    chosen.begin(s); // where scores were
+    for (int j = 0; i < s.len && j < want; j++) {
+        const int c = j < count ? kept.chunk[j][threadIdx.x] : -1;
+        to[j] = c;
+        if (c >= 0) chosen.add(listed, c);
+    }
+}
+
 template <class T, int K> __device__ void select_exact(const Plan& p, const T* q, int* picks, int n) {
     __shared__ float scores[AT_ONCE][QUERIES + 4];
     const Sequence& s = sequence_of<&Sequence::query_base>(p, blockIdx.x);
     const int first = (int(blockIdx.x) - s.query_base) * QUERIES, i = first + threadIdx.x;
     ExactScores<T> from{p, s, i < s.len ? q + (size_t(s.first_row + i) * p.heads + blockIdx.y) * n : nullptr, n, scores};
-    select<K>(p, from, s, first, picks);
+    select<K>(p, from, s, first, picks, Chosen{nullptr, nullptr});
 }
 
-template <class T, int N, int K> __device__ void select_tensor(const Plan& p, const T* q, const T* parts, int* picks) {
+// With few chunks, if counts is given, also those of the runs.
+template <class T, int N, int K, bool FEW> __device__ void select_tensor(const Plan& p, const T* q, const T* parts, int* picks, int* counts) {
     DYNAMIC_SHARED(memory);
     const int block = gridDim.x - 1 - blockIdx.x; // later queries have more to do
     const Sequence& s = sequence_of<&Sequence::query_base>(p, block);
     const int first = (block - s.query_base) * QUERIES;
     auto* scores = reinterpret_cast<float(*)[QUERIES + 4]>(memory);
-    TensorScores<T, N> from{p, s, vector_of<N>(p, q, s.first_row + first, blockIdx.y), parts + size_t(s.chunk_base) * p.key_heads * 2 * N, s.len - first, scores,
-                            reinterpret_cast<T*>(memory + sizeof(float) * AT_ONCE * (QUERIES + 4))};
-    select<K>(p, from, s, first, picks);
+    T* tiles = reinterpret_cast<T*>(memory + sizeof(float) * AT_ONCE * (QUERIES + 4));
+    unsigned char* rest = reinterpret_cast<unsigned char*>(tiles + QUERIES * (N + 8));
+    Candidates* kept = reinterpret_cast<Candidates*>(rest);
+    const Chosen chosen{counts ? reinterpret_cast<Set*>(FEW ? memory : rest) : nullptr, counts};
+    TensorScores<T, N> from{p, s, vector_of<N>(p, q, s.first_row + first, blockIdx.y), parts + (size_t(s.chunk_base) * p.key_heads + blockIdx.y / p.share) * 2 * N, s.len - first, scores, tiles};
+    if constexpr (FEW) {
+        select_few<K>(p, from, s, first, picks, chosen, *kept);
+    } else {
+        chosen.begin(s);
+        select<K>(p, from, s, first, picks, chosen);
+    }
+    chosen.end(p, s, block - s.query_base);
 }
 
 } // namespace chunks

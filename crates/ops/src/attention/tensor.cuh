@@ -26,14 +26,15 @@ struct Tile {
 
     // The entry of row r; -1 past the end.
     __device__ __forceinline__ int entry(const Plan& p, int r) const {
-        return r >= count ? -1 : entries ? entries[r] : entry_of(p, row + r, p.slots - 1);
+        return r >= count ? -1 : entries ? entries[r] : entry_of(p, row + r, position + r < p.dense ? p.slots : p.slots - 1);
     }
 };
-// Tile `index` of head `y` of the group; by a warp, or by a thread alone.
-template <int M, bool ALONE = false> __device__ __forceinline__ Tile tile_of(const Plan& p, const List* lists, const int* entries, int index, int y) {
-    Tile t = {};
+// Makes t tile `index` of head `y` of the group; by a warp, or by a thread alone.
+template <int M, bool ALONE = false> __device__ __forceinline__ void tile_of(Tile& t, const Plan& p, const List* lists, const int* entries, int index, int y) {
     t.y = y;
-    if (index >= p.tiles) return t;
+    t.count = 0;
+    t.entries = nullptr;
+    if (index >= p.tiles) return;
     const Sequence& s = sequence_of<&Sequence::tile_base, ALONE>(p, index);
     t.keys = s.keys;
     t.values = s.values;
@@ -43,9 +44,9 @@ template <int M, bool ALONE = false> __device__ __forceinline__ Tile tile_of(con
         t.row = s.first_row + number * M;
         t.position = s.past + number * M;
         t.count = min(M, s.len - number * M);
-        t.from = t.position / p.size * p.size;
+        t.from = low_of(p, t.position);
         t.to = t.position + t.count;
-        return t;
+        return;
     }
     number -= own;
     const List* all = lists_of(p, s, lists, y);
@@ -56,7 +57,6 @@ template <int M, bool ALONE = false> __device__ __forceinline__ Tile tile_of(con
     t.count = max(0, min(M, list.size - begin));
     t.from = c * p.size;
     t.to = t.from + p.size;
-    return t;
 }
 
 // Row of a tile that a lane has as half h of block m: a block is 64 rows, 16 a warp.
@@ -117,7 +117,8 @@ __device__ __forceinline__ void each_tile(const Plan& p, const List* lists, cons
     __shared__ int entry[4][M];
     const int head = p.first + blockIdx.y, warp = threadIdx.x / 32;
     if (warp < p.together) {
-        const Tile t = tile_of<M>(p, lists, entries, blockIdx.x * p.together + warp, blockIdx.y);
+        Tile t = {};
+        tile_of<M>(t, p, lists, entries, blockIdx.x * p.together + warp, blockIdx.y);
         if (threadIdx.x % 32 == 0) tiles[warp] = t;
     }
     __syncthreads();
@@ -285,6 +286,7 @@ template <int N> struct Vector {
 template <class T, int N> __device__ __forceinline__ void merge(const Plan& p, const int* picks, const T* parts, const float* part_lse, T* y, float* lse) {
     constexpr int LANES = N / 8;
     const Vector<N> v(p);
+    if (dense_row(p, v.row)) return;
     const float* l = part_lse + v.number * p.slots;
     Vec sum = v.part(p, parts, p.slots - 1);
     float top = l[p.slots - 1], total = 1.f;
@@ -320,6 +322,7 @@ template <class T, int N> __device__ __forceinline__ void merge(const Plan& p, c
 template <class T, int N> __device__ __forceinline__ void merge_dq(const Plan& p, const int* picks, const T* parts, T* dq) {
     constexpr int LANES = N / 8;
     const Vector<N> v(p);
+    if (dense_row(p, v.row)) return;
     Vec sum = v.part(p, parts, p.slots - 1);
     for (int first = 0; first < p.slots - 1; first += LANES) {
         const float weight = v.used(p, picks, first + v.lane) ? 1.f : 0.f;

@@ -41,7 +41,14 @@ template <int N> __device__ __forceinline__ void fewer_registers() { asm volatil
 
 // Rows from an address on as an operand: eight rows of 128 bytes are a pattern, the next one is 1024 bytes on.
 __device__ __forceinline__ uint64_t operand(Address p) { return uint64_t(p >> 4 | 1 << 16) | uint64_t(64 | 1 << 30) << 32; }
-__device__ __forceinline__ uint64_t operand_at(uint64_t operand, int bytes) { return operand + (bytes >> 4); }
+__device__ __forceinline__ uint64_t operand_at(uint64_t operand, int bytes) { return operand >> 32 << 32 | (uint32_t(operand) + uint32_t(bytes >> 4)); }
+// The same for the whole warp, as the compiler then knows.
+__device__ __forceinline__ uint64_t uniform(uint64_t operand) { return operand >> 32 << 32 | __shfl_sync(~0u, uint32_t(operand), 0); }
+// Computed once, not wherever it is used.
+__device__ __forceinline__ Address kept(Address p) {
+    asm volatile("" : "+r"(p));
+    return p;
+}
 // Before products that use registers written since the last ones.
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 // Closes the group of products begun since the last call.
@@ -53,20 +60,25 @@ template <int C> __device__ __forceinline__ void keep_order(float (&d)[C][4]) {
 #pragma unroll
     for (int i = 0; i < 4 * C; i++) asm volatile("" : "+f"(d[i / 4][i % 4])::"memory");
 }
+// All of these are there.
+template <int K> __device__ __forceinline__ void keep_order(uint32_t (&a)[K][4]) {
+#pragma unroll
+    for (int i = 0; i < 4 * K; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
 
 #define D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define D16(i) D4(i), D4(i + 1), D4(i + 2), D4(i + 3)
 #define WGMMA_64(TYPE)                                                                                                                  \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                                              \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                        \
                  " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}," \
-                 " {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"                                                                                 \
+                 " {%32,%33,%34,%35}, %36, p, 1, 1, 1;}"                                                                                \
                  : D16(0), D16(4)                                                                                                       \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)))
 template <class T> constexpr bool IS_F16 = false;
 template <> constexpr bool IS_F16<f16> = true;
 
-// Begins d += a b for 16 inner indices, which are b's rows.
-template <class T> __device__ __forceinline__ void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
+// Begins d = (add ? d : 0) + a b for 16 inner indices, which are b's rows.
+template <class T> __device__ __forceinline__ void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
     if constexpr (IS_F16<T>)
         WGMMA_64("f16");
     else
@@ -125,10 +137,13 @@ template <int N> void more_registers() {}
 template <int N> void fewer_registers() {}
 inline uint64_t operand(Address p) { return p; }
 inline uint64_t operand_at(uint64_t operand, int bytes) { return operand + bytes; }
+inline uint64_t uniform(uint64_t operand) { return operand; }
+inline Address kept(Address p) { return p; }
 inline void products_begin() {}
 inline void products_commit() {}
 template <int N> void products_wait() {}
 template <int C> void keep_order(float (&)[C][4]) {}
+template <int K> void keep_order(uint32_t (&)[K][4]) {}
 
 template <class T, int C> void wgmma_emulated(float (&d)[C][4], const uint32_t (&a)[4], uint64_t b, bool add, bool rows) {
     struct Fragment {
@@ -153,7 +168,7 @@ template <class T, int C> void wgmma_emulated(float (&d)[C][4], const uint32_t (
     }
     __syncwarp();
 }
-template <class T> void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) { wgmma_emulated<T>(d, a, b, true, true); }
+template <class T> void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool add) { wgmma_emulated<T>(d, a, b, add, true); }
 template <class T, int C> void wgmma(float (&d)[C][4], uint64_t a, uint64_t b, bool add) {
     const int lane = emulator::state->self->lane, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
     uint32_t rows[4];
@@ -174,10 +189,10 @@ template <class T, int C> __device__ __forceinline__ void begin_times_rows(float
 #pragma unroll
     for (int k = 0; k < 4; k++) wgmma<T>(c, operand_at(a, 32 * k), operand_at(rows, 32 * k), k > 0);
 }
-// Begins o += A R for 16 K rows of a tile.
-template <class T, int K> __device__ __forceinline__ void begin_add_product(float (&o)[8][4], const uint32_t (&a)[K][4], uint64_t rows) {
+// Begins o = (add ? o : 0) + A R for 16 K rows of a tile.
+template <class T, int K> __device__ __forceinline__ void begin_add_product(float (&o)[8][4], const uint32_t (&a)[K][4], uint64_t rows, bool add = true) {
 #pragma unroll
-    for (int k = 0; k < K; k++) wgmma<T>(o, a[k], operand_at(rows, 16 * 128 * k));
+    for (int k = 0; k < K; k++) wgmma<T>(o, a[k], operand_at(rows, 16 * 128 * k), add || k > 0);
 }
 
 } // namespace chunks
