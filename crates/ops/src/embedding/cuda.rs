@@ -6,12 +6,12 @@ use anser_tensor::{Buf, Context};
 
 static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 
-/// `rows` in the type of activations.
-pub(super) fn forward(ctx: &Context, gpu: &Cuda, rows: DevicePtr, tokens: &[u32], y: &Buf, c: usize) {
-    let ids: Vec<i32> = tokens.iter().map(|&t| t as i32).collect();
-    let ids = table(ctx, &ids);
-    let args = [rows.into(), ids.ptr().into(), y.ptr().into(), int(c)];
-    gpu.launch(&KERNELS, &kernel(ctx, "embedding"), [tokens.len(), 1, 1], [128, 1, 1], &args);
+/// Rows `ids` of `rows`, which are in the type of activations.
+pub(crate) fn rows_of(ctx: &Context, gpu: &Cuda, rows: DevicePtr, ids: &[u32], y: &Buf, c: usize) {
+    let words: Vec<i32> = ids.iter().map(|&t| t as i32).collect();
+    let words = table(ctx, &words);
+    let args = [rows.into(), words.ptr().into(), y.ptr().into(), int(c)];
+    gpu.launch(&KERNELS, &kernel(ctx, "embedding"), [ids.len(), 1, 1], [128, 1, 1], &args);
 }
 
 /// Tokens grouped by id, each group summed in order.
