@@ -278,6 +278,7 @@ impl<T: Tasks> Experiment<T> {
         let len = rows(0, 0, 1, task.answers).tokens.len();
         let model = Model::init(ctx, config, Init::Current, run.seed)?;
         let mut trainer = Trainer::new(ctx, model, recipe.settings(len, run.lr));
+        trainer.record_steps(true);
         let few = test(64.min(recipe.test_rows), task.answers);
         let mut losses = Vec::new();
         let make = |step| {

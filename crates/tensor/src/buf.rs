@@ -191,6 +191,15 @@ pub struct Buf {
 }
 
 impl Buf {
+    /// All of `whole` once more, which lives as long as this.
+    pub(crate) fn inside(whole: &Arc<Buf>) -> Buf {
+        let data = match whole.data {
+            Data::Device(p) => Data::Device(p),
+            _ => Data::Dry,
+        };
+        Buf { data, len: whole.len, dtype: whole.dtype, pool: whole.pool.clone(), whole: Some(whole.clone()) }
+    }
+
     /// Number of elements, wherever they are.
     #[allow(clippy::len_without_is_empty)] // `is_empty` of the slice would disagree off the CPU
     pub fn len(&self) -> usize {
