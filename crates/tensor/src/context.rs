@@ -2,7 +2,7 @@ use crate::buf::Pool;
 use crate::cuda::Cuda;
 use crate::cuda::DevicePtr;
 use crate::pages::Pages;
-use crate::recorded::Uploads;
+use crate::recorded::{Slot, Uploads};
 use crate::{Buf, DType, Error, MemoryStats, ThreadPool};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -121,8 +121,7 @@ impl Context {
 
     /// The same device with memory of its own, which nothing else gets.
     pub(crate) fn apart(&self) -> Context {
-        let pool = Pool::new(self.is_dry(), self.cuda_shared().cloned());
-        Context::with(self.device(), self.dtype(), pool, 1)
+        Context::with(self.device(), self.dtype(), self.0.pool.keeping(), 1)
     }
 
     pub(crate) fn uploads(&self) -> MutexGuard<'_, Uploads> {
@@ -234,25 +233,36 @@ impl Context {
         b
     }
 
-    /// Integers on the GPU, as the bits of a buffer; `None` elsewhere.
+    /// Integers on the GPU, as the bits of a buffer; `None` elsewhere. Work that is repeated has others every time ([`crate::Recorded`]).
     pub fn upload_i32(&self, src: &[i32]) -> Option<Buf> {
+        self.upload(src, false)
+    }
+
+    /// The same for integers that say nothing of inputs, but may hold addresses.
+    pub fn upload_fixed(&self, src: &[i32]) -> Option<Buf> {
+        self.upload(src, true)
+    }
+
+    fn upload(&self, src: &[i32], fixed: bool) -> Option<Buf> {
         let cuda = self.cuda()?;
         let raw = raw(src);
         Some(match &mut *self.uploads() {
             Uploads::Once => self.upload_once(cuda, &raw),
             Uploads::Kept(slots) => {
-                let slot = Arc::new(self.upload_once(cuda, &raw));
+                let slot = Slot { buf: Arc::new(self.upload_once(cuda, &raw)), fixed };
                 slots.push(slot.clone());
-                Buf::inside(&slot)
+                Buf::inside(&slot.buf)
             }
             Uploads::Again(slots, given) => {
                 given.push(raw);
                 // Whoever asks for more than the first time, or for another length, is told so by `Recorded`.
-                let slot = slots.get(given.len() - 1).filter(|s| s.len() == src.len());
-                slot.map_or_else(|| self.alloc_f32(src.len()), Buf::inside)
+                let slot = slots.get(given.len() - 1).filter(|s| s.buf.len() == src.len());
+                slot.map_or_else(|| self.alloc_f32(src.len()), |s| Buf::inside(&s.buf))
             }
             Uploads::Noted(given) => {
-                given.push(raw);
+                if !fixed {
+                    given.push(raw);
+                }
                 self.alloc_f32(src.len())
             }
         })

@@ -2,7 +2,8 @@
 //!
 //! The inputs are what [`Context::upload_i32`] copies to the device. The first time the work is done as usual, in memory of its own, and keeps a
 //! place for every input; the second time it is recorded; from then on the same code runs in a context that computes and launches nothing, only to
-//! say what its inputs are, and what was recorded is launched.
+//! say what its inputs are, and what was recorded is launched. What is copied but is the same every time, as tables with addresses
+//! ([`Context::upload_fixed`]), is copied when the work is recorded.
 
 use crate::cuda::Graph;
 use crate::{Buf, Context, Error};
@@ -15,11 +16,19 @@ pub(crate) enum Uploads {
     #[default]
     Once,
     /// The same, to a place that is kept.
-    Kept(Vec<Arc<Buf>>),
+    Kept(Vec<Slot>),
     /// The places that were kept, in order, and what is to be copied there.
-    Again(Vec<Arc<Buf>>, Vec<Vec<u8>>),
-    /// What is to be copied, noted.
+    Again(Vec<Slot>, Vec<Vec<u8>>),
+    /// What is to be copied, but for what is fixed.
     Noted(Vec<Vec<u8>>),
+}
+
+/// A place on the device that is kept for something copied there.
+#[derive(Clone)]
+pub(crate) struct Slot {
+    pub(crate) buf: Arc<Buf>,
+    /// Whether it is the same every time.
+    pub(crate) fixed: bool,
 }
 
 /// Recorded work.
@@ -27,7 +36,7 @@ pub struct Recorded {
     ctx: Context,
     /// Where the work says its inputs and does nothing.
     dry: Context,
-    slots: Vec<Arc<Buf>>,
+    slots: Vec<Slot>,
     graph: Option<Graph>,
     times: u64,
 }
@@ -86,11 +95,16 @@ impl Recorded {
             let noted = std::mem::replace(&mut *self.ctx.uploads(), Uploads::Kept(Vec::new()));
             (done.transpose()?.map_or(Pass::Impossible, Pass::Recorded), noted)
         };
-        let (Uploads::Noted(inputs) | Uploads::Again(_, inputs)) = noted else { return Ok(Pass::Impossible) };
-        let fit = inputs.len() == self.slots.len() && inputs.iter().zip(&self.slots).all(|(i, s)| i.len() == s.bytes());
+        let (inputs, all) = match noted {
+            Uploads::Noted(inputs) => (inputs, false),
+            Uploads::Again(_, inputs) => (inputs, true),
+            _ => return Ok(Pass::Impossible),
+        };
+        let slots: Vec<&Slot> = self.slots.iter().filter(|s| all || !s.fixed).collect();
+        let fit = inputs.len() == slots.len() && inputs.iter().zip(&slots).all(|(i, s)| i.len() == s.buf.bytes());
         let Some(graph) = self.graph.as_ref().filter(|_| fit) else { return Ok(Pass::Impossible) };
-        for (slot, input) in self.slots.iter().zip(&inputs) {
-            cuda.upload(slot.ptr(), input);
+        for (slot, input) in slots.iter().zip(&inputs) {
+            cuda.upload(slot.buf.ptr(), input);
         }
         graph.replay();
         Ok(pass)

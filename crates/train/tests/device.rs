@@ -3,7 +3,7 @@
 //! Needs a GPU: `cargo test -p anser-train --test device -- --ignored` (the device is cuda:0).
 
 use anser_data::{Dataset, Options, Order, Tokens};
-use anser_model::{Config, Init, Model};
+use anser_model::{Config, Hybrid, Init, Model};
 use anser_tensor::{Context, DType, Device};
 use anser_train::{Bptt, Error, Hyper, LongCe, Recompute, Schedule, Settings, StepInfo, Trainer};
 
@@ -32,8 +32,11 @@ fn data() -> Dataset {
 }
 
 fn model() -> Model {
-    let config = Config { head_size: 32, ..Config::new(2, 64, 64) };
-    let mut m = Model::init(&Context::cpu(1), &config, Init::Current, 5).unwrap();
+    model_of(&Config { head_size: 32, ..Config::new(2, 64, 64) })
+}
+
+fn model_of(config: &Config) -> Model {
+    let mut m = Model::init(&Context::cpu(1), config, Init::Current, 5).unwrap();
     // Fresh models have zeros where gradients then don't flow.
     m.params_mut().values_mut().iter_mut().enumerate().for_each(|(i, v)| *v += 0.02 * (i as f32 * 0.7).sin());
     m
@@ -59,8 +62,8 @@ fn steps(ctx: &Context, settings: Settings) -> (Vec<StepInfo>, Vec<f32>) {
 #[ignore = "needs a GPU"]
 fn recorded_steps_are_the_same() {
     // Answers alone count in the second half of the steps, and from the last third on the head is frozen; tokens are ever others.
-    let run = |dtype, record, checkpointing| {
-        let mut t = Trainer::new(&gpu(dtype), model(), Settings { checkpointing, ..settings() });
+    let run = |config: &Config, dtype, record, checkpointing| {
+        let mut t = Trainer::new(&gpu(dtype), model_of(config), Settings { checkpointing, ..settings() });
         t.record_steps(record);
         let (mut infos, mut recorded) = (Vec::new(), 0);
         for step in 0..15 {
@@ -78,8 +81,17 @@ fn recorded_steps_are_the_same() {
         }
         (infos, t.model().params().current().into_owned(), recorded)
     };
-    for (dtype, checkpointing) in [(DType::F32, false), (DType::BF16, false), (DType::BF16, true)] {
-        let (want, got) = (run(dtype, false, checkpointing), run(dtype, true, checkpointing));
+    let plain = Config { head_size: 32, ..Config::new(2, 64, 64) };
+    let hybrid = Config { hybrid: Some(Hybrid { chunk: 8, topk: 2, ..Hybrid::new(1) }), ..plain.clone() };
+    let (f32, bf16) = (DType::F32, DType::BF16);
+    for (config, dtype, checkpointing) in [
+        (&plain, f32, false),
+        (&plain, bf16, false),
+        (&plain, bf16, true),
+        (&plain.clone().control(), bf16, false),
+        (&hybrid, bf16, false),
+    ] {
+        let (want, got) = (run(config, dtype, false, checkpointing), run(config, dtype, true, checkpointing));
         assert!(want.0 == got.0, "{dtype}: {:?}, not {:?}", got.0, want.0);
         let same = want.1.iter().zip(&got.1).all(|(a, b)| a.to_bits() == b.to_bits());
         assert!(same && want.2 == 0 && got.2 == 9, "{dtype}: {} steps were recorded", got.2);

@@ -5,7 +5,7 @@
 //! below a bound that counts no data.
 
 use super::Chunks;
-use crate::gpu::{int, kernel, table};
+use crate::gpu::{fixed, int, kernel};
 use anser_tensor::cuda::{Arg, Cuda, DevicePtr, Module};
 use anser_tensor::{Buf, Context, DType};
 use std::ops::Range;
@@ -149,7 +149,7 @@ impl Plan {
             all.queries += s.len.div_ceil(QUERIES);
             most_chunks = most_chunks.max(count);
         }
-        let sequences = table(ctx, &words);
+        let sequences = fixed(ctx, &words);
         let count = list.len();
         Plan { rows, heads, key_heads, n, chunks, between, sequences, count, all, most_chunks, run, piece, hopper }
     }
