@@ -266,9 +266,12 @@ fn embedding_and_cross_entropy() {
         check("select", &[Leaf(ROWS, c, 1.0, Kind::Act)], &[], |t, x, _| vec![t.select(&x[0], &[0, 3, 50, 119], 4)]);
         let weights: Vec<f32> = (0..ROWS).map(|i| i as f32 / 64.0).collect();
         // Most rows count, or few.
-        for (l2wrap, weights, few) in
-            [(false, None, false), (true, Some(&weights[..]), false), (false, None, true), (true, Some(&weights[..]), true)]
-        {
+        for (l2wrap, weights, few) in [
+            (false, None, false),
+            (true, Some(&weights[..]), false),
+            (false, None, true),
+            (true, Some(&weights[..]), true),
+        ] {
             let target = |i| if (i % 7 == 0) != few { -1 } else { i * 5 % vocab as i32 };
             let targets: Vec<i32> = (0..ROWS as i32).map(target).collect();
             let total = std::cell::Cell::new(0.0);
