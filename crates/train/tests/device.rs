@@ -61,17 +61,17 @@ fn steps(ctx: &Context, settings: Settings) -> (Vec<StepInfo>, Vec<f32>) {
 #[test]
 #[ignore = "needs a GPU"]
 fn recorded_steps_are_the_same() {
-    // Answers alone count in the second half of the steps, and from the last third on the head is frozen; tokens are ever others.
+    // In the second half of the steps answers alone count, and the head is frozen; tokens are ever others.
     let run = |config: &Config, dtype, record, checkpointing| {
         let mut t = Trainer::new(&gpu(dtype), model_of(config), Settings { checkpointing, ..settings() });
         t.record_steps(record);
         let (mut infos, mut recorded) = (Vec::new(), 0);
-        for step in 0..15 {
-            if step == 10 {
+        for step in 0..8 {
+            if step == 4 {
                 t.set_trainable(|name| name != "head.weight");
             }
             let mut micro = [data().train(3 * step, 2), data().train(3 * step + 2, 2)];
-            for b in micro.iter_mut().filter(|_| step >= 5) {
+            for b in micro.iter_mut().filter(|_| step >= 4) {
                 b.targets.iter_mut().enumerate().filter(|(i, _)| i % 5 != 2).for_each(|(_, t)| *t = -1);
             }
             infos.push(t.step(&micro).unwrap());
@@ -83,18 +83,16 @@ fn recorded_steps_are_the_same() {
     };
     let plain = Config { head_size: 32, ..Config::new(2, 64, 64) };
     let hybrid = Config { hybrid: Some(Hybrid { chunk: 8, topk: 2, ..Hybrid::new(1) }), ..plain.clone() };
-    let (f32, bf16) = (DType::F32, DType::BF16);
     for (config, dtype, checkpointing) in [
-        (&plain, f32, false),
-        (&plain, bf16, false),
-        (&plain, bf16, true),
-        (&plain.clone().control(), bf16, false),
-        (&hybrid, bf16, false),
+        (&plain, DType::F32, true),
+        (&plain, DType::BF16, false),
+        (&plain.clone().control(), DType::BF16, false),
+        (&hybrid, DType::BF16, false),
     ] {
         let (want, got) = (run(config, dtype, false, checkpointing), run(config, dtype, true, checkpointing));
         assert!(want.0 == got.0, "{dtype}: {:?}, not {:?}", got.0, want.0);
         let same = want.1.iter().zip(&got.1).all(|(a, b)| a.to_bits() == b.to_bits());
-        assert!(same && want.2 == 0 && got.2 == 9, "{dtype}: {} steps were recorded", got.2);
+        assert!(same && want.2 == 0 && got.2 == 4, "{dtype}: {} steps were recorded", got.2);
     }
 }
 
