@@ -6,7 +6,7 @@
 
 --data is what is trained on; --text, a file that isn't in it, is the haystack of the tests and what bits per byte are measured on. Goes on from --out
 if it is there: a variant and seed that has a result is not run again. --gpus and --jobs say how many run at a time; --quick tries everything out on
-a CPU with a few tokens; --only many runs the variants with many needles.
+a CPU with a few tokens; --only many runs the variants with many needles, --only loss those that compare what of a row is learnt.
 """
 
 import argparse
@@ -29,7 +29,8 @@ BASE = {
     "task": "niah2",
     "tests": {1: [4096, 16384, 32768, 65536, 131072]},
     "answer_only": True,
-    "long_ce": False,
+    "long_ce": False,  # with short contexts of a 16th of a row
+    "normalise": False,  # of its weights
     "first": (16384, 200),
     "second": (65536, 600),
 }
@@ -39,6 +40,9 @@ MANY = {
     "tests": {4: [2048, 8192], 16: [2048, 8192, 16384], 64: [8192]},
     "stages": [(4, 640, 26, 750, 1e-3, 1e-3), (16, 2048, 8, 250, 6e-4, 1e-5)],
 }
+# The same, and the first test lengths alone, for what of a row is learnt and how it is weighted.
+WHAT = {**MANY, "tests": {4: [2048, 8192], 16: [2048, 8192]}}
+ALL_TEXT = {**WHAT, "answer_only": False}
 MANY_ALONE = {**MANY, "train_only": ["moba.*"], "stages": [(4, 640, 26, 900, 1.5e-3, 1.5e-3), (16, 2048, 8, 250, 6e-4, 1e-5)]}
 PASSKEY = {"task": "passkey", "first": (16384, 1000), "second": (65536, 900)}
 VARIANTS = {
@@ -63,6 +67,10 @@ VARIANTS = {
     "many, 2 blocks": MANY,
     "many, 4 blocks": {**MANY, "layers": 4},
     "many, 4 blocks alone trained": {**MANY_ALONE, "layers": 4},
+    "loss, answers": WHAT,
+    "loss, all text, CE": ALL_TEXT,
+    "loss, all text, LongCE": {**ALL_TEXT, "long_ce": True},
+    "loss, all text, LongCE, mean of 1": {**ALL_TEXT, "long_ce": True, "normalise": True},
 }
 # Bounds on what attention keeps, tried with the first seed of a variant: needles, tokens, samples of a depth; tokens kept, how they are chosen, whether
 # one by one.
@@ -129,6 +137,12 @@ class Job:
         self.anser("train", config, *sets)
         return self.path(name + "/model.safetensors")
 
+    def weighting(self, ctx):
+        if not self.spec["long_ce"]:
+            return {}
+        fields = {f"train.long_ce_{k}": ctx // 16 for k in ("context", "stride", "from")}
+        return fields | {"train.long_ce_normalise": self.spec["normalise"]}
+
     def trained(self):
         """The model of the last stage. RWKV-7 alone has no block to train first, and gets those tokens in its only stage."""
         spec, model = self.spec, self.args.model
@@ -144,6 +158,7 @@ class Job:
                 fields = {"train.rows": rows, "train.lr_init": first_rate, "train.lr_final": last_rate, "train.warmup": min(20, steps)}
                 fields |= {"data.needles": 1.0, "data.needle_keys": keys, "data.needle_asked": keys, "data.seed": 100 * i + self.seed}
                 fields["data.needle_min"] = 60 + 120 * keys if keys < 8 else 120 * keys
+                fields |= self.weighting(ctx)
                 model = self.train(model, name, ctx, steps, spec.get("train_only", []), **fields)
             return model
         if spec["layers"]:
@@ -153,9 +168,7 @@ class Job:
         else:
             steps += first * first_ctx // ctx
         fields = {"train.lr_init": 6e-4, "train.lr_final": 1e-5, "train.warmup": min(20, steps), "data.needle_min": max(200, ctx * 6 // 64)}
-        if spec["long_ce"]:
-            fields |= {f"train.long_ce_{k}": ctx // 16 for k in ("context", "stride")} | {"train.long_ce_from": ctx // 16}
-        return self.train(model, "second", ctx, steps, **fields)
+        return self.train(model, "second", ctx, steps, **fields | self.weighting(ctx))
 
     def find(self, model, keys, lengths, count, cache=()):
         """Right answers and questions of each length, where a sample has so many needles."""

@@ -16,6 +16,7 @@ use std::io::Write;
 use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
@@ -277,35 +278,44 @@ impl<T: Tasks> Experiment<T> {
         let len = rows(0, 0, 1, task.answers).tokens.len();
         let model = Model::init(ctx, config, Init::Current, run.seed)?;
         let mut trainer = Trainer::new(ctx, model, recipe.settings(len, run.lr));
+        trainer.record_steps(true);
         let few = test(64.min(recipe.test_rows), task.answers);
         let mut losses = Vec::new();
-        while trainer.steps() < recipe.steps && !stop.load(Ordering::SeqCst) {
-            let batch = rows(run.seed, trainer.steps(), recipe.rows, task.answers);
-            let micro: Vec<Batch> = (0..recipe.rows)
-                .step_by(recipe.micro_rows)
-                .map(|r| batch.slice(len, r, (r + recipe.micro_rows).min(recipe.rows)))
-                .collect();
-            match trainer.step(&micro) {
-                Ok(info) => losses.push(info.loss),
-                Err(e @ anser_train::Error::NotFinite { .. }) => {
-                    run.error = Some(e.to_string());
+        let make = |step| {
+            let batch = rows(run.seed, step, recipe.rows, task.answers);
+            let micro = |r| batch.slice(len, r, (r + recipe.micro_rows).min(recipe.rows));
+            (0..recipe.rows).step_by(recipe.micro_rows).map(micro).collect::<Vec<Batch>>()
+        };
+        let (curve, error) = thread::scope(|s| -> Result<_, Error> {
+            // The rows of the next steps are made meanwhile: with small models that takes as long as a step. It ends when nobody wants more.
+            let (made, ready) = sync_channel(2);
+            s.spawn(move || (0..recipe.steps).all(|step| made.send(make(step)).is_ok()));
+            let mut curve = Vec::new();
+            for micro in ready {
+                if stop.load(Ordering::SeqCst) {
                     break;
                 }
-                Err(e) => return Err(e.into()),
-            }
-            let steps = trainer.steps();
-            if steps.is_multiple_of(recipe.eval_every) {
-                let right = accuracy(&hits(ctx, trainer.model(), &few)?, &[task.answers])[0].right;
-                run.curve.push((steps, right));
-                let recent = &losses[losses.len() - recipe.eval_every as usize..];
-                let (loss, seconds) = (recent.iter().sum::<f64>() / recent.len() as f64, start.elapsed().as_secs_f64());
-                let percent = 100.0 * right;
-                note(format!("{run}: step {steps}, loss {loss:.3}, {percent:.1}% right, {seconds:.0} s"));
-                if right >= recipe.stop_at {
-                    break;
+                match trainer.step(&micro) {
+                    Ok(info) => losses.push(info.loss),
+                    Err(e @ anser_train::Error::NotFinite { .. }) => return Ok((curve, Some(e.to_string()))),
+                    Err(e) => return Err(e.into()),
+                }
+                let steps = trainer.steps();
+                if steps.is_multiple_of(recipe.eval_every) {
+                    let right = accuracy(&hits(ctx, trainer.model(), &few)?, &[task.answers])[0].right;
+                    curve.push((steps, right));
+                    let recent = &losses[losses.len() - recipe.eval_every as usize..];
+                    let loss = recent.iter().sum::<f64>() / recent.len() as f64;
+                    let (percent, seconds) = (100.0 * right, start.elapsed().as_secs_f64());
+                    note(format!("{run}: step {steps}, loss {loss:.3}, {percent:.1}% right, {seconds:.0} s"));
+                    if right >= recipe.stop_at {
+                        break;
+                    }
                 }
             }
-        }
+            Ok((curve, None))
+        })?;
+        (run.curve, run.error) = (curve, error);
         let recent = &losses[losses.len().saturating_sub(100)..];
         (run.steps, run.loss) = (trainer.steps(), recent.iter().sum::<f64>() / recent.len().max(1) as f64);
         let longest = task.tested.iter().copied().max().unwrap_or(task.answers);
@@ -480,7 +490,7 @@ pub fn accuracy(hits: &[Vec<bool>], counts: &[usize]) -> Vec<Accuracy> {
 }
 
 /// Tokens computed at a time in tests.
-const TOKENS: usize = 4096;
+const TOKENS: usize = 16384;
 
 /// For each row of a batch of equally long rows, each one sequence, whether its answers (targets that are not ignored) are the
 /// most probable tokens after the right ones before them.
@@ -498,14 +508,16 @@ pub fn hits(ctx: &Context, model: &Model, b: &Batch) -> Result<Vec<Vec<bool>>, E
         let state = State::zeros(ctx, model.config(), 0);
         let segments = batch(b.starts.len(), len, false).into();
         let (hidden, _) = model.forward(&mut tape, &b.tokens, &segments, &state, false)?;
+        let answers: Vec<u32> = (0..b.targets.len() as u32).filter(|&i| b.targets[i as usize] >= 0).collect();
+        let hidden = tape.select(&hidden, &answers, answers.len());
         let logits = model.logits(&mut tape, &hidden).to_vec();
         ctx.check()?;
-        let right = |(row, &target): (&[f32], &i32)| {
+        let first = out.len();
+        out.resize(first + b.starts.len(), Vec::new());
+        for (row, &at) in logits.chunks_exact(vocab).zip(&answers) {
             let best = (0..row.len()).fold(0, |b, i| if row[i] > row[b] { i } else { b });
-            (target >= 0).then_some(best as i32 == target)
-        };
-        let all: Vec<Option<bool>> = logits.chunks_exact(vocab).zip(&b.targets).map(right).collect();
-        out.extend(all.chunks_exact(len).map(|row| row.iter().flatten().copied().collect::<Vec<bool>>()));
+            out[first + at as usize / len].push(best as i32 == b.targets[at as usize]);
+        }
     }
     Ok(out)
 }

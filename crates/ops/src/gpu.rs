@@ -57,3 +57,8 @@ pub(crate) fn segments(ctx: &Context, segments: &Arc<[Segment]>) -> DevicePtr {
 pub(crate) fn table(ctx: &Context, words: &[i32]) -> Buf {
     ctx.upload_i32(words).unwrap_or_else(|| ctx.alloc_f32(words.len()))
 }
+
+/// The same of integers that are no inputs, but shapes and addresses.
+pub(crate) fn fixed(ctx: &Context, words: &[i32]) -> Buf {
+    ctx.upload_fixed(words).unwrap_or_else(|| ctx.alloc_f32(words.len()))
+}

@@ -31,6 +31,7 @@ pub mod norm_shift;
 pub mod read_out;
 pub mod relu_squared;
 pub mod rotary;
+pub mod select;
 pub mod token_shift;
 pub mod value_residual;
 

@@ -263,9 +263,17 @@ fn embedding_and_cross_entropy() {
     for vocab in [304, 65] {
         let ids: Vec<u32> = (0..ROWS as u32).map(|i| i * i % vocab).collect();
         check("embedding", &[], &[(vocab as usize, c)], |t, _, p| vec![t.embedding(&ids, &Weight::OutIn(p[0]))]);
-        let targets: Vec<i32> = (0..ROWS as i32).map(|i| if i % 7 == 0 { -1 } else { i * 5 % vocab as i32 }).collect();
+        check("select", &[Leaf(ROWS, c, 1.0, Kind::Act)], &[], |t, x, _| vec![t.select(&x[0], &[0, 3, 50, 119], 4)]);
         let weights: Vec<f32> = (0..ROWS).map(|i| i as f32 / 64.0).collect();
-        for (l2wrap, weights) in [(false, None), (true, Some(&weights[..]))] {
+        // Most rows count, or few.
+        for (l2wrap, weights, few) in [
+            (false, None, false),
+            (true, Some(&weights[..]), false),
+            (false, None, true),
+            (true, Some(&weights[..]), true),
+        ] {
+            let target = |i| if (i % 7 == 0) != few { -1 } else { i * 5 % vocab as i32 };
+            let targets: Vec<i32> = (0..ROWS as i32).map(target).collect();
             let total = std::cell::Cell::new(0.0);
             check("cross_entropy", &[Leaf(ROWS, c, 1.0, Kind::Act)], &[(vocab as usize, c)], |t, x, p| {
                 let opts = CrossEntropy { divisor: 64.0, l2wrap };

@@ -60,11 +60,18 @@ pub(crate) struct Pool {
     state: Mutex<State>,
     dry: bool,
     cuda: Option<Arc<Cuda>>,
+    /// Whether free buffers are kept whatever happens: recorded work goes on using them.
+    keeps: bool,
 }
 
 impl Pool {
     pub(crate) fn new(dry: bool, cuda: Option<Arc<Cuda>>) -> Arc<Pool> {
-        Arc::new(Pool { state: Mutex::default(), dry, cuda })
+        Arc::new(Pool { state: Mutex::default(), dry, cuda, keeps: false })
+    }
+
+    /// A pool on the same device that gives nothing back before it is dropped.
+    pub(crate) fn keeping(&self) -> Arc<Pool> {
+        Arc::new(Pool { state: Mutex::default(), dry: self.dry, cuda: self.cuda.clone(), keeps: true })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -165,6 +172,9 @@ impl Pool {
 
     /// Gives back the free buffers of the length that was used least recently: whether there were any.
     fn drop_oldest(&self, s: &mut State) -> bool {
+        if self.keeps {
+            return false;
+        }
         let Some((&room, _)) = s.free.iter().min_by_key(|(_, free)| free.used) else { return false };
         let Some(Free { buffers, .. }) = s.free.remove(&room) else { return false };
         s.stats.reserved -= room * buffers.len();
@@ -191,6 +201,15 @@ pub struct Buf {
 }
 
 impl Buf {
+    /// All of `whole` once more, which lives as long as this.
+    pub(crate) fn inside(whole: &Arc<Buf>) -> Buf {
+        let data = match whole.data {
+            Data::Device(p) => Data::Device(p),
+            _ => Data::Dry,
+        };
+        Buf { data, len: whole.len, dtype: whole.dtype, pool: whole.pool.clone(), whole: Some(whole.clone()) }
+    }
+
     /// Number of elements, wherever they are.
     #[allow(clippy::len_without_is_empty)] // `is_empty` of the slice would disagree off the CPU
     pub fn len(&self) -> usize {

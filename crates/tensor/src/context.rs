@@ -2,9 +2,10 @@ use crate::buf::Pool;
 use crate::cuda::Cuda;
 use crate::cuda::DevicePtr;
 use crate::pages::Pages;
+use crate::recorded::{Slot, Uploads};
 use crate::{Buf, DType, Error, MemoryStats, ThreadPool};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::{fmt, str::FromStr};
 
 /// Where work runs, chosen at run time.
@@ -48,6 +49,7 @@ struct Inner {
     threads: ThreadPool,
     pages: Pages,
     memo: Mutex<HashMap<(usize, &'static str), Table>>,
+    uploads: Mutex<Uploads>,
 }
 
 /// A device table and whether somebody still holds what it was made from.
@@ -113,7 +115,22 @@ impl Context {
             threads: ThreadPool::new(threads),
             pages: Pages::default(),
             memo: Mutex::default(),
+            uploads: Mutex::default(),
         }))
+    }
+
+    /// The same device with memory of its own, which nothing else gets.
+    pub(crate) fn apart(&self) -> Context {
+        Context::with(self.device(), self.dtype(), self.0.pool.keeping(), 1)
+    }
+
+    pub(crate) fn uploads(&self) -> MutexGuard<'_, Uploads> {
+        self.0.uploads.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Whether the work is to be done again with other inputs ([`crate::Recorded`]): then launches must not depend on them.
+    pub fn is_repeated(&self) -> bool {
+        !matches!(*self.uploads(), Uploads::Once)
     }
 
     /// The device.
@@ -216,14 +233,45 @@ impl Context {
         b
     }
 
-    /// Integers on the GPU, as the bits of a buffer; `None` elsewhere.
+    /// Integers on the GPU, as the bits of a buffer; `None` elsewhere. Work that is repeated has others every time ([`crate::Recorded`]).
     pub fn upload_i32(&self, src: &[i32]) -> Option<Buf> {
+        self.upload(src, false)
+    }
+
+    /// The same for integers that say nothing of inputs, but may hold addresses.
+    pub fn upload_fixed(&self, src: &[i32]) -> Option<Buf> {
+        self.upload(src, true)
+    }
+
+    fn upload(&self, src: &[i32], fixed: bool) -> Option<Buf> {
         let cuda = self.cuda()?;
-        let b = self.alloc_f32(src.len());
-        let mut raw = vec![0; src.len() * 4];
-        raw.as_chunks_mut().0.iter_mut().zip(src).for_each(|(to, v)| *to = v.to_le_bytes());
-        cuda.upload(b.ptr(), &raw);
-        Some(b)
+        let raw = raw(src);
+        Some(match &mut *self.uploads() {
+            Uploads::Once => self.upload_once(cuda, &raw),
+            Uploads::Kept(slots) => {
+                let slot = Slot { buf: Arc::new(self.upload_once(cuda, &raw)), fixed };
+                slots.push(slot.clone());
+                Buf::inside(&slot.buf)
+            }
+            Uploads::Again(slots, given) => {
+                given.push(raw);
+                // Whoever asks for more than the first time, or for another length, is told so by `Recorded`.
+                let slot = slots.get(given.len() - 1).filter(|s| s.buf.len() == src.len());
+                slot.map_or_else(|| self.alloc_f32(src.len()), |s| Buf::inside(&s.buf))
+            }
+            Uploads::Noted(given) => {
+                if !fixed {
+                    given.push(raw);
+                }
+                self.alloc_f32(src.len())
+            }
+        })
+    }
+
+    fn upload_once(&self, cuda: &Cuda, raw: &[u8]) -> Buf {
+        let b = self.alloc_f32(raw.len() / 4);
+        cuda.upload(b.ptr(), raw);
+        b
     }
 
     /// Where the integers that `make` gives are on the GPU: made once for as long as somebody else holds `key`, which many
@@ -231,16 +279,14 @@ impl Context {
     pub fn table<K: ?Sized + Send + Sync + 'static>(
         &self, key: &Arc<K>, what: &'static str, make: impl FnOnce() -> Vec<i32>,
     ) -> DevicePtr {
-        if self.cuda().is_none() {
-            return DevicePtr::NULL;
-        }
+        let Some(cuda) = self.cuda() else { return DevicePtr::NULL };
         let mut memo = self.0.memo.lock().unwrap_or_else(|e| e.into_inner());
         memo.retain(|_, table| (table.wanted)());
         let at = (Arc::as_ptr(key).cast::<()>() as usize, what);
         if let Some(table) = memo.get(&at) {
             return table.buf.ptr();
         }
-        let Some(buf) = self.upload_i32(&make()) else { return DevicePtr::NULL };
+        let buf = self.upload_once(cuda, &raw(&make()));
         // A weak reference keeps the address from being used again, so that it stays a key.
         let (p, owner) = (buf.ptr(), Arc::downgrade(key));
         let wanted = Box::new(move || owner.strong_count() > 0);
@@ -257,4 +303,11 @@ impl Context {
     pub fn trim(&self) {
         self.0.pool.trim();
     }
+}
+
+/// Integers as bytes.
+fn raw(src: &[i32]) -> Vec<u8> {
+    let mut raw = vec![0; src.len() * 4];
+    raw.as_chunks_mut().0.iter_mut().zip(src).for_each(|(to, v)| *to = v.to_le_bytes());
+    raw
 }

@@ -17,6 +17,7 @@ pub mod memory;
 pub mod packed;
 mod pages;
 mod quant;
+mod recorded;
 mod rows;
 pub mod simd;
 mod threads;
@@ -27,6 +28,7 @@ pub use context::{Context, Device};
 pub use dtype::{DType, WeightType};
 pub use matrix::{CodedPlaces, DeviceMatrix};
 pub use packed::Packed;
+pub use recorded::{Pass, Recorded};
 pub use rows::{GrowingRows, Guard};
 pub use threads::{DisjointMut, ThreadPool};
 

@@ -82,6 +82,7 @@ pub struct TrainConfig {
     pub checkpointing: bool,
     pub recompute: RecomputeMode,
     pub tune: bool,
+    pub record: bool,
     pub bptt: usize,
     pub bptt_mode: BpttMode,
     pub long_ce_context: usize,

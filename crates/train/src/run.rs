@@ -148,6 +148,7 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
         trainer.describe(TOKENIZER, t.name());
     }
 
+    trainer.record_steps(config.train.record);
     let micro = match config.train.micro_rows {
         0 => config.train.rows,
         n => n.min(config.train.rows),

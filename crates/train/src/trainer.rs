@@ -3,7 +3,7 @@ use anser_data::Batch;
 use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
 use anser_model::{Config, Load, Model, State};
 use anser_ops::{CrossEntropy, Loss, Recompute, Segment, Tape, Written, batch};
-use anser_tensor::{Buf, Context, DType};
+use anser_tensor::{Buf, Context, DType, Pass, Recorded};
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -80,6 +80,30 @@ pub struct Trainer {
     windows: Arc<[Segment]>,
     settings: Settings,
     metadata: BTreeMap<String, String>,
+    /// Whether steps are recorded, the last step's shape, and what was recorded with the losses that it fills.
+    record: bool,
+    shape: Option<Shape>,
+    recorded: Option<(Recorded, Vec<Loss>)>,
+}
+
+/// What steps have in common that are the same work on other tokens.
+#[derive(PartialEq)]
+struct Shape {
+    /// Of each micro-batch: tokens, targets that count, beginnings of sequences.
+    micro: Vec<(usize, usize, Vec<usize>)>,
+    settings: (usize, bool, bool, Recompute),
+    /// The address of the parameters' layout, which is held, so that it stays theirs.
+    layout: usize,
+    held: Held,
+}
+
+/// Held, and not compared.
+struct Held(#[allow(dead_code)] Arc<()>);
+
+impl PartialEq for Held {
+    fn eq(&self, _: &Held) -> bool {
+        true
+    }
 }
 
 /// Rows of a batch that are evaluated at a time.
@@ -153,7 +177,22 @@ impl Trainer {
             windows: Arc::new([]),
             settings,
             metadata: BTreeMap::new(),
+            record: false,
+            shape: None,
+            recorded: None,
         }
+    }
+
+    /// Whether, on a GPU, steps like the one before are recorded and launched as one piece of work, with the same results to the bit: faster where
+    /// kernels are so short that launching them takes longer. It takes the activations' memory for as long as it is on. Not with [`LongCe`], nor
+    /// where rows are cut into pieces.
+    pub fn record_steps(&mut self, record: bool) {
+        (self.record, self.shape, self.recorded) = (record, None, None);
+    }
+
+    /// Whether the last step was launched as one.
+    pub fn is_recorded(&self) -> bool {
+        self.recorded.as_ref().is_some_and(|(recorded, _)| recorded.is_recorded())
     }
 
     /// The model.
@@ -194,18 +233,27 @@ impl Trainer {
             }
             _ => 1.0,
         };
-        // A GPU overwrites them with the first gradients of the step.
-        let mut written = self.ctx.cuda().map(|_| Written::nothing(self.model.params()));
-        if written.is_none() {
-            self.grads.clear();
+        let mut done = None;
+        if let Some(mut recorded) = self.again(micro) {
+            match recorded.0.run(|ctx| self.gradients(ctx, micro, &short, factor, opts))? {
+                Pass::Done((losses, weight)) => done = Some((Some(losses), weight)),
+                Pass::Recorded((losses, weight)) => {
+                    recorded.1 = losses;
+                    done = Some((None, weight));
+                }
+                Pass::Again => done = Some((None, targets)),
+                Pass::Impossible => self.record = false,
+            }
+            self.recorded = Some(recorded).filter(|_| done.is_some());
         }
-        let (mut losses, mut weight) = (Vec::new(), 0.0);
-        for (b, short) in micro.iter().zip(&short) {
-            weight += self.back_propagate(b, short, factor, opts, written.as_mut(), &mut losses)?;
-        }
-        if let Some(w) = written {
-            w.clear_others(&self.ctx, self.model.params(), &self.grads);
-        }
+        let (losses, weight) = match done {
+            Some(done) => done,
+            None => {
+                let ctx = self.ctx.clone();
+                let (losses, weight) = self.gradients(&ctx, micro, &short, factor, opts)?;
+                (Some(losses), weight)
+            }
+        };
         let (step, settings) = (self.adam.steps, self.settings);
         let lr = settings.schedule.at(step);
         let norm = GradNorm::new(&self.ctx, self.model.params(), &self.grads, settings.grad_clip);
@@ -213,7 +261,8 @@ impl Trainer {
         // All work is under way; here the device is waited for.
         let (norm, mean_weight) = (norm.norm(), weight / targets);
         let unweighted = if settings.long_ce.is_some() { Loss::unweighted } else { Loss::loss };
-        let loss = losses.iter().map(unweighted).sum::<f64>();
+        let losses = losses.as_ref().or(self.recorded.as_ref().map(|(_, losses)| losses));
+        let loss = losses.into_iter().flatten().map(unweighted).sum::<f64>();
         self.ctx.check()?;
         if !(loss.is_finite() && norm.is_finite()) {
             self.adam.steps = step;
@@ -226,6 +275,52 @@ impl Trainer {
             return Err(Error::NotFinite { step, what });
         }
         Ok(StepInfo { step, loss, mean_weight, lr, grad_norm: norm })
+    }
+
+    /// What was recorded, or is going to be, of a step like the one before; it is put back when it went well.
+    fn again(&mut self, micro: &[Batch]) -> Option<(Recorded, Vec<Loss>)> {
+        let Settings { ctx, l2wrap, checkpointing, recompute, bptt, long_ce, .. } = self.settings;
+        if !self.record || bptt != Bptt::Whole || long_ce.is_some() {
+            return None;
+        }
+        let counted = |b: &Batch| b.targets.iter().filter(|t| **t >= 0).count();
+        let layout = self.model.params().layout().clone();
+        let shape = Shape {
+            micro: micro.iter().map(|b| (b.tokens.len(), counted(b), b.starts.clone())).collect(),
+            settings: (ctx, l2wrap, checkpointing, recompute),
+            layout: Arc::as_ptr(&layout) as usize,
+            held: Held(layout),
+        };
+        let recorded = self.recorded.take();
+        if self.shape.as_ref() != Some(&shape) {
+            self.shape = Some(shape);
+            return None;
+        }
+        recorded.or_else(|| {
+            let new = Recorded::new(&self.ctx)?;
+            // Steps take their memory there from now on.
+            self.ctx.trim();
+            Some((new, Vec::new()))
+        })
+    }
+
+    /// Enqueues the gradients of a step: its parts of the loss, and the sum of the weights of its targets.
+    fn gradients(
+        &mut self, ctx: &Context, micro: &[Batch], short: &[Vec<Option<f32>>], factor: f64, opts: CrossEntropy,
+    ) -> Result<(Vec<Loss>, f64), Error> {
+        // A GPU overwrites them with the first gradients of the step.
+        let mut written = ctx.cuda().map(|_| Written::nothing(self.model.params()));
+        if written.is_none() {
+            self.grads.clear();
+        }
+        let (mut losses, mut weight) = (Vec::new(), 0.0);
+        for (b, short) in micro.iter().zip(short) {
+            weight += self.back_propagate(ctx, b, short, factor, opts, written.as_mut(), &mut losses)?;
+        }
+        if let Some(w) = written {
+            w.clear_others(ctx, self.model.params(), &self.grads);
+        }
+        Ok((losses, weight))
     }
 
     /// Losses of a micro-batch with a short context, if targets are to be weighted by them.
@@ -269,7 +364,7 @@ impl Trainer {
     /// Adds the gradients of a micro-batch, and its parts of the loss to `losses`. Targets with a loss in `short` are weighted, all weights
     /// multiplied by `factor`; returns the sum of the weights before that.
     fn back_propagate(
-        &mut self, b: &Batch, short: &[Option<f32>], factor: f64, opts: CrossEntropy,
+        &mut self, ctx: &Context, b: &Batch, short: &[Option<f32>], factor: f64, opts: CrossEntropy,
         mut written: Option<&mut Written>, losses: &mut Vec<Loss>,
     ) -> Result<f64, Error> {
         let Settings { ctx: t, checkpointing, recompute, bptt, long_ce, .. } = self.settings;
@@ -277,14 +372,14 @@ impl Trainer {
         let mut sum = 0.0;
         self.segments = pieces.iter().map(|p| p.segments.clone()).collect();
         let slots = if pieces.len() > 1 { b.len(t) } else { 0 };
-        let mut state = State::zeros(&self.ctx, self.model.config(), slots);
+        let mut state = State::zeros(ctx, self.model.config(), slots);
         let mut record = |piece: &Piece, state: &State, from_next: Vec<Option<Buf>>| -> Result<State, Error> {
-            let tape = Tape::recording(&self.ctx, self.model.params(), &mut self.grads);
+            let tape = Tape::recording(ctx, self.model.params(), &mut self.grads);
             let mut tape = tape.noting(written.as_deref_mut()).recomputing(recompute);
             let (hidden, next) = self.model.forward(&mut tape, &piece.tokens, &piece.segments, state, checkpointing)?;
             let weighted = factor != 1.0 || piece.short.iter().any(Option::is_some);
             let weights = long_ce.filter(|_| weighted).map(|l| {
-                let mut weights = l.weights(&self.ctx, &self.model, &hidden, &piece.targets, &piece.short);
+                let mut weights = l.weights(ctx, &self.model, &hidden, &piece.targets, &piece.short);
                 sum += of_targets(&weights, &piece.targets);
                 weights.iter_mut().for_each(|w| *w = (f64::from(*w) * factor) as f32);
                 weights
@@ -309,7 +404,7 @@ impl Trainer {
         }
         let mut states = vec![state];
         for piece in &pieces[..pieces.len().saturating_sub(1)] {
-            let mut tape = Tape::inference(&self.ctx, self.model.params());
+            let mut tape = Tape::inference(ctx, self.model.params());
             let last = &states[states.len() - 1];
             let (_, next) = self.model.forward(&mut tape, &piece.tokens, &piece.segments, last, false)?;
             states.push(next);

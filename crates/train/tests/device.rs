@@ -3,7 +3,7 @@
 //! Needs a GPU: `cargo test -p anser-train --test device -- --ignored` (the device is cuda:0).
 
 use anser_data::{Dataset, Options, Order, Tokens};
-use anser_model::{Config, Init, Model};
+use anser_model::{Config, Hybrid, Init, Model};
 use anser_tensor::{Context, DType, Device};
 use anser_train::{Bptt, Error, Hyper, LongCe, Recompute, Schedule, Settings, StepInfo, Trainer};
 
@@ -32,8 +32,11 @@ fn data() -> Dataset {
 }
 
 fn model() -> Model {
-    let config = Config { head_size: 32, ..Config::new(2, 64, 64) };
-    let mut m = Model::init(&Context::cpu(1), &config, Init::Current, 5).unwrap();
+    model_of(&Config { head_size: 32, ..Config::new(2, 64, 64) })
+}
+
+fn model_of(config: &Config) -> Model {
+    let mut m = Model::init(&Context::cpu(1), config, Init::Current, 5).unwrap();
     // Fresh models have zeros where gradients then don't flow.
     m.params_mut().values_mut().iter_mut().enumerate().for_each(|(i, v)| *v += 0.02 * (i as f32 * 0.7).sin());
     m
@@ -53,6 +56,44 @@ fn steps(ctx: &Context, settings: Settings) -> (Vec<StepInfo>, Vec<f32>) {
     t.set_trainable(|_| true);
     infos.push(step(&mut t));
     (infos, t.model().params().current().into_owned())
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn recorded_steps_are_the_same() {
+    // In the second half of the steps answers alone count, and the head is frozen; tokens are ever others.
+    let run = |config: &Config, dtype, record, checkpointing| {
+        let mut t = Trainer::new(&gpu(dtype), model_of(config), Settings { checkpointing, ..settings() });
+        t.record_steps(record);
+        let (mut infos, mut recorded) = (Vec::new(), 0);
+        for step in 0..8 {
+            if step == 4 {
+                t.set_trainable(|name| name != "head.weight");
+            }
+            let mut micro = [data().train(3 * step, 2), data().train(3 * step + 2, 2)];
+            for b in micro.iter_mut().filter(|_| step >= 4) {
+                b.targets.iter_mut().enumerate().filter(|(i, _)| i % 5 != 2).for_each(|(_, t)| *t = -1);
+            }
+            infos.push(t.step(&micro).unwrap());
+            recorded += u32::from(t.is_recorded());
+            // Work in between has its own memory.
+            infos.last_mut().unwrap().lr += t.evaluate(&data().train(90 + step, 3)).unwrap();
+        }
+        (infos, t.model().params().current().into_owned(), recorded)
+    };
+    let plain = Config { head_size: 32, ..Config::new(2, 64, 64) };
+    let hybrid = Config { hybrid: Some(Hybrid { chunk: 8, topk: 2, ..Hybrid::new(1) }), ..plain.clone() };
+    for (config, dtype, checkpointing) in [
+        (&plain, DType::F32, true),
+        (&plain, DType::BF16, false),
+        (&plain.clone().control(), DType::BF16, false),
+        (&hybrid, DType::BF16, false),
+    ] {
+        let (want, got) = (run(config, dtype, false, checkpointing), run(config, dtype, true, checkpointing));
+        assert!(want.0 == got.0, "{dtype}: {:?}, not {:?}", got.0, want.0);
+        let same = want.1.iter().zip(&got.1).all(|(a, b)| a.to_bits() == b.to_bits());
+        assert!(same && want.2 == 0 && got.2 == 4, "{dtype}: {} steps were recorded", got.2);
+    }
 }
 
 #[test]

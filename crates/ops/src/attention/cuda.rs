@@ -5,7 +5,7 @@
 //! results of a row for each of its k chunks) stays below a bound that counts no data. Kernels start while those before end, and wait for these by themselves.
 
 use super::Chunks;
-use crate::gpu::{int, kernel, table};
+use crate::gpu::{fixed, int, kernel};
 use anser_tensor::cuda::{Arg, Cuda, DevicePtr, Launch, Module};
 use anser_tensor::{Buf, Context, DType};
 use std::ops::Range;
@@ -215,7 +215,7 @@ impl Plan {
             most_chunks = most_chunks.max(count);
             most_counts = most_counts.max(runs * count);
         }
-        let sequences = words.map(|w| table(ctx, &w));
+        let sequences = words.map(|w| fixed(ctx, &w));
         let count = list.len();
         Plan {
             rows,

@@ -66,5 +66,5 @@ pub(super) fn run(
         [1024, 1, 1],
         &[losses.ptr().into(), scales, total.ptr().into(), int(rows)],
     );
-    Loss(Place::Device { total, per_token: losses, divisor: opts.divisor })
+    Loss { place: Place::Device { total, per_token: losses, divisor: opts.divisor }, some: None }
 }

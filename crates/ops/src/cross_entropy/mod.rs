@@ -1,4 +1,5 @@
-//! Output head and cross entropy in one operation, over chunks of rows: the whole [tokens, V] matrix of logits never exists.
+//! Output head and cross entropy in one operation, over chunks of rows: the whole [tokens, V] matrix of logits never exists. Where
+//! many targets are ignored, as where answers alone are learnt, only the rows that count reach the head.
 //!
 //! loss = sum_i weight_i (logsumexp(z_i) - `z_i[target_i]`) / divisor, with z = x W^T, over rows whose target is not ignored.
 //! dz_i = (weight_i (softmax(z_i) - onehot) + `[L2Wrap]` 1e-4 max(z_i) onehot(argmax z_i)) / divisor.
@@ -24,7 +25,11 @@ pub struct CrossEntropy {
 }
 
 /// The loss and what it is made of. On a GPU it stays there until it is asked for, so that work goes on meanwhile.
-pub struct Loss(Place);
+pub struct Loss {
+    place: Place,
+    /// If only some rows went through the head: which, and how many there are.
+    some: Option<(Vec<u32>, usize)>,
+}
 
 enum Place {
     Host {
@@ -43,7 +48,7 @@ enum Place {
 impl Loss {
     /// sum of weight x loss over the divisor; waits for the device. 0 in a forecast.
     pub fn loss(&self) -> f64 {
-        match &self.0 {
+        match &self.place {
             Place::Host { loss, .. } => *loss,
             Place::Device { total, divisor, .. } => total.to_f64().first().map_or(0.0, |t| t / divisor),
         }
@@ -51,17 +56,32 @@ impl Loss {
 
     /// The same with all weights 1: the mean cross entropy, which tells how good a model is whatever it is trained for. Waits for the device.
     pub fn unweighted(&self) -> f64 {
-        let (Place::Host { divisor, .. } | Place::Device { divisor, .. }) = &self.0;
+        let (Place::Host { divisor, .. } | Place::Device { divisor, .. }) = &self.place;
         self.per_token().iter().map(|&l| l as f64).sum::<f64>() / divisor
     }
 
     /// Negative log-likelihood of each row in nats, unweighted; 0 for ignored rows. Waits for the device.
     pub fn per_token(&self) -> Vec<f32> {
-        match &self.0 {
+        let computed = match &self.place {
             Place::Host { per_token, .. } => per_token.clone(),
             Place::Device { per_token, .. } => per_token.to_vec(),
-        }
+        };
+        let Some((rows, all)) = &self.some else { return computed };
+        let mut each = vec![0.0; *all];
+        rows.iter().zip(computed).for_each(|(&row, loss)| each[row as usize] = loss);
+        each
     }
+}
+
+/// The rows whose target counts, if leaving out the others pays.
+fn some(targets: &[i32]) -> Option<Vec<u32>> {
+    let rows: Vec<u32> = (0..targets.len() as u32).filter(|&i| targets[i as usize] >= 0).collect();
+    (!rows.is_empty() && room(rows.len(), targets.len()) * 4 <= targets.len() * 3).then_some(rows)
+}
+
+/// Rows that are computed where `count` of `all` count: as few different numbers as memory and plans of products are kept for.
+fn room(count: usize, all: usize) -> usize {
+    count.next_multiple_of(all.div_ceil(16).max(1))
 }
 
 /// Logits held at a time: 4 Mi, 16 MiB.
@@ -126,13 +146,30 @@ fn row(z: &mut [f32], target: usize, weight: f64, opts: CrossEntropy, grad: bool
 
 impl<'p> Tape<'p> {
     /// Cross entropy of x [tokens, C] through the head [V, C] against `targets` `[tokens]` (negative: ignored), with
-    /// optional `weights` `[tokens]`. When recording, the gradients of x and of the head are added at once.
+    /// optional `weights` `[tokens]`. When recording, the gradients of the head and of the rows that reach it are added at once.
     pub fn cross_entropy(
         &mut self, x: &Var, head: &Weight, targets: &[i32], weights: Option<&[f32]>, opts: CrossEntropy,
     ) -> Loss {
+        assert_eq!(targets.len(), x.rows());
+        assert!(weights.is_none_or(|w| w.len() == x.rows()));
+        let Some(rows) = some(targets) else { return self.cross_entropy_of_all(x, head, targets, weights, opts) };
+        let room = room(rows.len(), x.rows());
+        let mut few: Vec<i32> = rows.iter().map(|&r| targets[r as usize]).collect();
+        few.resize(room, -1);
+        let weights = weights.map(|w| {
+            let mut few: Vec<f32> = rows.iter().map(|&r| w[r as usize]).collect();
+            few.resize(room, 0.0);
+            few
+        });
+        let chosen = self.select(x, &rows, room);
+        let loss = self.cross_entropy_of_all(&chosen, head, &few, weights.as_deref(), opts);
+        Loss { some: Some((rows, x.rows())), ..loss }
+    }
+
+    fn cross_entropy_of_all(
+        &mut self, x: &Var, head: &Weight, targets: &[i32], weights: Option<&[f32]>, opts: CrossEntropy,
+    ) -> Loss {
         let (rows, cols, vocab) = (x.rows(), x.cols(), head.outputs());
-        assert_eq!(targets.len(), rows);
-        assert!(weights.is_none_or(|w| w.len() == rows));
         let ctx = self.ctx().clone();
         let params = self.params();
         let grad = self.needs_grad(&[x], head.param().as_slice());
@@ -152,7 +189,7 @@ impl<'p> Tape<'p> {
             if let Some(dx) = dx {
                 x.add_grad(dx);
             }
-            return Loss(Place::Host { loss: 0.0, per_token, divisor: opts.divisor });
+            return Loss { place: Place::Host { loss: 0.0, per_token, divisor: opts.divisor }, some: None };
         }
         for start in (0..rows).step_by(chunk) {
             let n = chunk.min(rows - start);
@@ -184,6 +221,6 @@ impl<'p> Tape<'p> {
         }
         let weighted = |(i, &l): (usize, &f32)| weights.map_or(1.0, |w| w[i] as f64) * l as f64;
         let loss = per_token.iter().enumerate().map(weighted).sum::<f64>() / opts.divisor;
-        Loss(Place::Host { loss, per_token, divisor: opts.divisor })
+        Loss { place: Place::Host { loss, per_token, divisor: opts.divisor }, some: None }
     }
 }

@@ -98,6 +98,30 @@ fn equals_the_formula() {
 }
 
 #[test]
+fn few_targets_that_count() {
+    for (rows, every) in [(40, 8), (40, 3), (33, 33), (5, 2)] {
+        let c = case(rows, 4, 50);
+        let target = |i: usize| if i % every == every - 1 { (i * 7 % 50) as i32 } else { -1 };
+        let targets: Vec<i32> = (0..rows).map(target).collect();
+        assert!(some(&targets).is_some());
+        let weights = noise(rows, 2.0, 3);
+        for weights in [None, Some(&weights[..])] {
+            let opts = CrossEntropy { divisor: 5.0, l2wrap: true };
+            let (loss, dx, dw) = run(&c, 2, &targets, weights, opts);
+            let want = reference(&c.x, c.set.values(), 4, &targets, weights, opts);
+            assert!((loss.loss - want.0).abs() < 1e-5 * want.0.abs().max(1.0), "{} {}", loss.loss, want.0);
+            assert!(error(&dx, &want.1) < 1e-5 && error(&dw, &want.2) < 1e-5);
+            for (i, target) in targets.iter().enumerate() {
+                assert_eq!(loss.per_token[i] == 0.0, *target < 0);
+            }
+            assert_eq!(loss.unweighted, run(&c, 2, &targets, None, opts).0.loss);
+        }
+    }
+    // Nearly all count, or none at all.
+    assert!(some(&[1, 2, 3, 4, -1]).is_none() && some(&[-1; 9]).is_none() && some(&[]).is_none());
+}
+
+#[test]
 fn l2wrap_is_the_gradient_of_half_1e_4_mean_squared_max() {
     let c = case(4, 3, 10);
     let targets = [1, 2, 3, 4];

@@ -2,7 +2,7 @@
 
 use crate::{Tape, Var, Weight};
 
-mod cuda;
+pub(crate) mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -12,7 +12,7 @@ impl<'p> Tape<'p> {
         let c = table.inputs();
         let mut y = self.ctx().alloc(tokens.len() * c);
         if let Some(gpu) = self.ctx().cuda() {
-            cuda::forward(self.ctx(), gpu, table.device(self.params()), tokens, &y, c);
+            cuda::rows_of(self.ctx(), gpu, table.device(self.params()), tokens, &y, c);
         }
         self.run(|| {
             for (y, &t) in y.chunks_exact_mut(c).zip(tokens) {

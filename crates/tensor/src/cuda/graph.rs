@@ -5,6 +5,7 @@ use crate::Error;
 use cudarc::driver::sys as cu;
 use std::ffi::c_void;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// How a kernel is launched.
 #[derive(Clone, Copy, Debug)]
@@ -140,8 +141,8 @@ impl Pinned {
 }
 
 impl Cuda {
-    /// Records the work that `work` enqueues instead of doing it. It must allocate nothing, and its kernels must have been
-    /// launched once before, so that they are loaded.
+    /// Records the work that `work` enqueues instead of doing it. What it allocates must live as long as the recorded work, and its kernels must
+    /// have been launched once before, so that they are loaded.
     pub fn capture(self: &Arc<Self>, work: impl FnOnce()) -> Option<Graph> {
         if !self.enter() {
             return None;
@@ -164,6 +165,17 @@ impl Cuda {
         // SAFETY: as above.
         unsafe { cu::cuGraphDestroy(graph) };
         self.note(code, || "preparing recorded work".into()).then(|| Graph { exec, cuda: self.clone() })
+    }
+
+    /// The same of work that may allocate: `None` as well if it copied anything from or to the host, or waited for the device, none of which is done.
+    pub(crate) fn record(self: &Arc<Self>, work: impl FnOnce()) -> Option<Graph> {
+        self.stray.store(false, Ordering::Relaxed);
+        let graph = self.capture(|| {
+            self.recording.store(true, Ordering::Relaxed);
+            work();
+            self.recording.store(false, Ordering::Relaxed);
+        });
+        graph.filter(|_| !self.stray.load(Ordering::Relaxed))
     }
 
     /// Launches the kernel `name` of `module` as `how` says; see [`Cuda::launch`].

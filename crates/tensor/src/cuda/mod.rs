@@ -18,6 +18,7 @@ use cudarc::cublaslt::sys as lt;
 use cudarc::driver::sys as cu;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
 /// CUDA version the kernels are built with; its driver or a later one is needed.
@@ -170,6 +171,10 @@ pub struct Cuda {
     failure: OnceLock<String>,
     profiler: profile::Profiler,
     staging: Mutex<Staging>,
+    /// Whether work is being recorded, which can take no copies from or to the host.
+    recording: AtomicBool,
+    /// Whether such a copy was asked for nevertheless.
+    stray: AtomicBool,
 }
 
 /// Where uploads wait for their turn, so that nobody waits for them: page-locked memory, filled from the front. It lives as long as the
@@ -294,6 +299,8 @@ impl Cuda {
             failure: OnceLock::new(),
             profiler: profile::Profiler::default(),
             staging: Mutex::default(),
+            recording: AtomicBool::new(false),
+            stray: AtomicBool::new(false),
         }
     }
 
@@ -375,9 +382,18 @@ impl Cuda {
         unsafe { cu::cuMemFree_v2(p.0) };
     }
 
+    /// Whether what is asked for cannot be recorded while work is: then it isn't done, and [`Cuda::record`] says so.
+    fn stray(&self) -> bool {
+        let recording = self.recording.load(Ordering::Relaxed);
+        if recording {
+            self.stray.store(true, Ordering::Relaxed);
+        }
+        recording
+    }
+
     /// Waits until all work is done.
     pub fn synchronize(&self) {
-        if self.dry {
+        if self.dry || self.stray() {
             return;
         }
         self.enter();
@@ -388,7 +404,7 @@ impl Cuda {
 
     /// Copies bytes to the device.
     pub(crate) fn upload(&self, to: DevicePtr, from: &[u8]) {
-        if !self.enter() || from.is_empty() {
+        if self.stray() || !self.enter() || from.is_empty() {
             return;
         }
         let mut staging = lock(&self.staging);
@@ -421,7 +437,7 @@ impl Cuda {
 
     /// Copies bytes from the device, after all work before.
     pub(crate) fn download(&self, from: DevicePtr, to: &mut [u8]) {
-        if !self.enter() || to.is_empty() {
+        if self.stray() || !self.enter() || to.is_empty() {
             return;
         }
         // SAFETY: `from` holds as many bytes; the copy is waited for below.

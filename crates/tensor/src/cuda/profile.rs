@@ -59,7 +59,7 @@ impl Cuda {
     }
 
     /// Whether a profile is taken.
-    pub(super) fn is_profiling(&self) -> bool {
+    pub(crate) fn is_profiling(&self) -> bool {
         lock(&self.profiler.pending).is_some()
     }
 
