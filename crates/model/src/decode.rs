@@ -5,7 +5,7 @@
 use crate::pasts::Pasts;
 use crate::rwkv7::{Block, Rwkv7Block};
 use crate::{Eviction, Model, State};
-use anser_ops::decode::{BATCH, LowRanks, MOST, Matrix, Norm, PRODUCT, Step, fits};
+use anser_ops::decode::{BATCH, LowRanks, MOST, Matrix, Norm, Step, fits, product_most};
 use anser_ops::{LowRank, Param, Weight};
 use anser_tensor::cuda::DevicePtr;
 use anser_tensor::{Buf, Context, DType, WeightType};
@@ -169,7 +169,7 @@ impl<'m> DecodeStep<'m> {
 
     /// Our own products, if steps of so many sequences have them.
     fn products(&self, batch: usize) -> Option<&Products> {
-        self.products.as_ref().filter(|_| self.coded || self.apart || batch <= PRODUCT)
+        self.products.as_ref().filter(|_| self.coded || self.apart || batch <= product_most(&self.ctx))
     }
 
     /// Whether steps of so many sequences are one kernel.

@@ -92,17 +92,15 @@ struct Shape {
     /// Of each micro-batch: tokens, targets that count, beginnings of sequences.
     micro: Vec<(usize, usize, Vec<usize>)>,
     settings: (usize, bool, bool, Recompute),
-    /// The address of the parameters' layout, which is held, so that it stays theirs.
-    layout: usize,
-    held: Held,
+    layout: Layout,
 }
 
-/// Held, and not compared.
-struct Held(#[allow(dead_code)] Arc<()>);
+/// The parameters' layout, which is the same or another.
+struct Layout(Arc<()>);
 
-impl PartialEq for Held {
-    fn eq(&self, _: &Held) -> bool {
-        true
+impl PartialEq for Layout {
+    fn eq(&self, other: &Layout) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 }
 
@@ -284,12 +282,10 @@ impl Trainer {
             return None;
         }
         let counted = |b: &Batch| b.targets.iter().filter(|t| **t >= 0).count();
-        let layout = self.model.params().layout().clone();
         let shape = Shape {
             micro: micro.iter().map(|b| (b.tokens.len(), counted(b), b.starts.clone())).collect(),
             settings: (ctx, l2wrap, checkpointing, recompute),
-            layout: Arc::as_ptr(&layout) as usize,
-            held: Held(layout),
+            layout: Layout(self.model.params().layout().clone()),
         };
         let recorded = self.recorded.take();
         if self.shape.as_ref() != Some(&shape) {

@@ -21,7 +21,7 @@
 //! chunks; attention, shared by keys among blocks that fill the GPU), and goes on with [`Listing::add`] before the same channel mixing. Where keys and values lie and
 //! how many there are is read from device memory.
 //!
-//! **More sequences.** With up to [`PRODUCT`] sequences the large products are [`Step::product`]s, each a kernel whose blocks, one for each multiprocessor, begin to copy weights while the kernel
+//! **More sequences.** With up to [`product_most`] sequences, 64 where there is the shared memory, the large products are [`Step::product`]s, each a kernel whose blocks, one for each multiprocessor, begin to copy weights while the kernel
 //! before still runs, and have functions, sums and inputs of their rows within: the projections with the first halves of the low-rank maps are one, relu^2 is in another, and where an
 //! output's sum is split among blocks, as for the matrices of C outputs, [`Step::mix`] adds up the parts when it takes the residual stream. Eight kernels a layer: mix, projections, second halves
 //! ([`Step::second_halves`]), [`Step::heads`], output, mix, key, value. With more the products are the matrix library's, r, k and v in one call, and [`Step::low_rank`] and [`Step::relu_squared`] stand between;
@@ -46,7 +46,7 @@ mod program;
 
 pub use attend::{Attend, Attended};
 pub use low_rank::LowRanks;
-pub use product::{Lie, Matrix, PRODUCT, Pieces, Run, Through, To};
+pub use product::{Lie, Matrix, Pieces, Run, Through, To, product_most};
 pub use program::{FewHeads, Kinds, Listing, Mix, Plan, Program, fits_program};
 
 static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));

@@ -23,35 +23,18 @@ pub enum Lie {
     Rows,
     /// [in, out].
     Inputs,
-    /// [out, in] in codes of 8 bits: a [`anser_tensor::CodedMatrix`].
+    /// [out, in] in codes of 8 bits: see [`anser_tensor::CodedPlaces`].
     Codes,
 }
 
-/// Steps of the ring for so many sequences, as the kernel has them.
+/// Steps of the ring for up to 16, 32 and 64 sequences, as the kernel has them.
 fn steps(ctx: &Context, lie: Lie, most: usize) -> usize {
-    let coded = lie == Lie::Codes;
-    let all = match ctx.cuda().map_or((0, 0), |g| g.info().capability) {
-        (9 | 10, _) => {
-            if coded {
-                [16, 11, 7]
-            } else {
-                [10, 7, 5]
-            }
-        }
-        (8, 0) => {
-            if coded {
-                [10, 7, 5]
-            } else {
-                [6, 5, 3]
-            }
-        }
-        _ => {
-            if coded {
-                [6, 3, 2]
-            } else {
-                [4, 2, 2]
-            }
-        }
+    let hopper = ctx.cuda().is_some_and(|g| g.info().capability.0 == 9);
+    let all = match (hopper, lie) {
+        (true, Lie::Codes) => [16, 11, 7],
+        (true, _) => [10, 7, 5],
+        (false, Lie::Codes) => [6, 3, 2],
+        (false, _) => [4, 2, 2],
     };
     all[(most / 32).min(2)]
 }
@@ -229,4 +212,6 @@ impl Step<'_> {
 }
 
 /// Sequences of a step at most for which these products are as fast as the library's.
-pub const PRODUCT: usize = MOST;
+pub fn product_most(ctx: &Context) -> usize {
+    most(ctx, Lie::Rows)
+}
