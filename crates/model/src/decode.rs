@@ -195,7 +195,8 @@ impl<'m> DecodeStep<'m> {
     /// Share of the entries of relu(.)^2 that were zero for all sequences of a step, over `steps` steps of up to 4 sequences since the beginning.
     pub fn zero_share(&self, steps: usize) -> f64 {
         let rows = steps * self.model.blocks.len() * self.model.config().n_hidden;
-        let read = self.few.as_ref().map_or(rows as f64, |few| f64::from(few.rows_read()));
+        let few = self.few.as_ref().filter(|_| self.is_few(1));
+        let read = few.map_or(rows as f64, |few| f64::from(few.rows_read()));
         if rows == 0 { 0.0 } else { 1.0 - read / rows as f64 }
     }
 

@@ -38,8 +38,8 @@ pub struct Args {
     /// Requests that wait at most, before others are refused
     #[arg(long, default_value_t = 256)]
     waiting: usize,
-    /// Has answers be the same to the bit whatever else is asked, as they always are on a CPU. On a GPU many requests take several times as long, and no
-    /// prefixes are kept
+    /// Has answers be the same to the bit whatever else is asked, as they always are on a CPU. On a GPU prompts are read one by one, one
+    /// request alone is slower, and no prefixes are kept
     #[arg(long)]
     deterministic: bool,
     /// MiB of states kept in memory, to go on from prompts that begin alike

@@ -95,9 +95,9 @@ pub struct EngineOptions {
     /// Tokens read ahead at most for a sequence that is alone on a CPU, guessed where its text repeats itself: nothing but time changes. `None`: as many as
     /// pay, for requests that take the most probable token; drawn tokens are seldom the guessed ones.
     pub guesses: Option<usize>,
-    /// Has a request's tokens and log probabilities be the same to the bit whatever else runs. On a CPU they always are. On a GPU, whose products of more rows add
-    /// in another order, steps are of few sequences then, prompts are read one by one in pieces of `prefill_piece`, and nothing but named states is kept
-    /// to go on from, as after other pieces a state is another to the bit: many requests take several times as long.
+    /// Has a request's tokens and log probabilities be the same to the bit whatever else runs. On a CPU they always are. On a GPU, whose products of more rows may add
+    /// in another order, steps go through those that don't then, prompts are read one by one in pieces of `prefill_piece`, and nothing but named states is kept
+    /// to go on from, as after other pieces a state is another to the bit.
     pub deterministic: bool,
     /// Tokens of a prompt after which its state is kept for others that begin alike, and after multiples of these, which become rarer; 0: only at its end.
     pub stride: usize,
