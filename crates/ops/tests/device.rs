@@ -415,60 +415,67 @@ fn wkv7_inputs(rows: usize, heads: usize, n: usize, repeated: bool) -> [Vec<f32>
 
 #[test]
 #[ignore = "needs a GPU"]
-fn wkv7_in_chunks() {
+fn wkv7_in_chunks_heads_of_64() {
+    wkv7_in_chunks(2, 64);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn wkv7_in_chunks_heads_of_128() {
+    wkv7_in_chunks(1, 128);
+}
+
+fn wkv7_in_chunks(heads: usize, n: usize) {
     let s = |start, len, state_in, state_out| Segment { start, len, state_in, state_out };
     // Long enough to be cut into pieces; a piece of a chunk at the ends; one that is not cut.
     let segments: Arc<[Segment]> =
         vec![s(0, 2070, Some(0), Some(1)), s(2070, 37, None, Some(2)), s(2107, 563, Some(2), None)].into();
-    let rows = 2670;
-    for (heads, n) in [(2, 64), (1, 128)] {
-        let c = heads * n;
-        for repeated in [false, true] {
-            let inputs = wkv7_inputs(rows, heads, n, repeated);
-            let compute = |ctx: &Context| -> Vec<Vec<f32>> {
-                let set = ParamSet::default();
-                let mut none = ctx.zeros_f32(0);
-                let mut t = Tape::recording(ctx, &set, &mut none);
-                let vars: Vec<Var> = inputs.iter().map(|x| Var::leaf(rows, c, ctx.copy_of(x))).collect();
-                let mut start = ctx.alloc_f32(4 * c * n);
-                start.copy_from(&noise(4 * c * n, 5, 1.0));
-                let state = Var::leaf(4, c * n, start);
-                let x = Wkv7Inputs { r: &vars[0], w: &vars[1], k: &vars[2], v: &vars[3], a: &vars[4], b: &vars[5] };
-                let (y, new) = t.wkv7(x, &state, &segments, heads);
-                let values = [y.to_vec(), new.to_vec()];
-                y.add_grad(ctx.copy_of(&rounded(&noise(rows * c, 6, 1.0))));
-                let mut dnew = ctx.alloc_f32(4 * c * n);
-                dnew.copy_from(&noise(4 * c * n, 7, 1.0));
-                new.add_grad(dnew);
-                t.backward();
-                ctx.check().unwrap();
-                let grads = vars.iter().chain([&state]).map(|v| v.take_grad().unwrap().to_vec());
-                values.into_iter().chain(grads).collect()
-            };
-            let want = compute(&Context::cpu(2));
-            let ctx = Context::with_activations(Device::Cuda(0), DType::BF16, 1).unwrap();
-            let got = compute(&ctx);
-            let bits = |n: &[Vec<f32>]| n.iter().flatten().map(|v| v.to_bits()).collect::<Vec<u32>>();
-            assert!(bits(&got) == bits(&compute(&ctx)), "two runs differ");
-            let names = ["y", "state", "dr", "dw", "dk", "dv", "da", "db", "dstate"];
-            let errors: Vec<f64> = got.iter().zip(&want).map(|(g, w)| error(g, w)).collect();
-            let table: Vec<String> = names.iter().zip(&errors).map(|(n, e)| format!("{n} {e:.1e}")).collect();
-            println!("wkv7 in chunks, head size {n}, repeated keys {repeated}: {}", table.join(", "));
-            assert!(errors.iter().all(|e| *e <= 5e-3));
-            // Without gradients, in f16 too.
-            for (dtype, tolerance) in [(DType::BF16, 5e-3), (DType::F16, 8e-4)] {
-                let ctx = Context::with_activations(Device::Cuda(0), dtype, 1).unwrap();
-                let set = ParamSet::default();
-                let vars: Vec<Var> = inputs.iter().map(|x| Var::constant(rows, c, ctx.copy_of(x))).collect();
-                let mut start = ctx.alloc_f32(4 * c * n);
-                start.copy_from(&noise(4 * c * n, 5, 1.0));
-                let x = Wkv7Inputs { r: &vars[0], w: &vars[1], k: &vars[2], v: &vars[3], a: &vars[4], b: &vars[5] };
-                let state = Var::constant(4, c * n, start);
-                let (y, new) = Tape::inference(&ctx, &set).wkv7(x, &state, &segments, heads);
-                let errors = [error(&y.to_vec(), &want[0]), error(&new.to_vec(), &want[1])];
-                println!("wkv7 in chunks, {dtype}, without gradients: y {:.1e}, state {:.1e}", errors[0], errors[1]);
-                assert!(errors.iter().all(|e| *e <= tolerance));
-            }
+    let (rows, c) = (2670, heads * n);
+    for repeated in [false, true] {
+        let inputs = wkv7_inputs(rows, heads, n, repeated);
+        let compute = |ctx: &Context| -> Vec<Vec<f32>> {
+            let set = ParamSet::default();
+            let mut none = ctx.zeros_f32(0);
+            let mut t = Tape::recording(ctx, &set, &mut none);
+            let vars: Vec<Var> = inputs.iter().map(|x| Var::leaf(rows, c, ctx.copy_of(x))).collect();
+            let mut start = ctx.alloc_f32(4 * c * n);
+            start.copy_from(&noise(4 * c * n, 5, 1.0));
+            let state = Var::leaf(4, c * n, start);
+            let x = Wkv7Inputs { r: &vars[0], w: &vars[1], k: &vars[2], v: &vars[3], a: &vars[4], b: &vars[5] };
+            let (y, new) = t.wkv7(x, &state, &segments, heads);
+            let values = [y.to_vec(), new.to_vec()];
+            y.add_grad(ctx.copy_of(&rounded(&noise(rows * c, 6, 1.0))));
+            let mut dnew = ctx.alloc_f32(4 * c * n);
+            dnew.copy_from(&noise(4 * c * n, 7, 1.0));
+            new.add_grad(dnew);
+            t.backward();
+            ctx.check().unwrap();
+            let grads = vars.iter().chain([&state]).map(|v| v.take_grad().unwrap().to_vec());
+            values.into_iter().chain(grads).collect()
+        };
+        let want = compute(&Context::cpu(2));
+        let ctx = Context::with_activations(Device::Cuda(0), DType::BF16, 1).unwrap();
+        let got = compute(&ctx);
+        let bits = |n: &[Vec<f32>]| n.iter().flatten().map(|v| v.to_bits()).collect::<Vec<u32>>();
+        assert!(bits(&got) == bits(&compute(&ctx)), "two runs differ");
+        let names = ["y", "state", "dr", "dw", "dk", "dv", "da", "db", "dstate"];
+        let errors: Vec<f64> = got.iter().zip(&want).map(|(g, w)| error(g, w)).collect();
+        let table: Vec<String> = names.iter().zip(&errors).map(|(n, e)| format!("{n} {e:.1e}")).collect();
+        println!("wkv7 in chunks, head size {n}, repeated keys {repeated}: {}", table.join(", "));
+        assert!(errors.iter().all(|e| *e <= 5e-3));
+        // Without gradients, in f16 too.
+        for (dtype, tolerance) in [(DType::BF16, 5e-3), (DType::F16, 8e-4)] {
+            let ctx = Context::with_activations(Device::Cuda(0), dtype, 1).unwrap();
+            let set = ParamSet::default();
+            let vars: Vec<Var> = inputs.iter().map(|x| Var::constant(rows, c, ctx.copy_of(x))).collect();
+            let mut start = ctx.alloc_f32(4 * c * n);
+            start.copy_from(&noise(4 * c * n, 5, 1.0));
+            let x = Wkv7Inputs { r: &vars[0], w: &vars[1], k: &vars[2], v: &vars[3], a: &vars[4], b: &vars[5] };
+            let state = Var::constant(4, c * n, start);
+            let (y, new) = Tape::inference(&ctx, &set).wkv7(x, &state, &segments, heads);
+            let errors = [error(&y.to_vec(), &want[0]), error(&new.to_vec(), &want[1])];
+            println!("wkv7 in chunks, {dtype}, without gradients: y {:.1e}, state {:.1e}", errors[0], errors[1]);
+            assert!(errors.iter().all(|e| *e <= tolerance));
         }
     }
 }
