@@ -153,8 +153,8 @@ impl Plan {
         let k = chunks.top - 1;
         assert!(rows * 4 * chunks.top < 1 << 31, "{rows} rows of {} chunks are too many for one call", chunks.top);
         let piece = (rows * k / 64).next_multiple_of(64).clamp(64, PIECE);
-        let capability = ctx.cuda().map(|g| g.info().capability);
-        let hopper = capability == Some((9, 0)) && ctx.dtype() != DType::F32 && n == 64 && chunks.size >= HOPPER_KEYS;
+        let hopper = ctx.cuda().is_some_and(|g| g.info().is_hopper());
+        let hopper = hopper && ctx.dtype() != DType::F32 && n == 64 && chunks.size >= HOPPER_KEYS;
         let keys = if hopper { HOPPER_KEYS } else { KEYS };
         let piece = if hopper {
             let most = (rows * k * heads * chunks.size.div_ceil(keys) / HOPPER_PIECES)

@@ -29,7 +29,7 @@ pub enum Lie {
 
 /// Steps of the ring for up to 16, 32 and 64 sequences, as the kernel has them.
 fn steps(ctx: &Context, lie: Lie, most: usize) -> usize {
-    let hopper = ctx.cuda().is_some_and(|g| g.info().capability.0 == 9);
+    let hopper = ctx.cuda().is_some_and(|g| g.info().is_hopper());
     let all = match (hopper, lie) {
         (true, Lie::Codes) => [16, 11, 7],
         (true, _) => [10, 7, 5],
@@ -47,11 +47,7 @@ fn shared(ctx: &Context, lie: Lie, most: usize) -> usize {
 
 /// Sequences of a launch at most for which there is room on this GPU.
 fn most(ctx: &Context, lie: Lie) -> usize {
-    let limit = match ctx.cuda().map_or((0, 0), |g| g.info().capability) {
-        (9 | 10, _) => 227 << 10,
-        (8, 0) => 163 << 10,
-        _ => 99 << 10,
-    };
+    let limit = ctx.cuda().map_or(0, |g| g.info().block_memory());
     [MOST, 32, 16].into_iter().find(|&most| shared(ctx, lie, most) <= limit).unwrap_or(16)
 }
 

@@ -48,14 +48,9 @@ impl Kinds {
     pub const ALL: Kinds = Kinds((1 << 9) - 1);
 }
 
-/// Bytes of shared memory that a block may have, and stages of its rings with vectors that need little of it and with others.
-fn limits(ctx: &Context) -> (usize, [usize; 2]) {
-    match ctx.cuda().map_or((8, 0), |g| g.info().capability) {
-        (9, _) => (227 << 10, [5, 4]),
-        (10, _) => (227 << 10, [2, 2]),
-        (8, 0) => (163 << 10, [2, 2]),
-        _ => (99 << 10, [2, 2]),
-    }
+/// Stages of a block's rings with vectors that need little shared memory and with others.
+fn stages(ctx: &Context) -> [usize; 2] {
+    if ctx.cuda().is_some_and(|g| g.info().is_hopper()) { [5, 4] } else { [2, 2] }
 }
 
 /// Vectors of 8 channels that a thread has of one of width `c`.
@@ -78,7 +73,7 @@ fn room(batch: usize, c: usize, ranks: [usize; 4]) -> usize {
 
 /// Bytes of shared memory for steps of `batch` sequences, if a block has `hidden` hidden channels at most and a share of `products` matrices.
 fn shared(ctx: &Context, batch: usize, c: usize, room: usize, hidden: usize, products: usize) -> usize {
-    let stages = limits(ctx).1[usize::from(kernels_batch(batch) * held(c) > 4)];
+    let stages = stages(ctx)[usize::from(kernels_batch(batch) * held(c) > 4)];
     let fixed = 2 * BATCH * WARPS * 4 + 2 * OP * 8 + BATCH * 4;
     stages * STAGE + room + BATCH * hidden * 4 + (hidden + 4) / 4 * 16 + fixed + products * SHARE
 }
@@ -87,7 +82,9 @@ fn shared(ctx: &Context, batch: usize, c: usize, room: usize, hidden: usize, pro
 pub fn fits_program(ctx: &Context, blocks: usize, c: usize, n: usize, hidden: usize, ranks: [usize; 4]) -> bool {
     let Some(gpu) = ctx.cuda() else { return false };
     let hidden = hidden.div_ceil(gpu.info().multiprocessors as usize);
-    let fits = |batch: usize| shared(ctx, batch, c, room(batch, c, ranks), hidden, 3 * blocks + 1) <= limits(ctx).0;
+    let fits = |batch: usize| {
+        shared(ctx, batch, c, room(batch, c, ranks), hidden, 3 * blocks + 1) <= gpu.info().block_memory()
+    };
     held(c) <= 2
         && c.is_multiple_of(HEAD)
         && n == HEAD

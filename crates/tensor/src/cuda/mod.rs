@@ -152,6 +152,22 @@ pub struct Info {
     pub memory: usize,
 }
 
+impl Info {
+    /// Bytes of shared memory that a block may have.
+    pub fn block_memory(&self) -> usize {
+        match self.capability {
+            (9 | 10, _) => 227 << 10,
+            (8, 0) => 163 << 10,
+            _ => 99 << 10,
+        }
+    }
+
+    /// Whether it runs the kernels made for Hopper; others are small enough for every GPU.
+    pub fn is_hopper(&self) -> bool {
+        self.capability.0 == 9
+    }
+}
+
 /// Addresses of loaded functions by (fatbin, name), and of their modules.
 #[derive(Default)]
 struct Functions {
