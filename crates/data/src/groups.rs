@@ -41,6 +41,17 @@ impl Group {
 
     /// The multiplication table.
     pub fn table(self) -> Table {
+        self.build(|_| true)
+    }
+
+    /// The same with swaps for inputs: the permutations that exchange two things, and the identity. Their products are the whole group. For groups of all
+    /// permutations only.
+    pub fn swaps(self) -> Option<Table> {
+        let moved = |p: &[usize]| p.iter().enumerate().filter(|&(i, &x)| i != x).count();
+        matches!(self, Group::S5 | Group::S3).then(|| self.build(|p| moved(p) <= 2))
+    }
+
+    fn build(self, is_input: impl Fn(&[usize]) -> bool) -> Table {
         let (things, even, modulus) = self.parts();
         let mut permutations = vec![Vec::new()];
         for _ in 0..things {
@@ -57,7 +68,8 @@ impl Group {
             elements.binary_search(&(&both, (x + y) % modulus)).unwrap_or_else(|_| unreachable!("a group is closed"))
         };
         let products = elements.iter().flat_map(|a| elements.iter().map(move |b| product(a, b) as u32)).collect();
-        Table { order: elements.len(), products }
+        let inputs = (0..).zip(&elements).filter(|(_, (p, _))| is_input(p)).map(|(i, _)| i).collect();
+        Table { order: elements.len(), products, inputs }
     }
 }
 
@@ -91,6 +103,8 @@ pub struct Table {
     order: usize,
     /// [order, order].
     products: Vec<u32>,
+    /// The elements that rows consist of.
+    inputs: Vec<u32>,
 }
 
 impl Table {
@@ -109,7 +123,7 @@ impl Table {
         self.products[a as usize * self.order + b as usize]
     }
 
-    /// Rows of a beginning and `len` random elements; the target at every element is the product of all elements up to it. The
+    /// Rows of a beginning and `len` random inputs; the target at every element is the product of all elements up to it. The
     /// same seed and stream give the same batch.
     pub fn batch(&self, seed: u64, stream: u64, rows: usize, len: usize) -> Batch {
         let mut random = Random::new(seed, stream);
@@ -119,7 +133,7 @@ impl Table {
             tokens.push(self.order as u32);
             targets.push(-1);
             for _ in 0..len {
-                let element = random.below(self.order) as u32;
+                let element = self.inputs[random.below(self.inputs.len())];
                 product = self.product(product, element);
                 tokens.push(element);
                 targets.push(product as i32);
@@ -213,5 +227,25 @@ mod tests {
             assert!((2..21).all(|i| t.product(y[i - 1] as u32, x[i]) == y[i] as u32));
         }
         assert!((0..60).all(|e| b.tokens.contains(&e)), "every element occurs");
+    }
+
+    #[test]
+    fn swaps_give_the_whole_group() {
+        for (group, swaps) in [(Group::S5, 10), (Group::S3, 3)] {
+            let t = group.swaps().unwrap();
+            let b = t.batch(1, 2, 500, 20);
+            // Each is its own inverse, and all but the identity are odd: an even number of them is never a swap.
+            assert_eq!((t.inputs.len(), t.inputs[0]), (1 + swaps, 0));
+            let mut given: Vec<u32> = b.tokens.iter().copied().filter(|&e| e != t.order as u32).collect();
+            given.sort_unstable();
+            given.dedup();
+            assert_eq!(given, t.inputs, "every swap occurs, and nothing else");
+            assert!(t.inputs.iter().all(|&a| t.product(a, a) == 0));
+            assert!(
+                t.inputs[1..].iter().all(|&a| t.inputs[1..].iter().all(|&b| !t.inputs[1..].contains(&t.product(a, b))))
+            );
+            assert!((0..t.order as i32).all(|e| b.targets.contains(&e)), "every product occurs");
+        }
+        assert!([Group::A5, Group::A4xZ5, Group::Z60, Group::Z2].into_iter().all(|g| g.swaps().is_none()));
     }
 }

@@ -68,7 +68,7 @@ pub fn accuracy(
     let mut out = Vec::new();
     for digits in 1..=max {
         let b = exact(!seed, digits, count);
-        let answers = hits(ctx, model, &b)?;
+        let answers = hits(ctx, model, &b, None)?;
         let share = |n: usize, of: usize| n as f64 / of as f64;
         out.push(Accuracy {
             digits,

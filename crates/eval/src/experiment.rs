@@ -5,7 +5,7 @@
 use crate::Error;
 use anser_data::Batch;
 use anser_formats::write_atomic;
-use anser_model::{Config, Init, Model, State};
+use anser_model::{Cache, Config, Hybrid, Init, Model, State};
 use anser_ops::{Tape, batch};
 use anser_tensor::Context;
 use anser_train::{Bptt, Hyper, Recompute, Schedule, Settings, Trainer};
@@ -31,15 +31,25 @@ pub enum Kind {
     Rwkv7Doubled,
     /// The Transformer with as many parameters, [`Config::control`].
     Transformer,
+    /// RWKV-X: so many attention blocks, placed as in the reference, beside the RWKV-7 layers.
+    RwkvX {
+        /// Attention blocks.
+        blocks: usize,
+        /// Tokens of a chunk.
+        chunk: usize,
+        /// Chunks that a token sees, its own counted.
+        topk: usize,
+    },
 }
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Kind::Rwkv7 => "RWKV-7",
-            Kind::Rwkv7Doubled => "RWKV-7, doubled rate",
-            Kind::Transformer => "Transformer",
-        })
+        match self {
+            Kind::Rwkv7 => f.write_str("RWKV-7"),
+            Kind::Rwkv7Doubled => f.write_str("RWKV-7, doubled rate"),
+            Kind::Transformer => f.write_str("Transformer"),
+            Kind::RwkvX { blocks, chunk, topk } => write!(f, "RWKV-X, {blocks} x {topk} chunks of {chunk}"),
+        }
     }
 }
 
@@ -55,6 +65,9 @@ pub struct Models {
     pub widths: Vec<usize>,
     /// Head size, N.
     pub head_size: usize,
+    /// Bounds on what attention keeps, with each of which hybrids are tested once more.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub caches: Vec<Cache>,
 }
 
 impl Models {
@@ -65,6 +78,11 @@ impl Models {
             Kind::Rwkv7 => {}
             Kind::Rwkv7Doubled => c.double_rate = true,
             Kind::Transformer => c = c.control(),
+            Kind::RwkvX { blocks, chunk, topk } => {
+                c.hybrid = Some(Hybrid { chunk, topk, ..Hybrid::new(blocks) });
+                c.validate()?;
+                self.caches.iter().try_for_each(|bound| bound.validate(&c))?;
+            }
         }
         Ok(c)
     }
@@ -182,7 +200,9 @@ impl<T: Tasks> Experiment<T> {
         for task in e.task.tasks()? {
             for &width in &e.models.widths {
                 for &layers in &e.models.layers {
-                    e.models.config(Kind::Rwkv7, layers, width, task.vocab)?;
+                    for &kind in &e.models.kinds {
+                        e.models.config(kind, layers, width, task.vocab)?;
+                    }
                 }
             }
         }
@@ -302,7 +322,7 @@ impl<T: Tasks> Experiment<T> {
                 }
                 let steps = trainer.steps();
                 if steps.is_multiple_of(recipe.eval_every) {
-                    let right = accuracy(&hits(ctx, trainer.model(), &few)?, &[task.answers])[0].right;
+                    let right = accuracy(&hits(ctx, trainer.model(), &few, None)?, &[task.answers])[0].right;
                     curve.push((steps, right));
                     let recent = &losses[losses.len() - recipe.eval_every as usize..];
                     let loss = recent.iter().sum::<f64>() / recent.len() as f64;
@@ -320,7 +340,12 @@ impl<T: Tasks> Experiment<T> {
         (run.steps, run.loss) = (trainer.steps(), recent.iter().sum::<f64>() / recent.len().max(1) as f64);
         let longest = task.tested.iter().copied().max().unwrap_or(task.answers);
         let rows = test(recipe.test_rows, longest);
-        run.accuracy = accuracy(&hits(ctx, trainer.model(), &rows)?, &task.tested);
+        let accuracy = |bound| Ok::<_, Error>(accuracy(&hits(ctx, trainer.model(), &rows, bound)?, &task.tested));
+        run.accuracy = accuracy(None)?;
+        if config.hybrid.is_some() {
+            let bounded = |&cache: &Cache| Ok(Bounded { cache, accuracy: accuracy(Some(cache))? });
+            run.bounded = self.models.caches.iter().map(bounded).collect::<Result<_, Error>>()?;
+        }
         run.seconds = start.elapsed().as_secs_f64();
         run.device = format!("{}, {}, {} threads", ctx.device(), ctx.dtype(), ctx.threads().len());
         Ok(())
@@ -396,6 +421,18 @@ pub struct Run {
     pub curve: Vec<(u64, f64)>,
     /// The test at the end.
     pub accuracy: Vec<Accuracy>,
+    /// The same test with each bound of [`Models::caches`], for hybrids.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bounded: Vec<Bounded>,
+}
+
+/// A test with a bound on what attention keeps.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Bounded {
+    /// The bound.
+    pub cache: Cache,
+    /// What [`Run::accuracy`] has without one.
+    pub accuracy: Vec<Accuracy>,
 }
 
 impl Default for Run {
@@ -415,6 +452,7 @@ impl Default for Run {
             error: None,
             curve: Vec::new(),
             accuracy: Vec::new(),
+            bounded: Vec::new(),
         }
     }
 }
@@ -435,6 +473,14 @@ impl Run {
     /// Which model it is.
     pub fn model(&self) -> (Kind, usize, usize) {
         (self.kind, self.layers, self.width)
+    }
+
+    /// The test with a bound on what attention keeps, or without one.
+    pub fn test(&self, bound: Option<Cache>) -> Option<&[Accuracy]> {
+        match bound {
+            None => Some(&self.accuracy),
+            Some(cache) => self.bounded.iter().find(|b| b.cache == cache).map(|b| &b.accuracy[..]),
+        }
     }
 
     /// The test of `answers` answers.
@@ -493,31 +539,47 @@ pub fn accuracy(hits: &[Vec<bool>], counts: &[usize]) -> Vec<Accuracy> {
 const TOKENS: usize = 16384;
 
 /// For each row of a batch of equally long rows, each one sequence, whether its answers (targets that are not ignored) are the
-/// most probable tokens after the right ones before them.
+/// most probable tokens after the right ones before them; with a bound on what attention keeps, if one is given.
 ///
 /// # Errors
 /// When a token is outside the model's vocabulary.
-pub fn hits(ctx: &Context, model: &Model, b: &Batch) -> Result<Vec<Vec<bool>>, Error> {
-    let (rows, vocab) = (b.starts.len(), model.config().vocab_size);
-    let len = b.tokens.len() / rows.max(1);
-    let at_once = (TOKENS / len.max(1)).max(1);
-    let mut out = Vec::with_capacity(rows);
-    for first in (0..rows).step_by(at_once) {
-        let b = b.slice(len, first, (first + at_once).min(rows));
-        let mut tape = Tape::inference(ctx, model.params());
-        let state = State::zeros(ctx, model.config(), 0);
-        let segments = batch(b.starts.len(), len, false).into();
-        let (hidden, _) = model.forward(&mut tape, &b.tokens, &segments, &state, false)?;
-        let answers: Vec<u32> = (0..b.targets.len() as u32).filter(|&i| b.targets[i as usize] >= 0).collect();
-        let hidden = tape.select(&hidden, &answers, answers.len());
-        let logits = model.logits(&mut tape, &hidden).to_vec();
-        ctx.check()?;
-        let first = out.len();
-        out.resize(first + b.starts.len(), Vec::new());
-        for (row, &at) in logits.chunks_exact(vocab).zip(&answers) {
-            let best = (0..row.len()).fold(0, |b, i| if row[i] > row[b] { i } else { b });
-            out[first + at as usize / len].push(best as i32 == b.targets[at as usize]);
+pub fn hits(ctx: &Context, model: &Model, b: &Batch, bound: Option<Cache>) -> Result<Vec<Vec<bool>>, Error> {
+    let vocab = model.config().vocab_size;
+    let len = b.tokens.len() / b.starts.len().max(1);
+    let at_once = (TOKENS / len.max(1)).max(1) * len.max(1);
+    let mut out = Vec::with_capacity(b.starts.len());
+    for (tokens, targets) in b.tokens.chunks(at_once).zip(b.targets.chunks(at_once)) {
+        let (rows, first) = (tokens.len() / len, out.len());
+        out.resize(first + rows, Vec::new());
+        let mut state = State::zeros(ctx, model.config(), if bound.is_some() { rows } else { 0 });
+        state.cache = bound;
+        let mut from = 0;
+        while from < len {
+            // A bound is applied between two calls, at the same place of all rows.
+            let n = bound.map_or(len, |_| state.room(0)).min(len - from);
+            let segments = batch(rows, n, bound.is_some()).into();
+            let mut tape = Tape::inference(ctx, model.params());
+            let hidden;
+            (hidden, state) = model.forward(&mut tape, &columns(tokens, len, from, n), &segments, &state, false)?;
+            let targets = columns(targets, len, from, n);
+            let answers: Vec<u32> = (0..targets.len() as u32).filter(|&i| targets[i as usize] >= 0).collect();
+            from += n;
+            if answers.is_empty() {
+                continue;
+            }
+            let hidden = tape.select(&hidden, &answers, answers.len());
+            let logits = model.logits(&mut tape, &hidden).to_vec();
+            ctx.check()?;
+            for (row, &at) in logits.chunks_exact(vocab).zip(&answers) {
+                let best = (0..row.len()).fold(0, |b, i| if row[i] > row[b] { i } else { b });
+                out[first + at as usize / n].push(best as i32 == targets[at as usize]);
+            }
         }
     }
     Ok(out)
+}
+
+/// `n` columns from `from` on of rows of `len`.
+fn columns<T: Copy>(rows: &[T], len: usize, from: usize, n: usize) -> Vec<T> {
+    rows.chunks_exact(len).flat_map(|row| &row[from..from + n]).copied().collect()
 }

@@ -3,6 +3,7 @@
 use crate::Error;
 use crate::experiment::{Run, Task, Tasks, best};
 use anser_data::recall::Recall;
+use anser_model::Cache;
 use anser_train::{Line, chart};
 use serde::{Deserialize, Serialize};
 use std::fmt::Write;
@@ -72,12 +73,20 @@ pub fn table(grid: &Grid, runs: &[Run]) -> String {
             }
         }
         for m in models {
-            let _ = write!(text, "\n| {} | {} | {width} | {} |", m.kind, m.layers, m.parameters);
-            for row in &grid.rows {
-                let run = best.iter().find(|r| r.model() == m.model() && r.task == name(row));
-                let right = run.and_then(|r| r.at(row.1)).map(|a| format!("{:.2}", 100.0 * a.right));
-                let _ = write!(text, " {} |", right.as_deref().unwrap_or("not run"));
-            }
+            let of = |row: &(usize, usize)| best.iter().find(|r| r.model() == m.model() && r.task == name(row));
+            let mut line = |bound: Option<Cache>| {
+                let kept = bound.map_or(String::new(), |c| format!(", {} kept by {}", c.most, c.by));
+                let _ = write!(text, "\n| {}{kept} | {} | {width} | {} |", m.kind, m.layers, m.parameters);
+                for row in &grid.rows {
+                    let right = of(row).and_then(|r| r.test(bound)?.iter().find(|a| a.answers == row.1));
+                    let cell = right.map_or("not run".into(), |a| format!("{:.2}", 100.0 * a.right));
+                    let _ = write!(text, " {cell} |");
+                }
+            };
+            line(None);
+            let bounds: Vec<Cache> =
+                grid.rows.iter().find_map(of).iter().flat_map(|r| &r.bounded).map(|b| b.cache).collect();
+            bounds.into_iter().for_each(|bound| line(Some(bound)));
         }
         if let Some((_, percents)) = PAPER.iter().find(|p| p.0 == width) {
             let _ = write!(text, "\n| *paper (recalled, vocabulary 8192)* | 2 | {width} | |");
@@ -106,11 +115,14 @@ pub fn picture(runs: &[Run]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::experiment::{Accuracy, Experiment, Kind};
+    use crate::experiment::{Accuracy, Bounded, Experiment, Kind};
+    use anser_model::Eviction;
+    use anser_tensor::Context;
+    use std::sync::atomic::AtomicBool;
 
     #[test]
     fn configurations_are_whole() {
-        for text in [SMALL, include_str!("../configs/recall.toml")] {
+        for text in [SMALL, include_str!("../configs/recall.toml"), include_str!("../configs/recall-hybrids.toml")] {
             Experiment::<Grid>::parse(text).unwrap();
         }
         let e = Experiment::<Grid>::parse(include_str!("../configs/recall.toml")).unwrap();
@@ -121,12 +133,41 @@ mod tests {
     }
 
     #[test]
+    fn hybrids_are_tested_with_bounds_too() {
+        let e = Experiment::<Grid>::parse(
+            "[task]\nvocab = 32\nrows = [[32, 4]]\n\
+             [models]\nkinds = ['rwkv7', { rwkv-x = { blocks = 1, chunk = 4, topk = 2 } }]\nlayers = [1]\nwidths = [32]\nhead_size = 16\n\
+             caches = [{ most = 64, keep = 48, window = 8, by = 'error', whole_chunks = true },\
+                       { most = 20, keep = 16, window = 4, by = 'recent', whole_chunks = true }]\n\
+             [train]\nrows = 32\nmicro_rows = 32\nsteps = 60\nlr = [1e-2]\nwarmup = 5\nweight_decay = 0.0\nbeta2 = 0.99\n\
+             grad_clip = 1.0\nseeds = [1]\neval_every = 30\nstop_at = 2.0\ntest_rows = 100\n",
+        )
+        .unwrap();
+        let runs = e.run(&[Context::cpu(1)], None, &AtomicBool::new(false), &|_| ()).unwrap();
+        let [plain, hybrid] = &runs[..] else { panic!("{} runs", runs.len()) };
+        assert!(plain.bounded.is_empty() && hybrid.bounded.len() == 2);
+        // A bound that no row reaches changes nothing; one that some reach is applied, in the middle of rows.
+        assert_eq!(hybrid.bounded[0].accuracy, hybrid.accuracy);
+        assert_ne!(hybrid.bounded[1].accuracy, hybrid.accuracy);
+        assert!(hybrid.at(4).unwrap().right > 0.1, "{:?}", hybrid.accuracy);
+        assert_eq!(table(&e.task, &runs).lines().count(), 6, "a line for each model and bound");
+        let small =
+            include_str!("../configs/recall-hybrids.toml").replace("most = 512, keep = 384", "most = 128, keep = 64");
+        assert!(Experiment::<Grid>::parse(&small).unwrap_err().to_string().contains("cache of 128"));
+    }
+
+    #[test]
     fn the_table_has_a_place_for_every_point() {
         let accuracy = vec![Accuracy { answers: 4, right: 0.5, last: 0.5, rows: 0.1 }];
-        let run = Run { task: "64,4".into(), kind: Kind::Rwkv7, layers: 2, width: 64, accuracy, ..Run::default() };
+        let run = Run { task: "64,4".into(), layers: 2, width: 64, accuracy: accuracy.clone(), ..Run::default() };
+        let bounded = vec![Bounded { cache: Cache::new(32, Eviction::Error, true), accuracy }];
+        let hybrid =
+            Run { kind: Kind::RwkvX { blocks: 1, chunk: 4, topk: 2 }, accuracy: vec![], bounded, ..run.clone() };
         let grid = Grid { vocab: 8192, rows: vec![(64, 4), (256, 32), (2048, 256)] };
-        let text = table(&grid, &[run]);
+        let text = table(&grid, &[run, hybrid]);
         assert!(text.contains("| RWKV-7 | 2 | 64 | 0 | 50.00 | not run | not run |"), "{text}");
         assert!(text.contains("| > 99 | - | 72.93 |"), "{text}");
+        let line = "| RWKV-X, 1 x 2 chunks of 4, 32 kept by error | 2 | 64 | 0 | 50.00 | not run | not run |";
+        assert!(text.contains(line), "{text}");
     }
 }

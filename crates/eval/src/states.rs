@@ -19,6 +19,9 @@ pub const SMALL: &str = include_str!("../configs/states-small.toml");
 pub struct States {
     /// Groups, each a task.
     pub groups: Vec<Group>,
+    /// Inputs are swaps of two things alone: what one head can track in one layer if rates are doubled (appendix D of the paper).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub swaps: bool,
     /// Elements of a row in training.
     pub trained: usize,
     /// Lengths tested.
@@ -31,16 +34,27 @@ impl Tasks for States {
             return Err(Error::Input("task.trained and task.tested must be at least 1".into()));
         }
         let task = |&group: &Group| {
-            let table = group.table();
-            Task {
-                name: group.to_string(),
+            let table = match self.swaps {
+                true => group.swaps().ok_or_else(|| {
+                    Error::Input(format!("task.swaps is for groups of all permutations, S5 and S3, not for {group}"))
+                })?,
+                false => group.table(),
+            };
+            Ok(Task {
+                name: self.name(group),
                 vocab: table.vocab(),
                 answers: self.trained,
                 tested: self.tested.clone(),
                 rows: Box::new(move |seed, stream, rows, len| table.batch(seed, stream, rows, len)),
-            }
+            })
         };
-        Ok(self.groups.iter().map(task).collect())
+        self.groups.iter().map(task).collect()
+    }
+}
+
+impl States {
+    fn name(&self, group: Group) -> String {
+        if self.swaps { format!("{group} by swaps") } else { group.to_string() }
     }
 }
 
@@ -64,19 +78,16 @@ pub fn table(states: &States, runs: &[Run]) -> String {
 
 /// For each group a picture (SVG) of accuracy over positions: (group, picture).
 pub fn pictures(states: &States, runs: &[Run]) -> Vec<(String, String)> {
-    let picture = |group: &Group| {
+    let picture = |&group: &Group| {
+        let name = states.name(group);
         let line = |r: &&Run| Line {
             name: format!("{}, {} layers", r.kind, r.layers),
             points: r.accuracy.iter().map(|a| (a.answers as f64, 100.0 * a.last)).collect(),
         };
-        let lines: Vec<Line> = best(runs)
-            .iter()
-            .filter(|r| r.task == group.to_string())
-            .map(line)
-            .filter(|l| !l.points.is_empty())
-            .collect();
-        let title = format!("{group}: right products, % (trained on {} elements)", states.trained);
-        (group.to_string(), chart(&title, "position", &lines))
+        let lines: Vec<Line> =
+            best(runs).iter().filter(|r| r.task == name).map(line).filter(|l| !l.points.is_empty()).collect();
+        let title = format!("{name}: right products, % (trained on {} elements)", states.trained);
+        (name.replace(' ', "-"), chart(&title, "position", &lines))
     };
     states.groups.iter().map(picture).collect()
 }
@@ -90,7 +101,12 @@ mod tests {
 
     #[test]
     fn configurations_are_whole() {
-        for text in [SMALL, include_str!("../configs/states-32.toml"), include_str!("../configs/states.toml")] {
+        for text in [
+            SMALL,
+            include_str!("../configs/states-32.toml"),
+            include_str!("../configs/states-swaps.toml"),
+            include_str!("../configs/states.toml"),
+        ] {
             let e = Experiment::<States>::parse(text).unwrap();
 
             assert!(e.task.tested.contains(&e.task.trained) && e.models.kinds.len() == 3);
@@ -99,6 +115,7 @@ mod tests {
             |from: &str, to: &str| Experiment::<States>::parse(&SMALL.replace(from, to)).unwrap_err().to_string();
         assert!(wrong("\"Z2\"", "\"Z61\"").contains("Z61"));
         assert!(wrong("head_size = ", "head_size = 1").contains("head_size"));
+        assert!(wrong("[task]", "[task]\nswaps = true").contains("not for Z2"));
         assert!(wrong("\nrows = ", "\nrow = ").contains("row"));
     }
 

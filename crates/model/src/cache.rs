@@ -6,6 +6,7 @@ use anser_ops::attention::{Chunks, Past};
 use anser_ops::{Segment, Var};
 use anser_tensor::{Buf, Context, DType, DisjointMut};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::str::FromStr;
 
 /// A bound on the tokens that each attention block keeps of a sequence. When there are [`Cache::most`], the most recent
@@ -37,6 +38,16 @@ pub enum Eviction {
     /// What the state of the RWKV-7 block before has forgotten of it: |v_j - S k_j / |k_j|^2|^2 / |v_j|^2, the mean over heads, with the value and
     /// the key that this block wrote. It needs no question.
     Error,
+}
+
+impl fmt::Display for Eviction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Eviction::Recent => "recent",
+            Eviction::Attention => "attention",
+            Eviction::Error => "error",
+        })
+    }
 }
 
 impl FromStr for Eviction {
