@@ -165,6 +165,30 @@ pub struct Task {
     pub tested: Vec<usize>,
     /// Gives rows of one length: (seed, stream, rows, answers).
     pub rows: Box<dyn Fn(u64, u64, usize, usize) -> Batch + Send + Sync>,
+    /// What training begins with.
+    pub lessons: Vec<Lesson>,
+}
+
+/// Easier rows for the first steps.
+pub struct Lesson {
+    /// Steps with them.
+    pub steps: u64,
+    /// Gives as many tokens as so many rows of the task have: (seed, stream, rows).
+    pub rows: Box<dyn Fn(u64, u64, usize) -> Batch + Send + Sync>,
+}
+
+impl Task {
+    /// What a step is trained on.
+    pub fn batch(&self, seed: u64, step: u64, rows: usize) -> Batch {
+        let mut before = 0;
+        for lesson in &self.lessons {
+            before += lesson.steps;
+            if step < before {
+                return (lesson.rows)(seed, step, rows);
+            }
+        }
+        (self.rows)(seed, step, rows, self.answers)
+    }
 }
 
 /// Section `[task]` of an experiment.
@@ -302,7 +326,7 @@ impl<T: Tasks> Experiment<T> {
         let few = test(64.min(recipe.test_rows), task.answers);
         let mut losses = Vec::new();
         let make = |step| {
-            let batch = rows(run.seed, step, recipe.rows, task.answers);
+            let batch = task.batch(run.seed, step, recipe.rows);
             let micro = |r| batch.slice(len, r, (r + recipe.micro_rows).min(recipe.rows));
             (0..recipe.rows).step_by(recipe.micro_rows).map(micro).collect::<Vec<Batch>>()
         };

@@ -1,7 +1,7 @@
 //! Multi-query associative recall over a grid of rows ([`anser_data::recall`]), as in the paper's table 6 (arXiv 2503.14456).
 
 use crate::Error;
-use crate::experiment::{Run, Task, Tasks, best};
+use crate::experiment::{Lesson, Run, Task, Tasks, best};
 use anser_data::recall::Recall;
 use anser_model::Cache;
 use anser_train::{Line, chart};
@@ -31,6 +31,10 @@ pub struct Grid {
     pub vocab: usize,
     /// (tokens of a row, pairs), each a task.
     pub rows: Vec<(usize, usize)>,
+    /// (tokens of a row, pairs, steps): what training begins with where a task's rows have more pairs, as many of them side by side as a row of the task
+    /// has room for. With many pairs from the start models learn to say any of the values, and no further.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lessons: Vec<(usize, usize, u64)>,
 }
 
 fn name(&(len, pairs): &(usize, usize)) -> String {
@@ -39,15 +43,29 @@ fn name(&(len, pairs): &(usize, usize)) -> String {
 
 impl Tasks for Grid {
     fn tasks(&self) -> Result<Vec<Task>, Error> {
-        let task = |row: &(usize, usize)| {
+        let recall = |field, row: &(usize, usize)| {
             let task = Recall { len: row.0, pairs: row.1, vocab: self.vocab };
-            task.validate().map_err(|e| Error::Input(format!("task.rows ({}): {e}", name(row))))?;
+            task.validate().map_err(|e| Error::Input(format!("task.{field} ({}): {e}", name(row))))?;
+            Ok::<_, Error>(task)
+        };
+        let task = |row: &(usize, usize)| {
+            let task = recall("rows", row)?;
+            let mut lessons = Vec::new();
+            for &(len, pairs, steps) in self.lessons.iter().filter(|l| l.1 < row.1) {
+                let easier = recall("lessons", &(len, pairs))?;
+                if !task.len.is_multiple_of(len) {
+                    return Err(Error::Input(format!("task.lessons: rows of {len} don't fill rows of {}", task.len)));
+                }
+                let rows = move |seed, stream, rows| easier.batch(seed, stream, rows * (task.len / len));
+                lessons.push(Lesson { steps, rows: Box::new(rows) });
+            }
             Ok(Task {
                 name: name(row),
                 vocab: self.vocab,
                 answers: row.1,
                 tested: vec![row.1],
                 rows: Box::new(move |seed, stream, rows, _| task.batch(seed, stream, rows)),
+                lessons,
             })
         };
         self.rows.iter().map(task).collect()
@@ -130,6 +148,26 @@ mod tests {
         assert_eq!((e.task.rows, e.task.vocab, e.models.widths), (grid.to_vec(), 8192, vec![64, 128, 256, 512]));
         let e = Experiment::<Grid>::parse(&SMALL.replace("[64, 4]", "[64, 17]")).unwrap_err().to_string();
         assert!(e.contains("64,17") && e.contains("68 tokens"), "{e}");
+        let e = Experiment::<Grid>::parse(&SMALL.replace("[task]", "[task]\nlessons = [[24, 2, 10]]"))
+            .unwrap_err()
+            .to_string();
+        assert!(e.contains("24 don't fill rows of 64"), "{e}");
+    }
+
+    #[test]
+    fn lessons_come_first_and_are_as_long() {
+        let lessons = vec![(16, 2, 3), (32, 4, 2), (32, 8, 5)];
+        let tasks = Grid { vocab: 64, rows: vec![(32, 8)], lessons }.tasks().unwrap();
+        let (easy, harder) = (Recall { len: 16, pairs: 2, vocab: 64 }, Recall { len: 32, pairs: 4, vocab: 64 });
+        for step in 0..8 {
+            let expected = match step {
+                0..3 => easy.batch(7, step, 10),
+                3..5 => harder.batch(7, step, 5),
+                _ => Recall { len: 32, pairs: 8, vocab: 64 }.batch(7, step, 5),
+            };
+            let batch = tasks[0].batch(7, step, 5);
+            assert!(batch == expected && batch.tokens.len() == 160, "step {step}");
+        }
     }
 
     #[test]
@@ -163,7 +201,7 @@ mod tests {
         let bounded = vec![Bounded { cache: Cache::new(32, Eviction::Error, true), accuracy }];
         let hybrid =
             Run { kind: Kind::RwkvX { blocks: 1, chunk: 4, topk: 2 }, accuracy: vec![], bounded, ..run.clone() };
-        let grid = Grid { vocab: 8192, rows: vec![(64, 4), (256, 32), (2048, 256)] };
+        let grid = Grid { vocab: 8192, rows: vec![(64, 4), (256, 32), (2048, 256)], lessons: Vec::new() };
         let text = table(&grid, &[run, hybrid]);
         assert!(text.contains("| RWKV-7 | 2 | 64 | 0 | 50.00 | not run | not run |"), "{text}");
         assert!(text.contains("| > 99 | - | 72.93 |"), "{text}");

@@ -46,6 +46,7 @@ impl Tasks for States {
                 answers: self.trained,
                 tested: self.tested.clone(),
                 rows: Box::new(move |seed, stream, rows, len| table.batch(seed, stream, rows, len)),
+                lessons: Vec::new(),
             })
         };
         self.groups.iter().map(task).collect()
