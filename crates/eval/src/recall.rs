@@ -93,7 +93,10 @@ pub fn table(grid: &Grid, runs: &[Run]) -> String {
         for m in models {
             let of = |row: &(usize, usize)| best.iter().find(|r| r.model() == m.model() && r.task == name(row));
             let mut line = |bound: Option<Cache>| {
-                let kept = bound.map_or(String::new(), |c| format!(", {} kept by {}", c.most, c.by));
+                let kept = bound.map_or(String::new(), |c| {
+                    let each = if c.whole_chunks { "whole chunks" } else { "single tokens" };
+                    format!(", {} kept by {}, {each}", c.most, c.by)
+                });
                 let _ = write!(text, "\n| {}{kept} | {} | {width} | {} |", m.kind, m.layers, m.parameters);
                 for row in &grid.rows {
                     let right = of(row).and_then(|r| r.test(bound)?.iter().find(|a| a.answers == row.1));
@@ -205,7 +208,8 @@ mod tests {
         let text = table(&grid, &[run, hybrid]);
         assert!(text.contains("| RWKV-7 | 2 | 64 | 0 | 50.00 | not run | not run |"), "{text}");
         assert!(text.contains("| > 99 | - | 72.93 |"), "{text}");
-        let line = "| RWKV-X, 1 x 2 chunks of 4, 32 kept by error | 2 | 64 | 0 | 50.00 | not run | not run |";
+        let line =
+            "| RWKV-X, 1 x 2 chunks of 4, 32 kept by error, whole chunks | 2 | 64 | 0 | 50.00 | not run | not run |";
         assert!(text.contains(line), "{text}");
     }
 }
