@@ -193,7 +193,7 @@ mod tests {
         assert!(hybrid.at(4).unwrap().right > 0.1, "{:?}", hybrid.accuracy);
         assert_eq!(table(&e.task, &runs).lines().count(), 6, "a line for each model and bound");
         let small =
-            include_str!("../configs/recall-hybrids.toml").replace("most = 512, keep = 384", "most = 128, keep = 64");
+            include_str!("../configs/recall-hybrids.toml").replace("most = 256, keep = 192", "most = 128, keep = 64");
         assert!(Experiment::<Grid>::parse(&small).unwrap_err().to_string().contains("cache of 128"));
     }
 
