@@ -79,7 +79,7 @@ pub struct Run {
     pub curve: Vec<(u64, f64)>,
     /// The test at the end.
     pub accuracy: Vec<Accuracy>,
-    /// The same test with each bound of [`Models::caches`], for hybrids.
+    /// The same test with each bound of [`super::Models::caches`], for hybrids.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub bounded: Vec<Bounded>,
 }
