@@ -29,6 +29,11 @@ const AT_ONCE: usize = 32;
 /// Picks for which candidates are kept, at most so many.
 const FEW: usize = 16;
 const CANDIDATES: usize = 24;
+/// Threads that choose on Hopper, chunks whose means lie together, and the shared memory: queries, two stages of means in two parts, twenty scores with their chunks for each of 256 threads
+/// and two rows.
+const PICK_THREADS: usize = 288;
+const MEANS: usize = 64;
+const PICK_BYTES: usize = 1024 + 2 * 64 * (QUERIES + 2 * 2 * MEANS) + 2 * 20 * 256 * (4 + 2);
 /// Chunks of a sequence, and counts of one of its heads, that one block sums up.
 const ORDERED: usize = 256;
 const ORDER: usize = 1 << 12;
@@ -333,13 +338,13 @@ fn launch(gpu: &Cuda, name: &str, grid: [usize; 3], threads: usize, shared: usiz
 
 /// Means of the chunks that are full and not known.
 pub(super) fn means(ctx: &Context, gpu: &Cuda, plan: &Plan) {
-    means_in_parts(ctx, gpu, plan, DevicePtr::NULL);
+    means_in_parts(ctx, gpu, plan, DevicePtr::NULL, false);
 }
 
-/// The same, and all of them as two parts.
-fn means_in_parts(ctx: &Context, gpu: &Cuda, plan: &Plan, parts: DevicePtr) {
+/// The same, and all of them as two parts, or tiles of these.
+fn means_in_parts(ctx: &Context, gpu: &Cuda, plan: &Plan, parts: DevicePtr, in_tiles: bool) {
     let words = plan.words(Way::Forward, plan.all_heads());
-    let args = [Arg::Struct(&words), parts.into(), int(plan.n)];
+    let args = [Arg::Struct(&words), parts.into(), int(plan.n), int(usize::from(in_tiles))];
     let threads = if plan.chunks.size > 512 { 1024 } else { 256 };
     launch(gpu, &kernel(ctx, "chunk_means"), [plan.all.chunks, plan.key_heads, 1], threads, 0, &args);
 }
@@ -358,22 +363,28 @@ pub(super) fn choose(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf) -> Choice 
         launch(gpu, &kernel(ctx, "chunk_select"), grid, QUERIES, 0, &args);
         return Choice::of(picks);
     }
-    let parts = ctx.alloc(plan.all.chunks * plan.key_heads * 2 * plan.n);
-    means_in_parts(ctx, gpu, plan, parts.ptr());
-    let counts = ctx.alloc_f32(plan.heads * plan.all.counts);
     let which = match plan.picks() {
         0..=2 => "2",
         3..=FEW if plan.most_chunks <= 1 << 16 => "16",
         _ => "more",
     };
-    let name = format!("{}_{}", kernel(ctx, &format!("chunk_select_{which}")), plan.n);
+    let on_hopper = gpu.info().is_hopper() && plan.n == 64 && which == "16";
+    let rows = if on_hopper { (plan.all.chunks / MEANS + plan.count) * MEANS } else { plan.all.chunks };
+    let parts = ctx.alloc(rows * plan.key_heads * 2 * plan.n);
+    means_in_parts(ctx, gpu, plan, parts.ptr(), on_hopper);
+    let counts = ctx.alloc_f32(plan.heads * plan.all.counts);
     let counted = plan.most_chunks <= WINDOW && which != "more";
-    // Sets of queries, where candidates are kept in the place of scores.
-    let rest = if which == "16" { 6 * CANDIDATES * QUERIES } else { 16 * plan.most_chunks.min(WINDOW) };
-    let bytes = 4 * AT_ONCE * (QUERIES + 4) + 2 * QUERIES * (plan.n + 8) + rest;
     let to = if counted { counts.ptr() } else { DevicePtr::NULL };
     let args = [head, q.ptr().into(), parts.ptr().into(), picks.ptr().into(), to.into()];
-    launch(gpu, &name, grid, QUERIES, bytes, &args[..if which == "more" { 4 } else { 5 }]);
+    if on_hopper {
+        launch(gpu, &kernel(ctx, "chunk_hopper_pick"), grid, PICK_THREADS, PICK_BYTES, &args);
+    } else {
+        let name = format!("{}_{}", kernel(ctx, &format!("chunk_select_{which}")), plan.n);
+        // Sets of queries, where candidates are kept in the place of scores.
+        let rest = if which == "16" { 6 * CANDIDATES * QUERIES } else { 16 * plan.most_chunks.min(WINDOW) };
+        let bytes = 4 * AT_ONCE * (QUERIES + 4) + 2 * QUERIES * (plan.n + 8) + rest;
+        launch(gpu, &name, grid, QUERIES, bytes, &args[..if which == "more" { 4 } else { 5 }]);
+    }
     let lists = Some(lists(ctx, gpu, plan, &picks, &counts, counted));
     Choice { picks, lists }
 }
@@ -426,7 +437,9 @@ fn lists(ctx: &Context, gpu: &Cuda, plan: &Plan, picks: &Buf, counts: &Buf, coun
         launch(gpu, "chunk_total", [plan.all.chunks.div_ceil(32), heads, 1], 1024, 0, &[head, c, l]);
         scan(gpu, plan, &lists, Way::Forward);
     }
-    launch(gpu, "chunk_fill", runs, 256, 20 * window, &[head, p, c, l, e]);
+    // Sets and two numbers of each chunk; entries and where they go, if these are not too many.
+    let staged = if plan.picks() <= FEW { 8 * RUN * plan.picks() } else { 0 };
+    launch(gpu, "chunk_fill", runs, 256, 24 * window + staged, &[head, p, c, l, e]);
     lists
 }
 
@@ -457,7 +470,10 @@ pub(super) fn forward(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, choice: &
         let part_lse = part_lse.into();
         if plan.short() {
             let steps = plan.chunks.size.div_ceil(HOPPER_KEYS);
-            let (kernel, rows) = (format!("chunk_short_{steps}"), 9 * 64 + [3, 2][steps - 1] * steps * 2 * HOPPER_KEYS);
+            // Of each warpgroup queries in as many stages as keys and values, and results, whose rows are longer by an eighth.
+            let stages = [3, 2][steps - 1];
+            let rows = 3 * stages * 64 + stages * steps * 2 * HOPPER_KEYS + 3 * (64 + 8);
+            let kernel = format!("chunk_short_{steps}");
             let args = [Arg::Struct(&words), q, out, part_lse];
             return hopper(ctx, gpu, (&kernel, 512, rows), tiles * group.len, lists, &args);
         }

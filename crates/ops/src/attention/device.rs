@@ -251,7 +251,8 @@ fn short_and_long_chunks() {
 #[ignore = "needs a GPU"]
 fn many_picks() {
     check(&ALL, &Case { size: 8, top: 16, sequences: &[(0, 290)], heads: 1, ..SHAPE });
-    // More than are chosen at a time.
+    // More chunks than are scored at a time, and more picks than are chosen at a time.
+    check(&[DType::BF16], &Case { size: 1, top: 16, sequences: &[(0, 290), (150, 30)], heads: 1, ..SHAPE });
     check(&[DType::F32, DType::BF16], &Case { size: 4, top: 21, sequences: &[(0, 140)], heads: 1, ..SHAPE });
 }
 
@@ -270,6 +271,8 @@ fn extremes() {
 fn equal_scores() {
     check(&ALL, &Case { same: true, sequences: &[(0, 140)], ..SHAPE });
     check(&ALL, &Case { same: true, size: 7, top: 5, sequences: &[(0, 100)], ..SHAPE });
+    // More than are kept while others come.
+    check(&[DType::BF16], &Case { same: true, size: 5, top: 16, sequences: &[(0, 360)], heads: 1, ..SHAPE });
 }
 
 #[test]

@@ -10,6 +10,7 @@
 #include "tensor.cuh"
 #include "hopper_back.cuh"
 #include "short.cuh"
+#include "pick.cuh"
 
 using namespace chunks;
 
@@ -33,13 +34,13 @@ extern "C" __global__ void __launch_bounds__(1024) chunk_order(Plan p, int* coun
 extern "C" __global__ void __launch_bounds__(256) chunk_fill(Plan p, const int* picks, const int* counts, const List* lists, int* entries) {
     DYNAMIC_SHARED(memory);
     begin_kernel();
-    fill(p, picks, counts, lists, entries, reinterpret_cast<Set*>(memory));
+    fill(p, picks, counts, lists, entries, memory);
 }
 
 #define EXACT(T, name)                                                                                                              \
-    extern "C" __global__ void __launch_bounds__(1024) chunk_means_##name(Plan p, T* parts, int n) {                                  \
+    extern "C" __global__ void __launch_bounds__(1024) chunk_means_##name(Plan p, T* parts, int n, int in_tiles) {                    \
         begin_kernel();                                                                                                             \
-        means<T>(p, parts, n);                                                                                                      \
+        means<T>(p, parts, n, in_tiles);                                                                                            \
     }                                                                                                                               \
     extern "C" __global__ void __launch_bounds__(128) chunk_select_##name(Plan p, const T* q, int* picks, int n) {                    \
         begin_kernel();                                                                                                             \
@@ -130,6 +131,11 @@ TENSOR(bf16, bf16) TENSOR(f16, f16)
     extern "C" __global__ void __launch_bounds__(512, 1) chunk_hopper_attend_##name(const List* lists, const int* entries, int* counter, Plan p,\
                                                                                      const T* q, T* out, float* lse, T* y, float* y_lse) {\
         ON_HOPPER(hopper::attend<T>(p, q, lists, entries, counter, out, lse, y, y_lse);)                                            \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(288, 2)                                                                            \
+        chunk_hopper_pick_##name(Plan p, const T* q, const T* parts, int* picks, int* counts) {                                     \
+        begin_kernel();                                                                                                             \
+        ON_HOPPER(hopper::pick<T>(p, q, parts, picks, counts);)                                                                     \
     }                                                                                                                               \
     extern "C" __global__ void __launch_bounds__(512, 1)                                                                            \
         chunk_short_1_##name(const List* lists, const int* entries, int* counter, Plan p, const T* q, T* out, float* lse) {         \

@@ -166,20 +166,62 @@ __device__ void order(const Plan& p, int* counts, List* lists, int tile, int* co
     if (threadIdx.x < 256) sum_up(p, s, all, tile);
 }
 
-__device__ void fill(const Plan& p, const int* picks, const int* counts, const List* lists, int* entries, Set* sets) {
+// Entries of a run are put into order in shared memory first, if there are not too many, so that those of a chunk are written together: by a block of 256 threads.
+constexpr int STAGED = 16; // picks of a row
+__device__ void fill(const Plan& p, const int* picks, const int* counts, const List* lists, int* entries, unsigned char* memory) {
+    __shared__ int sums[8];
     const Run r = run_of(p);
     const List* all = lists_of(p, r.s, lists, blockIdx.y);
     const int* before = counts_of(p, r.s, const_cast<int*>(counts), r.number);
-    int *to = entries_of(p, r.s, entries, blockIdx.y), *first = reinterpret_cast<int*>(sets + min(WINDOW, r.s.chunks));
+    const int window = min(WINDOW, r.s.chunks), lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    int* to = entries_of(p, r.s, entries, blockIdx.y);
+    Set* sets = reinterpret_cast<Set*>(memory);
+    int *first = reinterpret_cast<int*>(sets + window), *here = first + window; // where a chunk's entries begin: in `to`, and in `staged`
+    int2* staged = reinterpret_cast<int2*>(memory + 24 * window); // an entry and where it goes
+    const bool stages = p.slots - 1 <= STAGED;
     for (int low = 0; low < r.s.chunks; low += WINDOW) {
         const int n = min(WINDOW, r.s.chunks - low);
         __syncthreads();
         for (int c = threadIdx.x; c < n; c += blockDim.x) first[c] = all[low + c].first + before[low + c];
         sets_of(p, r, picks, low, n, sets);
+        int sizes[WINDOW / 256], sum = 0;
+        if (stages) {
+#pragma unroll
+            for (int i = 0; i < WINDOW / 256; i++) {
+                const int c = threadIdx.x * (WINDOW / 256) + i;
+                sizes[i] = sum;
+                if (c < n) sum += size_of(sets[c]);
+            }
+            int x = sum;
+            for (int by = 1; by < 32; by *= 2) {
+                const int y = __shfl_up_sync(~0u, x, by);
+                if (lane >= by) x += y;
+            }
+            if (lane == 31) sums[warp] = x;
+            __syncthreads();
+            x -= sum;
+            sum = 0;
+            for (int w = 0; w < 8; w++) {
+                if (w < warp) x += sums[w];
+                sum += sums[w];
+            }
+#pragma unroll
+            for (int i = 0; i < WINDOW / 256; i++) {
+                const int c = threadIdx.x * (WINDOW / 256) + i;
+                if (c < n) here[c] = x + sizes[i];
+            }
+            __syncthreads();
+        }
         each_pick(p, r, [&](int row, int slot) {
             const int c = picks_of(p, picks, row)[slot] - low;
-            if (c >= 0 && c < n) to[first[c] + before_in(sets, c, row - r.first)] = entry_of(p, row, slot);
+            if (c < 0 || c >= n) return;
+            const int at = before_in(sets, c, row - r.first), entry = entry_of(p, row, slot);
+            if (stages) staged[here[c] + at] = make_int2(entry, first[c] + at);
+            else to[first[c] + at] = entry;
         });
+        if (!stages) continue;
+        __syncthreads();
+        for (int i = threadIdx.x; i < sum; i += blockDim.x) to[staged[i].y] = staged[i].x;
     }
 }
 

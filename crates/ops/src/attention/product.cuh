@@ -10,24 +10,30 @@ template <int N> constexpr int WIDTH = N == 64 ? 64 : N + 8;
 template <int N> __device__ __forceinline__ int place(int row, int col) { return row * WIDTH<N> + (N == 64 ? col ^ (row & 7) * 8 : col); }
 template <class T> __device__ __forceinline__ T* aligned(unsigned char* p) { return reinterpret_cast<T*>(p + (-reinterpret_cast<size_t>(p) & 1023)); }
 
+#ifndef ANSER_EMULATOR
 // 1 / x to the last bit but one.
 __device__ __forceinline__ float reciprocal(float x) {
-#ifndef ANSER_EMULATOR
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-#else
-    return 1.f / x;
-#endif
 }
-// Sixteen bytes that need not stay in the second-level cache.
-__device__ __forceinline__ void store_once(void* to, const uint4& x) {
-#ifndef ANSER_EMULATOR
-    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
-#else
-    *static_cast<uint4*>(to) = x;
-#endif
+// The logarithm to base 2, to 2^-22.
+__device__ __forceinline__ float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
+// Sixteen bytes that need not stay in the second-level cache, unless `row` is negative; without a branch.
+__device__ __forceinline__ void store_once(void* to, const uint4& x, int row) {
+    asm volatile("{.reg .pred p; setp.ge.s32 p, %5, 0; @p st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(row) : "memory");
+}
+#else
+inline float reciprocal(float x) { return 1.f / x; }
+inline float log2_fast(float x) { return log2f(x); }
+inline void store_once(void* to, const uint4& x, int row) {
+    if (row >= 0) *static_cast<uint4*>(to) = x;
+}
+#endif
 
 // What this thread copied is there, and so is what others did.
 __device__ __forceinline__ void wait_for_copies() {

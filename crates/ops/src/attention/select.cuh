@@ -8,9 +8,16 @@
 
 namespace chunks {
 
+constexpr int MEANS = 64; // chunks whose means lie together for Hopper
+
+// The number of the tile of means that a chunk of a sequence is in: at most p.chunks / MEANS + p.count for each head of keys.
+__device__ __forceinline__ int tile_of_means(const Plan& p, const Sequence& s, int c, int key_head) {
+    return key_head * (p.chunks / MEANS + p.count) + s.chunk_base / MEANS + int(&s - p.sequences) + c / MEANS;
+}
+
 // A block a chunk and head of keys; rows in a fixed order that depends on the block's threads alone. What is known is left. If so wanted also as two parts,
-// [chunks, key_heads, 2, n], where what isn't full becomes zero.
-template <class T> __device__ void means(const Plan& p, T* parts, int n) {
+// [chunks, key_heads, 2, n], where what isn't full becomes zero; or, for heads of 64, in tiles [key_heads, tiles, 2, MEANS, 64] as products want them (see product.cuh).
+template <class T> __device__ void means(const Plan& p, T* parts, int n, bool in_tiles) {
     const Sequence& s = sequence_of<&Sequence::chunk_base>(p, blockIdx.x);
     const int c = int(blockIdx.x) - s.chunk_base;
     const bool full = (c + 1) * p.size <= s.past + s.len, known = c < s.known;
@@ -44,9 +51,11 @@ template <class T> __device__ void means(const Plan& p, T* parts, int n) {
         to[threadIdx.x] = mean;
     }
     if (!parts) return;
-    T* two = parts + (size_t(blockIdx.x) * p.key_heads + blockIdx.y) * 2 * n + threadIdx.x;
-    two[0] = from_f32<T>(mean);
-    two[n] = from_f32<T>(mean - to_f32(two[0]));
+    T* two = in_tiles ? parts + size_t(tile_of_means(p, s, c, blockIdx.y)) * 2 * MEANS * 64 + c % MEANS * 64 + (threadIdx.x ^ c % 8 * 8)
+                      : parts + (size_t(blockIdx.x) * p.key_heads + blockIdx.y) * 2 * n + threadIdx.x;
+    const T high = from_f32<T>(mean);
+    two[0] = high;
+    two[in_tiles ? MEANS * 64 : n] = from_f32<T>(mean - to_f32(high));
 }
 
 // The K best of what comes, best first; the slots in front of `first` are out of use.

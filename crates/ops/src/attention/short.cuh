@@ -41,11 +41,13 @@ __device__ __forceinline__ void short_item(Tile& t, const Plan& p, const List* l
 }
 
 template <class T, int STEPS> struct Short {
-    static constexpr int GROUPS = 3, KEYS = 128, RINGS = STEPS == 1 ? 3 : 2, QUERIES = 3, STAGE = STEPS * 2 * KEYS * 64, BATCH = 8; // items are found so many at a time, if there are many
+    static constexpr int GROUPS = 3, KEYS = 128, RINGS = STEPS == 1 ? 3 : 2, QUERIES = RINGS, STAGE = STEPS * 2 * KEYS * 64, BATCH = 8; // items are found so many at a time, if there are many
+    static constexpr int TILE = 64 * 64, PITCH = 64 + 8; // values of a tile of queries, and of a row of results
     uint64_t barriers[3 * RINGS + 2 * GROUPS * QUERIES];
     Tile found[BATCH], items[RINGS];
-    int entry[GROUPS][QUERIES][64]; // rows of q; -1: none
-    int places[GROUPS][QUERIES][64]; // of results
+    // Of a tile's rows: their number in q, and the place of their result, -1: none. Row r is at `at(r)`: those that lanes have together are neighbours.
+    alignas(16) int rows[GROUPS][QUERIES][64], places[GROUPS][QUERIES][64];
+    __device__ __forceinline__ static int at(int r) { return r % 4 * 16 + r / 4; }
 
     // Each thread has the address of the barriers.
     struct Signals {
@@ -114,44 +116,59 @@ template <class T, int STEPS> struct Short {
         }
     }
     // A warp for each warpgroup: its queries.
-    __device__ __forceinline__ void queries(const Plan& p, const Signals& b, int group, const T* q, T* tiles) {
-        const int lane = threadIdx.x % 32;
-        Place<RINGS> place;
+    __device__ __forceinline__ void queries(const Plan& p, const Signals& b, int group, const T* q, Address tiles) {
+        const int lane = threadIdx.x % 32, mask = (1 << p.bits) - 1, own = (p.slots - 1) << p.bits;
+        const unsigned stride = p.heads * 64 * sizeof(T);
+        const Address first = tiles + 2 * (group * QUERIES * TILE + chunks::place<64>(lane / 8, lane % 8 * 8));
+        Place<RINGS> item;
         Place<QUERIES> mine;
-        for (int turn = 0;; place.next()) {
-            barrier_wait(b.item_full(place.at), place.parity);
-            const Tile& t = items[place.at];
-            if (t.count < 0) return;
-            const int tiles_of = (t.count + 63) / 64, head = p.first + t.y, mask = (1 << p.bits) - 1;
+        for (int turn = 0;; item.next()) {
+            barrier_wait(b.item_full(item.at), item.parity);
+            const Tile& t = items[item.at];
+            const int count = t.count, y = t.y;
+            if (count < 0) return;
+            const int tiles_of = (count + 63) / 64;
+            const char* const column = kept(reinterpret_cast<const char*>(q + (p.first + y) * 64 + lane % 8 * 8));
             // Entries are fetched ahead of the copies.
             int next[2];
             const auto fetch = [&](int i) {
 #pragma unroll
-                for (int j = 0; j < 2; j++) next[j] = t.entry(p, 64 * i + 32 * j + lane);
+                for (int j = 0; j < 2; j++) {
+                    const int r = 64 * i + 32 * j + lane;
+                    next[j] = r >= count ? -1 : t.entries ? t.entries[r] : own | (t.row + r);
+                }
             };
             const int begin = (group + GROUPS - turn) % GROUPS;
             if (begin < tiles_of) fetch(begin);
             for (int i = begin; i < tiles_of; i += GROUPS) {
-                const int first = next[0], second = next[1];
+                const int entry[2] = {next[0], next[1]};
                 barrier_wait(b.queries_empty(group, mine.at), mine.parity ^ 1);
-                int *entries = entry[group][mine.at], *to = places[group][mine.at];
-                const auto note = [&](int r, int e) {
-                    const int row = e & mask;
-                    entries[r] = e < 0 ? -1 : row;
-                    to[r] = (row * p.group + t.y) * p.slots + slot_in(p, e);
-                };
-                note(lane, first);
-                note(32 + lane, second);
+                int* of = rows[group][mine.at];
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    // Where there is no row any will do.
+                    const int row = entry[j] < 0 ? 0 : entry[j] & mask;
+                    of[at(32 * j + lane)] = row;
+                    places[group][mine.at][at(32 * j + lane)] = entry[j] < 0 ? -1 : (row * p.group + y) * p.slots + (entry[j] >> p.bits);
+                }
                 __syncwarp();
                 if (i + GROUPS < tiles_of) fetch(i + GROUPS);
-                const auto row = [&](int r) { return entries[r]; };
-                copy_rows<64>(tiles + (group * QUERIES + mine.at) * 64 * 64, q + head * 64, p.heads * 64, row);
+                const Address even = first + 2 * TILE * mine.at, odd = (even + 4 * 128) ^ 64;
+                const auto copy = [&](Address to, int row) { copy_async_to(to, column + size_t(unsigned(row)) * stride); };
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    const int4 x = reinterpret_cast<const int4*>(of + lane / 8 * 16)[k];
+                    copy(even + 2048 * k, x.x);
+                    copy(odd + 2048 * k, x.y);
+                    copy(even + 2048 * k + 1024, x.z);
+                    copy(odd + 2048 * k + 1024, x.w);
+                }
                 barrier_arrive_copied(b.queries_full(group, mine.at));
                 release(b.queries_full(group, mine.at));
                 mine.next();
             }
             turn = (turn + tiles_of) % GROUPS;
-            release(b.keys_empty(place.at));
+            release(b.keys_empty(item.at));
         }
     }
 };
@@ -163,18 +180,25 @@ __device__ __forceinline__ void attend_short(const Plan& p, const T* q, const Li
     constexpr int KEYS = Work::KEYS, GROUPS = Work::GROUPS;
     DYNAMIC_SHARED(memory);
     __shared__ Work work;
-    T *tiles = aligned<T>(memory), *stages = tiles + GROUPS * Work::QUERIES * 64 * 64;
+    T *tiles = aligned<T>(memory), *stages = tiles + GROUPS * Work::QUERIES * Work::TILE, *results = stages + Work::RINGS * Work::STAGE;
+    const Address tiles_at = kept(address_of(tiles));
     const typename Work::Signals b = work.init();
     begin_kernel();
     if (threadIdx.x >= 128 * GROUPS) {
         fewer_registers<32>();
         const int warp = threadIdx.x / 32 - 4 * GROUPS;
-        if (warp < GROUPS) work.queries(p, b, warp, q, tiles);
+        if (warp < GROUPS) work.queries(p, b, warp, q, tiles_at);
         else work.keys(p, b, lists, entries, counter, stages);
     } else {
         more_registers<160>();
         const int lane = threadIdx.x % 32, group = __shfl_sync(~0u, int(threadIdx.x / 128), 0), row = threadIdx.x % 128 / 32 * 16 + lane / 4;
         const float scale = 0.125f * LOG2E;
+        const Address stages_at = kept(address_of(stages));
+        // Results of the warp's 16 rows go by way of shared memory: where the lane's part of fragments and of rows is.
+        T* const mine_of = results + (group * 64 + threadIdx.x % 128 / 32 * 16) * Work::PITCH;
+        const Address fragments = kept(address_of(mine_of + lane % 16 * Work::PITCH + lane / 16 * 8));
+        const T* const vectors = mine_of + lane / 8 * Work::PITCH + lane % 8 * 8;
+        char* const to_vectors = kept(reinterpret_cast<char*>(out + lane % 8 * 8));
         Place<Work::RINGS> place;
         Place<Work::QUERIES> mine;
         for (int turn = 0;; place.next()) {
@@ -184,12 +208,11 @@ __device__ __forceinline__ void attend_short(const Plan& p, const T* q, const Li
             const Tile& t = work.items[place.at];
             const int tiles_of = (count + 63) / 64, from = t.from, to = t.to, position = t.entries ? 1 << 30 : t.position;
             barrier_wait(b.keys_full(place.at), place.parity);
-            const uint64_t keys = uniform(operand(address_of(stages + place.at * Work::STAGE)));
+            const uint64_t keys = uniform(operand(stages_at + place.at * Work::STAGE * 2));
             for (int i = (group + GROUPS - turn) % GROUPS; i < tiles_of; i += GROUPS) {
                 barrier_wait(b.queries_full(group, mine.at), mine.parity);
                 fence_for_products();
-                T* tile = tiles + (group * Work::QUERIES + mine.at) * 64 * 64;
-                const uint64_t a = uniform(operand(address_of(tile)));
+                const uint64_t a = uniform(operand(tiles_at + (group * Work::QUERIES + mine.at) * Work::TILE * 2));
                 float o[8][4], top[2] = {-INFINITY, -INFINITY}, total[2] = {0.f, 0.f};
 #pragma unroll
                 for (int step = 0; step < STEPS; step++) {
@@ -249,27 +272,30 @@ __device__ __forceinline__ void attend_short(const Plan& p, const T* q, const Li
                     products_wait<0>();
                     keep_order(o);
                 }
-                const int *entry = work.entry[group][mine.at] + (row & ~7), *at = work.places[group][mine.at] + (row & ~7);
-                wait_barrier(1 + group, 128); // all warps' products that read the queries are done
+                // Where the results of rows r, r + 4 .. of the warp go.
+                const int* places = work.places[group][mine.at] + threadIdx.x % 128 / 32 * 4;
+                float factor[2];
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    float sum = total[half];
+                    float& sum = total[half];
                     sum += __shfl_xor_sync(~0u, sum, 1);
                     sum += __shfl_xor_sync(~0u, sum, 2);
-                    const float factor = reciprocal(sum);
-                    const int r = 8 * half + lane / 4;
-                    if (lane % 4 == 0 && entry[r] >= 0) lse[at[r]] = (top[half] * scale + log2f(sum)) * (1.f / LOG2E);
-#pragma unroll
-                    for (int k = 0; k < 8; k++)
-                        *reinterpret_cast<uint32_t*>(tile + (row + 8 * half) * 64 + (8 * (k ^ lane / 4) + lane % 4 * 2)) = pack<T>(o[k][2 * half] * factor, o[k][2 * half + 1] * factor);
+                    factor[half] = reciprocal(sum);
                 }
+                const int half = lane % 4, at = places[lane / 4 % 4 * 16 + lane / 16 + 2 * (half & 1)];
+                const float value = (half ? top[1] : top[0]) * scale + log2_fast(half ? total[1] : total[0]);
+                if (half < 2 && at >= 0) lse[at] = value * (1.f / LOG2E);
+#pragma unroll
+                for (int k = 0; k < 8; k += 2)
+                    store_tiles(fragments + 16 * k, pack<T>(o[k][0] * factor[0], o[k][1] * factor[0]), pack<T>(o[k][2] * factor[1], o[k][3] * factor[1]),
+                                pack<T>(o[k + 1][0] * factor[0], o[k + 1][1] * factor[0]), pack<T>(o[k + 1][2] * factor[1], o[k + 1][3] * factor[1]));
                 __syncwarp();
+                const int4 to_rows = *reinterpret_cast<const int4*>(places + lane / 8 * 16);
+                const int to_row[4] = {to_rows.x, to_rows.y, to_rows.z, to_rows.w};
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const int r = 4 * j + lane / 8;
-                    const uint4 x = *reinterpret_cast<const uint4*>(tile + chunks::place<64>((row & ~7) + r, lane % 8 * 8));
-                    if (entry[r] >= 0) store_once(out + size_t(unsigned(at[r])) * 64 + lane % 8 * 8, x);
-                }
+                for (int j = 0; j < 4; j++)
+                    store_once(to_vectors + size_t(unsigned(to_row[j])) * 128u, *reinterpret_cast<const uint4*>(vectors + 4 * j * Work::PITCH), to_row[j]);
+                __syncwarp();
                 release(b.queries_empty(group, mine.at));
                 mine.next();
             }

@@ -26,6 +26,17 @@ __device__ __forceinline__ void barrier_arrive(Address b) { asm volatile("mbarri
 __device__ __forceinline__ void barrier_arrive_copied(Address b) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(b) : "memory");
 }
+// Sixteen bytes from device memory in the background.
+__device__ __forceinline__ void copy_async_to(Address to, const void* from) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory"); }
+// The same of many bytes by one thread, after which the phase of a barrier that one arrives at ends.
+__device__ __forceinline__ void copy_together(Address to, const void* from, int bytes, Address barrier) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+// The reverse of load_tiles.
+__device__ __forceinline__ void store_tiles(Address row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
 // Waits until the phase of this parity has ended; by whole warps.
 __device__ __forceinline__ void barrier_wait(Address b, uint32_t parity) {
     uint32_t done;
@@ -47,6 +58,10 @@ __device__ __forceinline__ uint64_t uniform(uint64_t operand) { return operand >
 // Computed once, not wherever it is used.
 __device__ __forceinline__ Address kept(Address p) {
     asm volatile("" : "+r"(p));
+    return p;
+}
+template <class T> __device__ __forceinline__ T* kept(T* p) {
+    asm volatile("" : "+l"(p));
     return p;
 }
 // Before products that use registers written since the last ones.
@@ -132,6 +147,20 @@ inline void barrier_arrive_copied(Address b) { barrier_arrive(b); }
 inline void barrier_wait(Address b, uint32_t parity) {
     while (!__any_sync(~0u, *reinterpret_cast<uint64_t*>(b) >> 32 != parity)) {}
 }
+inline void copy_async_to(Address to, const void* from) { copy_async(reinterpret_cast<void*>(to), from); }
+inline void copy_together(Address to, const void* from, int bytes, Address barrier) {
+    if (to % 16 || uintptr_t(from) % 16 || bytes % 16) __builtin_trap();
+    memcpy(reinterpret_cast<void*>(to), from, bytes);
+    barrier_arrive(barrier);
+}
+inline void store_tiles(Address row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    if (row % 16) __builtin_trap();
+    const auto lanes = emulator::exchange(row);
+    const int g = emulator::state->self->lane / 4, q = emulator::state->self->lane % 4;
+    const uint32_t tiles[4] = {a, b, c, d};
+    for (int i = 0; i < 4; i++) *reinterpret_cast<uint32_t*>(lanes.at(8 * i + g) + 4 * q) = tiles[i];
+    __syncwarp();
+}
 inline void fence_for_products() {}
 template <int N> void more_registers() {}
 template <int N> void fewer_registers() {}
@@ -139,6 +168,7 @@ inline uint64_t operand(Address p) { return p; }
 inline uint64_t operand_at(uint64_t operand, int bytes) { return operand + bytes; }
 inline uint64_t uniform(uint64_t operand) { return operand; }
 inline Address kept(Address p) { return p; }
+template <class T> T* kept(T* p) { return p; }
 inline void products_begin() {}
 inline void products_commit() {}
 template <int N> void products_wait() {}
