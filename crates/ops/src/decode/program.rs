@@ -70,7 +70,7 @@ fn kernels_batch(batch: usize) -> usize {
 }
 
 /// What shared memory there must be for.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub struct Size {
     /// Blocks of the model.
     pub blocks: usize,
