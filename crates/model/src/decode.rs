@@ -45,7 +45,7 @@ impl Part {
 ///
 /// A step goes one of three ways: with 1 to 4 sequences through one kernel, if it holds the model; with up to 64 through products of our own and kernels between;
 /// with more through the matrix library. In the first two the bits of a sequence's result don't depend on its neighbours, but are not the same in both; in the third they
-/// depend on how many there are. Matrices in codes of 8 bits know the second way alone, whatever the number.
+/// depend on how many there are. Matrices in codes of 8 bits know the first two ways, the second for any number.
 pub struct DecodeStep<'m> {
     ctx: Context,
     model: &'m Model,
@@ -58,7 +58,7 @@ pub struct DecodeStep<'m> {
     few: Option<Few>,
     /// What steps of more need, if its kernels hold the model.
     products: Option<Products>,
-    /// Whether matrices are in codes of 8 bits, which only these know.
+    /// Whether matrices are in codes of 8 bits, which the matrix library doesn't know.
     coded: bool,
     /// Whether a sequence's results may not depend on how many there are.
     apart: bool,
@@ -114,7 +114,7 @@ impl<'m> DecodeStep<'m> {
             LowRanks::new(ctx, most, c, [(2, v, 2), (0, w, 3), (1, a, 4), (3, g, 5)])
         };
         let coded = blocks.iter().any(|b| products::coded(&b.att.receptance));
-        let few = if coded { None } else { Few::new(ctx, model, most, [ranks(0)?, ranks(1)?]) };
+        let few = Few::new(ctx, model, most, [ranks(0)?, ranks(1)?]);
         let low_ranks = [low_ranks(0)?, low_ranks(1)?];
         let wide = config.attention_rows().max(3 * c);
         let pasts = match attention.is_empty() {
@@ -162,7 +162,7 @@ impl<'m> DecodeStep<'m> {
         }
         match (&self.products, &self.few) {
             (Some(_), _) => self.most,
-            (None, Some(_)) => BATCH,
+            (None, Some(few)) => few.most(),
             _ => 1,
         }
     }
@@ -174,7 +174,7 @@ impl<'m> DecodeStep<'m> {
 
     /// Whether steps of so many sequences are one kernel.
     fn is_few(&self, batch: usize) -> bool {
-        batch <= BATCH && self.few.is_some() && !(self.apart && self.products.is_some())
+        self.few.as_ref().is_some_and(|few| batch <= few.most()) && !(self.apart && self.products.is_some())
     }
 
     /// Where the tokens of a step are put, as `int`; after it they are the most probable next ones.
@@ -195,7 +195,7 @@ impl<'m> DecodeStep<'m> {
     /// Share of the entries of relu(.)^2 that were zero for all sequences of a step, over `steps` steps of up to 4 sequences since the beginning.
     pub fn zero_share(&self, steps: usize) -> f64 {
         let rows = steps * self.model.blocks.len() * self.model.config().n_hidden;
-        let few = self.few.as_ref().filter(|_| self.is_few(1));
+        let few = self.few.as_ref().filter(|few| self.is_few(1) && few.skips());
         let read = few.map_or(rows as f64, |few| f64::from(few.rows_read()));
         if rows == 0 { 0.0 } else { 1.0 - read / rows as f64 }
     }

@@ -1,24 +1,28 @@
 //! A step of few sequences: a program that stops only for attention.
 
+use super::products::coded;
 use super::{DecodeStep, Part};
 use crate::rwkv7::{Block, ChannelMix};
 use crate::{Model, State};
-use anser_ops::decode::{BATCH, FewHeads, Kinds, Listing, Mix, Plan, Program, Step, fits_program};
-use anser_ops::{LowRank, Param};
+use anser_ops::decode::{BATCH, FewHeads, Kinds, Listing, Mix, Plan, Program, Size, Step, program_most};
+use anser_ops::{LowRank, Param, Weight};
 use anser_tensor::cuda::DevicePtr;
 use anser_tensor::{Buf, Context};
 use std::ops::Range;
 
-/// Plans and memory for up to [`BATCH`] sequences, and the program that was written for a state.
+/// Plans and memory for up to [`Few::most`] sequences, and the program that was written for a state.
 pub(super) struct Few {
+    most: usize,
     /// Projections of the first layer, and of the others.
     projections: [Plan; 2],
     /// q, k, v and gates of attention.
     attention: Plan,
     output: Plan,
     key: Plan,
+    /// Of the second matrix of channel mixing, if it is in codes.
+    value: Option<Plan>,
     head: Plan,
-    /// What each block gives of channel mixing.
+    /// What each block gives of channel mixing otherwise.
     parts: Buf,
     blocks: usize,
     /// Rows of the second matrix of channel mixing that were read.
@@ -47,22 +51,47 @@ impl Few {
     /// hold the model.
     pub fn new(ctx: &Context, model: &Model, most: usize, ranks: [[usize; 4]; 2]) -> Option<Few> {
         let config = model.config();
-        let (c, n, hidden, most) = (config.n_embd, config.head_size, config.n_hidden, most.min(BATCH));
-        if !ranks.iter().all(|&r| fits_program(ctx, model.blocks.len(), c, n, hidden, r)) {
+        let (c, hidden) = (config.n_embd, config.n_hidden);
+        // All matrices are in codes, or none.
+        let weights = model.blocks.iter().flat_map(|(_, block)| match block {
+            Block::Rwkv7(b) => vec![&b.att.receptance, &b.att.output, &b.ffn.key, &b.ffn.value],
+            Block::Hybrid(b) => vec![&b.receptance, &b.output, &b.ffn.key, &b.ffn.value],
+            Block::Transformer(_) => Vec::new(),
+        });
+        let weights: Vec<&Weight> = weights.chain([&model.head]).collect();
+        let in_codes = coded(&model.head);
+        if weights.iter().any(|w| coded(w) != in_codes) {
+            return None;
+        }
+        let ranks_at_most = std::array::from_fn(|i| ranks[0][i].max(ranks[1][i]));
+        let size = Size { blocks: model.blocks.len(), c, hidden, ranks: ranks_at_most, coded: in_codes };
+        let most = most.min(program_most(ctx, size, config.head_size));
+        if most == 0 {
             return None;
         }
         // In the order of `load::device::STACK`; the value gate has the input of v.
-        let projections =
-            |[w, a, v, g]: [usize; 4]| Plan::new(ctx, c, &[(c, 0), (c, 1), (c + v, 2), (w, 3), (a, 4), (g, 5)]);
+        let projections = |[w, a, v, g]: [usize; 4]| {
+            let (vectors, halves) = ([(c, 0), (c, 1), (c, 2)], [(v, 2), (w, 3), (a, 4), (g, 5)]);
+            match in_codes {
+                true => Plan::new(ctx, c, [&vectors, &halves]),
+                false => Plan::new(ctx, c, [&[], &[(c, 0), (c, 1), (c + v, 2), (w, 3), (a, 4), (g, 5)]]),
+            }
+        };
+        let plan = |k, rows| {
+            let runs = [(rows, 0)];
+            Plan::new(ctx, k, if in_codes { [&runs, &[]] } else { [&[], &runs] })
+        };
         let blocks = ctx.cuda()?.info().multiprocessors as usize;
         Some(Few {
             projections: [projections(ranks[0])?, projections(ranks[1])?],
-            attention: Plan::new(ctx, c, &[(config.attention_rows(), 0)])?,
-            output: Plan::new(ctx, c, &[(c, 0)])?,
-            key: Plan::new(ctx, c, &[(hidden, 0)])?,
-            head: Plan::new(ctx, c, &[(config.vocab_size, 0)])?,
-            parts: ctx.alloc_f32(blocks * most * c),
+            attention: plan(c, config.attention_rows())?,
+            output: plan(c, c)?,
+            key: plan(c, hidden)?,
+            value: if in_codes { Some(plan(hidden, c)?) } else { None },
+            head: plan(c, config.vocab_size)?,
+            parts: ctx.alloc_f32(if in_codes { 0 } else { blocks * most * c }),
             blocks,
+            most,
             read: ctx.zeros_f32(1),
             found: ctx.alloc_f32(blocks * BATCH * 2),
             program: None,
@@ -72,6 +101,16 @@ impl Few {
     /// Elements of the projections of a sequence, at most.
     pub fn widest(&self) -> usize {
         self.projections.iter().chain([&self.attention]).map(Plan::rows).max().unwrap_or(0)
+    }
+
+    /// Sequences of a step at most.
+    pub fn most(&self) -> usize {
+        self.most
+    }
+
+    /// Whether rows of the second matrices of channel mixing under zeros are not read.
+    pub fn skips(&self) -> bool {
+        self.value.is_none()
     }
 
     /// Rows of second matrices of channel mixing read since the beginning; waits for the device.
@@ -101,16 +140,27 @@ impl DecodeStep<'_> {
             (self.blocks.iter().zip(&state.layers).enumerate(), state.attention.iter().enumerate());
         let channels = |list: &mut Listing, norm, ffn: &ChannelMix, last| {
             let mix = Mix { mu: [self.at(ffn.mix)], last, now };
+            if let Some(plan) = &few.value {
+                list.squared(&few.key, self.weights(&ffn.key), x, norm, mix, self.hidden.ptr());
+                return list.value(plan, self.weights(&ffn.value), self.hidden.ptr(), mix, x);
+            }
             let matrices = [&ffn.key, &ffn.value].map(|w| self.matrix(w));
             list.channels(&few.key, matrices, x, norm, mix, few.parts.ptr(), few.read.ptr(), few.blocks);
         };
         for (at, (_, block)) in m.blocks.iter().enumerate() {
             if let Block::Hybrid(block) = block {
                 let (j, s) = attention.next()?;
-                list.mixed(&few.attention, self.matrix(&block.receptance), x, self.norm(&block.ln1), None, projected);
+                list.mixed(
+                    &few.attention,
+                    [self.weights(&block.receptance); 2],
+                    x,
+                    self.norm(&block.ln1),
+                    None,
+                    projected,
+                );
                 parts.push((begin..list.len(), Some(j)));
                 begin = list.len();
-                list.add(&few.output, self.matrix(&block.output), mixed, x);
+                list.add(&few.output, self.weights(&block.output), mixed, x);
                 channels(&mut list, self.norm(&block.ln2), &block.ffn, s.ffn_x.buf().ptr());
                 continue;
             }
@@ -119,8 +169,13 @@ impl DecodeStep<'_> {
             let [mr, mw, mk, mv, ma, mg] = att.mix.map(|p: Param| self.at(p));
             // In the order of inputs.
             let mix = Mix { mu: [mr, mk, mv, mw, ma, mg], last: s.att_x.buf().ptr(), now };
-            let (plan, stacked) = (&few.projections[i.min(1)], self.matrix(&att.receptance));
-            list.mixed(plan, stacked, x, self.norm(&block.ln1), Some(mix), projected);
+            let (plan, vectors) = (&few.projections[i.min(1)], self.weights(&att.receptance));
+            // The first halves of low-rank maps lie behind, or elsewhere.
+            let halves = match coded(&att.receptance) {
+                true => self.matrix(&att.value_gate.as_ref().unwrap_or(&att.decay).down).into(),
+                false => vectors,
+            };
+            list.mixed(plan, [vectors, halves], x, self.norm(&block.ln1), Some(mix), projected);
             let rank = |l: Option<&LowRank>| l.map_or(0, |l| l.down.outputs());
             let heads = FewHeads {
                 projected,
@@ -135,11 +190,11 @@ impl DecodeStep<'_> {
                 out: mixed,
             };
             list.heads(c, heads);
-            list.add(&few.output, self.matrix(&att.output), mixed, x);
+            list.add(&few.output, self.weights(&att.output), mixed, x);
             channels(&mut list, self.norm(&block.ln2), &block.ffn, s.ffn_x.buf().ptr());
         }
         let norm = self.norm(&m.ln_out);
-        list.logits(&few.head, self.matrix(&m.head), x, norm, self.logits.ptr(), few.found.ptr(), self.tokens.ptr());
+        list.logits(&few.head, self.weights(&m.head), x, norm, self.logits.ptr(), few.found.ptr(), self.tokens.ptr());
         parts.push((begin..list.len(), None));
         Some(Written { program: list.finish(&self.ctx)?, parts })
     }

@@ -1,6 +1,6 @@
 // One decoding step of RWKV-7 for a few sequences; mod.rs says how the kernels follow each other.
 // may spill: decode_heads_64_(f16_\w+.\(\w+\)|f32_\w+.\(sm_(80|90a)\))
-// may spill: decode_program_4_2_\w+.\(sm_120\)
+// may spill: decode_program_(rows_4_\d_\w+.\(sm_90a\)|(rows|codes)_4_2_\w+.\(sm_120\))
 // A few registers each, read back from the first-level cache; more blocks at a time are worth more.
 #include "attend.cuh"
 #include "heads.cuh"
@@ -37,13 +37,17 @@ FOR_BOTH_TYPES(MIX)
 #define HEADS_OF_ALL(T, name) HEADS_FOR(T, name, 64) HEADS_FOR(T, name, 128)
 FOR_BOTH_TYPES(HEADS_OF_ALL)
 
-#define PROGRAM_FOR(T, name, B, HELD)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(ALL, 1) decode_program_##B##_##HELD##_##name(                                  \
+#define PROGRAM_OF(T, name, how, CODED, B, HELD)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(ALL, 1) decode_program_##how##_##B##_##HELD##_##name(                              \
         const Op* ops, const int* slots, unsigned* arrived, Run r, Room room) {                                                     \
-        program<T, 64, B, HELD, STAGES_OF[B * HELD > 4]>(ops, slots, arrived, r, room);                                                                      \
+        program<T, 64, B, HELD, CODED>(ops, slots, arrived, r, room);                                                               \
     }
-#define PROGRAM(T, name) PROGRAM_FOR(T, name, 1, 1) PROGRAM_FOR(T, name, 1, 2) PROGRAM_FOR(T, name, 4, 1) PROGRAM_FOR(T, name, 4, 2)
+#define PROGRAM_FOR(T, name, how, CODED)                                                                                            \
+    PROGRAM_OF(T, name, how, CODED, 1, 1) PROGRAM_OF(T, name, how, CODED, 1, 2)                                                     \
+    PROGRAM_OF(T, name, how, CODED, 4, 1) PROGRAM_OF(T, name, how, CODED, 4, 2)
+#define PROGRAM(T, name) PROGRAM_FOR(T, name, rows, false)
 FOR_BOTH_TYPES(PROGRAM)
+PROGRAM_FOR(f16, f16, codes, true)
 
 #define PRODUCT_OF(T, name, LIE, how, M)                                                                                            \
     extern "C" __global__ void __launch_bounds__(256, 1) decode_product_##how##_##M##_##name(                                        \

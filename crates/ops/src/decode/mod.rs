@@ -28,7 +28,9 @@
 //! since the library's kernels don't start early, the small one before each fetches what it reads first ([`Ahead`]). The second matrix of channel mixing is read whole: with more sequences hardly
 //! a row is under zeros of all. From about 100 sequences on states are most of what a step moves; kept in f16 they are half of that.
 //!
-//! **8 bits.** Matrices in codes ([`anser_tensor::CodedPlaces`]) are read by [`Step::product`]s for any number of sequences, more than 64 in several launches; codes become f16 or bf16 in registers.
+//! **8 bits.** Matrices in codes ([`anser_tensor::CodedPlaces`]) are read by a program of their own for few sequences with activations in f16, in which channel mixing is [`Listing::squared`] and
+//! [`Listing::value`]: with half of the bytes it costs less to read rows under zeros ahead of time than to know first which are needed. For any number there are [`Step::product`]s, more than 64 sequences in several
+//! launches. Codes become f16 or bf16 in registers.
 //!
 //! **Sums.** Of few sequences a row of a product is summed within tiles, then over warps, then over blocks, in order: the same bits every time, whatever the other
 //! sequences of the batch are; skipped rows are products with zero, which leave a sum as it is, and which rows a thread has does not depend on what is skipped. In a [`Step::product`] the order is that of the pieces, which
@@ -47,7 +49,7 @@ mod program;
 pub use attend::{Attend, Attended};
 pub use low_rank::LowRanks;
 pub use product::{Lie, Matrix, Pieces, Run, Through, To, product_most};
-pub use program::{FewHeads, Kinds, Listing, Mix, Plan, Program, fits_program};
+pub use program::{FewHeads, Kinds, Listing, Mix, Plan, Program, Size, program_most};
 
 static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 

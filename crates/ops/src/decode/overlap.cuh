@@ -27,23 +27,29 @@ __device__ __forceinline__ void wait_for_at_least(const unsigned* p, unsigned n)
     do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
     while (v < n);
 }
+// Where copies go in shared memory. (It is the same in all lanes but for a part that isn't, which ptxas 13.0 mustn't know, since it makes illegal instructions of copies with a hint then.)
+using Copied = uint32_t;
+__device__ __forceinline__ Copied copied_to(void* p) { return __shfl_sync(~0u, shared_address(p), threadIdx.x); }
 // As copy_async, of what is needed once: it need not stay in the second-level cache.
-__device__ __forceinline__ void copy_async_once(void* to, const void* from) {
+__device__ __forceinline__ void copy_async_once(Copied to, const void* from) {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "l"(policy) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
 }
 // Four bytes from device memory to shared memory in the background.
-__device__ __forceinline__ void copy_async_word(void* to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+__device__ __forceinline__ void copy_async_word(Copied to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
+__device__ __forceinline__ void copy_async_word(void* to, const void* from) { copy_async_word(shared_address(to), from); }
 #else
 inline void add_release(unsigned* p) { ++*p; }
 inline void wait_for_at_least(const unsigned* p, unsigned n) {
     while (*p < n) emulator::state->yield();
 }
+using Copied = unsigned char*;
+inline Copied copied_to(void* p) { return static_cast<Copied>(p); }
 inline void copy_async_word(void* to, const void* from) { memcpy(to, from, 4); }
-inline void copy_async_once(void* to, const void* from) { copy_async(to, from); }
+inline void copy_async_once(Copied to, const void* from) { copy_async(to, from); }
 #endif
 
 // Eight elements that an earlier kernel wrote, past the first-level cache.

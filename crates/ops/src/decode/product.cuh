@@ -5,14 +5,14 @@
 // has half of the outputs and a quarter of a step's columns; the quarters are added up in shared memory in order. The order of a sum depends on the piece alone,
 // not on how many sequences there are. (Copies have no hint that they are needed once: with one and a size, ptxas 13.0 makes illegal instructions.)
 #pragma once
-#include "overlap.cuh"
+#include "codes.cuh"
 
-constexpr int PIECE = 64, STEP = 128, QUARTERS = 4, GROUP = 64;
+constexpr int PIECE = 64, QUARTERS = 4;
 constexpr int SUMS_PITCH = PIECE + 8;
-// How the matrix lies: [outputs, k], [k, outputs], or [outputs, k] in codes of 8 bits, whose scales, one for GROUP columns, lie [steps, outputs, STEP / GROUP].
+// How the matrix lies: [outputs, k], [k, outputs], or [outputs, k] in codes of 8 bits.
 enum Lie { ROWS, INPUTS, CODES };
 // Bytes of a step of the ring, and how many there are for M sequences: what shared memory has room for.
-constexpr int weight_bytes(Lie lie) { return lie == CODES ? PIECE * (STEP + STEP / GROUP * 2) : PIECE * STEP * 2; }
+constexpr int weight_bytes(Lie lie) { return lie == CODES ? PIECE * (STEP + SCALES) : PIECE * STEP * 2; }
 constexpr int step_bytes(Lie lie, int m) { return weight_bytes(lie) + m * STEP * 2; }
 constexpr int product_steps(Lie lie, int m) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ / 100 == 9
@@ -42,32 +42,6 @@ struct __align__(16) Piece {
 template <int CHUNKS> __device__ __forceinline__ int place_of(int row, int chunk) { return (row * CHUNKS + (chunk ^ ((row & 1) << 2 | (row >> 1 & 3)))) * 16; }
 // The same for a row of codes, of which a warp reads 32 bytes in each of four rows at once.
 __device__ __forceinline__ int place_of_codes(int row, int chunk) { return (row * 8 + (chunk ^ (row & 3) << 1)) * 16; }
-
-// Eight codes times a scale, in the type of activations.
-template <class T> __device__ __forceinline__ uint4 decoded(uint2 codes, float scale);
-template <> __device__ __forceinline__ uint4 decoded<f16>(uint2 codes, float scale) {
-    const __half2 offset = __float2half2_rn(1152.f), by = __float2half2_rn(scale);
-    uint32_t r[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        // Codes as 1,152 more than they are: the bits of 1,024, and 128 added to make them positive.
-        const uint32_t two = __byte_perm((i < 2 ? codes.x : codes.y) ^ 0x80808080u, 0x64646464u, i % 2 ? 0x4342 : 0x4140);
-        const __half2 v = __hmul2(__hsub2(reinterpret_cast<const __half2&>(two), offset), by);
-        r[i] = reinterpret_cast<const uint32_t&>(v);
-    }
-    return make_uint4(r[0], r[1], r[2], r[3]);
-}
-template <> __device__ __forceinline__ uint4 decoded<bf16>(uint2 codes, float scale) {
-    uint32_t r[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const uint32_t word = (i < 2 ? codes.x : codes.y) ^ 0x80808080u;
-        // As 2^23 + 128 more than they are.
-        const auto value = [&](int byte) { return (__uint_as_float(__byte_perm(word, 0x4b000000u, 0x7650 + byte)) - 8388736.f) * scale; };
-        r[i] = pack<bf16>(value(i % 2 * 2), value(i % 2 * 2 + 1));
-    }
-    return make_uint4(r[0], r[1], r[2], r[3]);
-}
 
 // The matrix.
 struct Weights {

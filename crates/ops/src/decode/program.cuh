@@ -1,28 +1,24 @@
 // The operations of a step of 1 to 4 sequences, in one kernel whose blocks stay for all of them and wait for each other between two.
 //
-// Products run behind a ring of copies that never stops (ring.cuh). Channel mixing goes through both matrices without a wait: a block has the
-// same hidden channels of both, its rows of the second under zeros are not read, and what it gives for all channels is added to that of the others in order
-// of the blocks.
+// Products run behind a ring of copies that never stops (ring.cuh). With matrices in codes channel mixing is two of them. In 16 bits, where the second matrix lies by inputs, it goes through
+// both without a wait: a block has the same hidden channels of both, its rows of the second under zeros are not read, and what it gives for all channels is added to that of the others
+// in order of the blocks.
 #pragma once
 #include "few_heads.cuh"
 
-enum Kind { EMBED, MIXED, HEADS, ADD, CHANNELS, SUM, LOGITS, TOKEN, KINDS };
+enum Kind { EMBED, MIXED, HEADS, ADD, CHANNELS, SUM, LOGITS, TOKEN, KEY, VALUE, KINDS }; // CHANNELS and SUM in 16 bits, KEY and VALUE in codes
 constexpr int VALUES = 1 << KINDS; // beside the kinds in a mask: the second matrix of CHANNELS
 
 constexpr int EAGER = 1024; // width up to which rows of the second matrix are fetched before it is known whether they are needed
 
-struct Matrix {
-    const void* w;    // [total, k]
-    const int4* work; // of every block: first row, rows, input
-    int total, k, spread, number;
-};
 struct Embed {
     const void* table;
     const int* tokens;
     float* x;
     Norm norm;
 };
-// y = finish(m W^T). m [batch, C]: interpolations between h = norm(x) and `last`, which stays, while h goes to `now`; h itself without `last`; with ADD x itself.
+// y = finish(m W^T). m [batch, C]: interpolations between h = norm(x) and `last`, which stays, while h goes to `now`; h itself without `last`; with ADD and VALUE x [batch, k] itself, and
+// with VALUE the rows of `last` become those of `now`.
 struct Product {
     Matrix m;
     const void* x;
@@ -30,7 +26,7 @@ struct Product {
     Mixes mu;
     const void* last;
     void* now;
-    void* y;           // [batch, total] f32; with CHANNELS the parts [blocks, batch, C]
+    void* y;           // [batch, total] f32; with KEY activations; with CHANNELS the parts [blocks, batch, C]
     const void* value; // CHANNELS: the second matrix [total, C]
     void* seen;        // CHANNELS: number of its rows that were read; LOGITS: Found [blocks, MOST]
 };
@@ -125,7 +121,7 @@ __device__ __forceinline__ void normalise_rows(Vec (&h)[B][HELD], const Constant
 
 // The input of a product into held [batch, pitch], after the wait.
 template <class T, int B, int HELD>
-__device__ __forceinline__ void mixed_input(const Product& op, const Share& mine, T* held, const int* slots, int batch, int c, float* scratch) {
+__device__ __forceinline__ void mixed_input(const Product& op, const Share& mine, bool coded, T* held, const int* slots, int batch, int c, float* scratch) {
     const T* last = static_cast<const T*>(op.last);
     const Constants<HELD, THREADS> weight(op.norm.p[0], c), bias(op.norm.p[1], c), m(last ? op.mu.p[mine.input] : nullptr, c);
     // A vector that waits as it is; more are only brought near.
@@ -161,9 +157,37 @@ __device__ __forceinline__ void mixed_input(const Product& op, const Share& mine
                 const Vec old = HELD == 1 ? unpack8<T>(before[b]) : load_fresh(last + size_t(slots[b]) * c + at);
                 for (int j = 0; j < 8; j++) v[j] += (old[j] - v[j]) * f[j];
             }
-            store(held + b * stride + at, v);
+            store(held + b * stride + place_of_input(coded, at), v);
         }
     });
+}
+
+// The rows `slots` of `last` become those of `now` [batch, C].
+template <class T> __device__ __forceinline__ void shift(const void* now, void* last, const int* slots, int batch, int c) {
+    for (int i = blockIdx.x * THREADS + threadIdx.x; i < batch * c / 8; i += gridDim.x * THREADS) {
+        const int b = i / (c / 8), at = i % (c / 8) * 8;
+        *reinterpret_cast<uint4*>(static_cast<T*>(last) + size_t(slots[b]) * c + at) =
+            __ldcg(reinterpret_cast<const uint4*>(static_cast<const T*>(now) + size_t(b) * c + at));
+    }
+}
+
+// Activations x [batch, k] into held [batch, pitch(k)].
+template <class T> __device__ __forceinline__ void copied_input(const T* x, T* held, int batch, int k, bool coded) {
+    constexpr int LOADS = 4; // vectors that a thread waits for at once
+    const int n = k / 8, stride = pitch(k);
+    for (int i = threadIdx.x; i < batch * n; i += THREADS * LOADS) {
+        uint4 v[LOADS];
+#pragma unroll
+        for (int j = 0; j < LOADS; j++)
+            if (i + j * THREADS < batch * n) v[j] = __ldcg(reinterpret_cast<const uint4*>(x) + i + j * THREADS);
+#pragma unroll
+        for (int j = 0; j < LOADS; j++) {
+            int b = 0, at = i + j * THREADS;
+            if (at >= batch * n) break;
+            for (; at >= n; at -= n) b++;
+            *reinterpret_cast<uint4*>(held + b * stride + place_of_input(coded, at * 8)) = v[j];
+        }
+    }
 }
 
 // Brings n rows of c elements near, a warp for each.
@@ -276,24 +300,20 @@ template <class T> __device__ __forceinline__ void add_parts(const Sum& op, cons
         }
         if (lane < 2) *x = make_float4(before.x + s.x, before.y + s.y, before.z + s.z, before.w + s.w);
     }
-    for (int i = blockIdx.x * THREADS + t; i < items; i += gridDim.x * THREADS) {
-        const int b = i / (c / 8), at = i % (c / 8) * 8;
-        *reinterpret_cast<uint4*>(static_cast<T*>(op.last) + size_t(slots[b]) * c + at) =
-            __ldcg(reinterpret_cast<const uint4*>(static_cast<const T*>(op.now) + size_t(b) * c + at));
-    }
+    shift<T>(op.now, op.last, slots, batch, c);
 }
 
 __device__ __forceinline__ void take_larger(Found& best, float v, int i) {
     if (v > best.value || (v == best.value && i < best.index)) best = {v, i};
 }
 
-template <class T, int N, int B, int HELD, int STAGES> __device__ __forceinline__ void program(const Op* ops, const int* slots_at, unsigned* arrived, Run r, Room room) {
+template <class T, int N, int B, int HELD, bool CODED> __device__ __forceinline__ void program(const Op* ops, const int* slots_at, unsigned* arrived, Run r, Room room) {
     DYNAMIC_SHARED(dynamic);
     const int t = threadIdx.x, batch = B == 1 ? 1 : r.batch, c = r.c;
-    T* stages = reinterpret_cast<T*>(dynamic);
-    float* shared = reinterpret_cast<float*>(stages + STAGES * WARPS * TILE * APART);
+    constexpr int STAGES = stages_of(CODED, B, HELD);
+    float* shared = reinterpret_cast<float*>(dynamic + STAGES * WARPS * stage_bytes(CODED));
     T* held = reinterpret_cast<T*>(shared);
-    float* sums = reinterpret_cast<float*>(held + batch * pitch(c)); // [WARPS, 64]
+    float* sums = shared + room.bytes / 4 - WARPS * 64;
     float* hidden = shared + room.bytes / 4;
     int* list = reinterpret_cast<int*>(hidden + MOST * room.hidden);
     float* scratch = reinterpret_cast<float*>(list + (room.hidden + 4) / 4 * 4); // [2, MOST, WARPS]
@@ -303,26 +323,26 @@ template <class T, int N, int B, int HELD, int STAGES> __device__ __forceinline_
     if (t >= THREADS) return Grid::serve(arrived, r.waits);
     for (int i = r.from + t; i < r.to; i += THREADS) {
         const int kind = int(ops[i].kind);
-        if (kind != MIXED && kind != ADD && kind != CHANNELS && kind != LOGITS) continue;
-        const Matrix m = ops[i].product.m;
-        const int4 work = m.work[blockIdx.x];
-        shares[m.number - r.number] = Share(static_cast<const T*>(m.w) + size_t(work.x) * m.k, work, r.mask >> kind & 1, m.k, m.total, m.spread);
+        if (kind == EMBED || kind == HEADS || kind == SUM || kind == TOKEN) continue;
+        const Matrix& m = ops[i].product.m;
+        shares[m.number - r.number] = Share(m, m.work[blockIdx.x], r.mask >> kind & 1);
     }
     const auto word = [&](int i) { return __ldg(reinterpret_cast<const uint4*>(ops + i) + t); };
     if (t < 16) reinterpret_cast<uint4*>(held_ops)[t] = word(r.from);
     if (t < batch) slots[t] = slots_at[t];
     sync_workers();
-    Ring<T, STAGES> ring(stages, shares, shares + r.products);
+    Ring<CODED, STAGES> ring(dynamic, shares, shares + r.products);
 #pragma unroll 1
     for (int i = r.from; i < r.to; i++) {
         const Op& op = held_ops[(i - r.from) & 1];
         uint4 next = {};
         if (t < 16 && i + 1 < r.to) next = word(i + 1);
         const int kind = int(op.kind);
-        const bool on = r.mask >> kind & 1, value = kind == CHANNELS && r.mask & VALUES;
+        const bool channels = !CODED && kind == CHANNELS, sum = !CODED && kind == SUM, key = CODED && kind == KEY, last = CODED && kind == VALUE;
+        const bool on = r.mask >> kind & 1, value = channels && r.mask & VALUES;
         if (on && kind == HEADS) {
             few_heads<T, N>(op.heads, slots, batch, c, shared);
-        } else if (on && kind == SUM) {
+        } else if (on && sum) {
             add_parts<T>(op.sum, slots, batch, c);
         } else if (on && kind == EMBED) {
             Grid::wait();
@@ -351,17 +371,16 @@ template <class T, int N, int B, int HELD, int STAGES> __device__ __forceinline_
         } else if (on || value) {
             const Product& p = op.product;
             const Share& mine = shares[p.m.number - r.number];
-            if (kind == ADD) {
+            const bool coded = CODED && mine.scales, add = kind == ADD || last;
+            if (add) {
                 Grid::wait();
-                const T* x = static_cast<const T*>(p.x);
-                for (int b = 0; b < batch; b++)
-                    for (int j = t * 8; j < c; j += THREADS * 8)
-                        *reinterpret_cast<uint4*>(held + b * pitch(c) + j) = __ldcg(reinterpret_cast<const uint4*>(x + size_t(b) * c + j));
+                copied_input(static_cast<const T*>(p.x), held, batch, mine.k, coded);
+                if (last) shift<T>(p.now, const_cast<void*>(p.last), slots, batch, c);
             } else {
                 // What a block reads of the second matrix of a narrow model is near before it is known which rows are needed: memory has time.
                 if (value && c <= EAGER)
                     prefetch_rows(mine.all, c, [&](int row) { return static_cast<const T*>(p.value) + size_t(mine.first + row) * c; });
-                mixed_input<T, B, HELD>(p, mine, held, slots, batch, c, scratch);
+                mixed_input<T, B, HELD>(p, mine, coded, held, slots, batch, c, scratch);
             }
             if (t < 16) reinterpret_cast<uint4*>(held_ops + ((i + 1 - r.from) & 1))[t] = next;
             sync_workers();
@@ -369,19 +388,23 @@ template <class T, int N, int B, int HELD, int STAGES> __device__ __forceinline_
                 prefetch_heads<T, N>(after.heads, batch, c);
             float* y = static_cast<float*>(p.y);
             const int total = mine.total;
-            if (kind == CHANNELS && !on)
+            if (channels && !on)
                 for (int j = t; j < MOST * room.hidden; j += THREADS) hidden[j] = float(j & 1);
             Found best{-INFINITY, total};
-            const auto old = [&](int row, int b) { return kind == ADD ? __ldcg(y + size_t(b) * total + row) : 0.f; };
+            const auto old = [&](int row, int b) { return add ? __ldcg(y + size_t(b) * total + row) : 0.f; };
             product(ring, mine, held, batch, sums, old, [&](int row, int b, float v, float was) {
-                if (kind == CHANNELS) {
-                    hidden[b * room.hidden + row - mine.first] = to_f32(from_f32<T>(v > 0.f ? v * v : 0.f));
+                if (channels || key) {
+                    const T squared = from_f32<T>(v > 0.f ? v * v : 0.f);
+                    if (channels)
+                        hidden[b * room.hidden + row - mine.first] = to_f32(squared);
+                    else
+                        static_cast<T*>(p.y)[size_t(b) * total + row] = squared;
                 } else {
                     y[size_t(b) * total + row] = was + v;
                     if (kind == LOGITS) take_larger(best, v, row);
                 }
             });
-            if (kind == CHANNELS && value) {
+            if (value) {
                 sync_workers();
                 if (mine.all)
                     values<T, B>(static_cast<const T*>(p.value), mine.first, mine.all, hidden, room.hidden, list, reinterpret_cast<int*>(scratch), y + size_t(blockIdx.x) * batch * c,
@@ -400,7 +423,7 @@ template <class T, int N, int B, int HELD, int STAGES> __device__ __forceinline_
                 }
             }
         }
-        if (kind == HEADS || kind == SUM || kind == EMBED || !(on || value))
+        if (kind == HEADS || sum || kind == EMBED || !(on || value))
             if (t < 16) reinterpret_cast<uint4*>(held_ops + ((i + 1 - r.from) & 1))[t] = next;
         if (i + 1 == r.to) break;
         sync_workers();

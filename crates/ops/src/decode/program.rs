@@ -1,7 +1,7 @@
 //! The operations of a step of few sequences, one after another in one kernel (`program.cuh`): how they are written down, how the rows of their matrices are
 //! shared among blocks, and their launch.
 
-use super::{BATCH, Norm, Step};
+use super::{BATCH, Matrix, Norm, Step};
 use crate::gpu::kernel;
 use anser_tensor::cuda::{Arg, DevicePtr, Launch};
 use anser_tensor::{Buf, Context, DType};
@@ -14,8 +14,6 @@ const ALL: usize = THREADS + 32;
 const TILE: usize = 8;
 /// Head size that the kernel has.
 const HEAD: usize = 64;
-/// Bytes of a stage of all warps' rings.
-const STAGE: usize = WARPS * TILE * (256 + 32) * 2;
 /// Words of eight bytes of an operation, and bytes of a block's share of a matrix.
 const OP: usize = 32;
 const SHARE: usize = 48;
@@ -27,7 +25,7 @@ const UNIT: usize = 8;
 pub struct Kinds(i32);
 
 /// The second matrix of channel mixing, in the operation that has the first too.
-const VALUES: i32 = 1 << 8;
+const VALUES: i32 = 1 << 10;
 
 impl Kinds {
     /// [`Listing::embed`].
@@ -38,19 +36,27 @@ impl Kinds {
     pub const HEADS: Kinds = Kinds(1 << 2);
     /// [`Listing::add`].
     pub const ADD: Kinds = Kinds(1 << 3);
-    /// The first matrix of [`Listing::channels`].
-    pub const KEYS: Kinds = Kinds(1 << 4);
-    /// The second, and what it gives added up. Without the first every other row is read.
-    pub const VALUES: Kinds = Kinds(1 << 5 | VALUES);
+    /// [`Listing::squared`], and the first matrix of [`Listing::channels`].
+    pub const KEYS: Kinds = Kinds(1 << 4 | 1 << 8);
+    /// [`Listing::value`], and the second matrix, and what it gives added up. Without the first every other row is read.
+    pub const VALUES: Kinds = Kinds(1 << 5 | 1 << 9 | VALUES);
     /// [`Listing::logits`].
     pub const LOGITS: Kinds = Kinds(1 << 6 | 1 << 7);
     /// All of them.
-    pub const ALL: Kinds = Kinds((1 << 9) - 1);
+    pub const ALL: Kinds = Kinds((1 << 11) - 1);
 }
 
-/// Stages of a block's rings with vectors that need little shared memory and with others.
-fn stages(ctx: &Context) -> [usize; 2] {
-    if ctx.cuda().is_some_and(|g| g.info().is_hopper()) { [5, 4] } else { [2, 2] }
+/// Stages of a block's rings, and bytes of one.
+fn stages(ctx: &Context, coded: bool, batch: usize, c: usize) -> (usize, usize) {
+    let stages = if !ctx.cuda().is_some_and(|g| g.info().is_hopper()) {
+        2
+    } else if kernels_batch(batch) * held(c) > 4 {
+        if coded { 2 } else { 4 }
+    } else {
+        if coded && kernels_batch(batch) * held(c) > 1 { 4 } else { 5 }
+    };
+    let scales = if coded { 4 * 4 } else { 0 };
+    (stages, WARPS * TILE * (512 + 64 + scales))
 }
 
 /// Vectors of 8 channels that a thread has of one of width `c`.
@@ -63,40 +69,59 @@ fn kernels_batch(batch: usize) -> usize {
     if batch == 1 { 1 } else { BATCH }
 }
 
-/// Bytes that operations on `batch` sequences use in turn, with low-rank maps of these ranks.
-fn room(batch: usize, c: usize, ranks: [usize; 4]) -> usize {
+/// What shared memory there must be for.
+#[derive(Clone, Copy)]
+pub struct Size {
+    /// Blocks of the model.
+    pub blocks: usize,
+    /// Channels.
+    pub c: usize,
+    /// Hidden channels of channel mixing.
+    pub hidden: usize,
+    /// Ranks of the low-rank maps, at most.
+    pub ranks: [usize; 4],
+    /// Whether matrices are in codes; otherwise the second one of channel mixing lies by inputs.
+    pub coded: bool,
+}
+
+/// Bytes that operations on `batch` sequences use in turn, with inputs of `k` at most and low-rank maps of these ranks.
+fn room(batch: usize, k: usize, ranks: [usize; 4]) -> usize {
     let rows: usize = ranks.iter().sum();
     let (product, heads, values) =
-        (batch * (c + 32) * 2 + WARPS * 64 * 4, (rows + (rows / UNIT + 12) * HEAD) * 4, THREADS * 8 * 4);
+        (batch * (k + 32) * 2 + WARPS * 64 * 4, (rows + (rows / UNIT + 12) * HEAD) * 4, THREADS * 8 * 4);
     product.max(heads).max(values).next_multiple_of(16)
 }
 
-/// Bytes of shared memory for steps of `batch` sequences, if a block has `hidden` hidden channels at most and a share of `products` matrices.
-fn shared(ctx: &Context, batch: usize, c: usize, room: usize, hidden: usize, products: usize) -> usize {
-    let stages = stages(ctx)[usize::from(kernels_batch(batch) * held(c) > 4)];
+/// Bytes of shared memory beside `room` for steps of `batch` sequences, if a block has `hidden` hidden channels at most and a share of `products` matrices.
+fn shared(ctx: &Context, coded: bool, batch: usize, c: usize, hidden: usize, products: usize) -> usize {
+    let (stages, bytes) = stages(ctx, coded, batch, c);
     let fixed = 2 * BATCH * WARPS * 4 + 2 * OP * 8 + BATCH * 4;
-    stages * STAGE + room + BATCH * hidden * 4 + (hidden + 4) / 4 * 16 + fixed + products * SHARE
+    stages * bytes + BATCH * hidden * 4 + (hidden + 4) / 4 * 16 + fixed + products * SHARE
 }
 
-/// Whether the kernel holds `blocks` blocks of width `c` with heads of `n`, `hidden` channels and low-rank maps of `ranks`.
-pub fn fits_program(ctx: &Context, blocks: usize, c: usize, n: usize, hidden: usize, ranks: [usize; 4]) -> bool {
-    let Some(gpu) = ctx.cuda() else { return false };
-    let hidden = hidden.div_ceil(gpu.info().multiprocessors as usize);
-    let fits = |batch: usize| {
-        shared(ctx, batch, c, room(batch, c, ranks), hidden, 3 * blocks + 1) <= gpu.info().block_memory()
+/// Sequences for which the kernel holds a model of this size with heads of `n`: [`BATCH`], 1 or none.
+pub fn program_most(ctx: &Context, size: Size, n: usize) -> usize {
+    let Some(gpu) = ctx.cuda() else { return 0 };
+    let Size { blocks, c, ranks, coded, .. } = size;
+    let here = size.hidden.div_ceil(gpu.info().multiprocessors as usize);
+    let (k, hidden, products) = if coded { (c.max(size.hidden), 0, 4 * blocks + 1) } else { (c, here, 3 * blocks + 1) };
+    let fits = |&batch: &usize| {
+        shared(ctx, coded, batch, c, hidden, products) + room(batch, k, ranks) <= gpu.info().block_memory()
     };
-    held(c) <= 2
+    let known = held(c) <= 2
+        && (!coded || ctx.dtype() == DType::F16)
         && c.is_multiple_of(HEAD)
         && n == HEAD
-        && ranks.iter().all(|r| r.is_multiple_of(UNIT))
-        && fits(1)
-        && fits(BATCH)
+        && ranks.iter().all(|r| r.is_multiple_of(UNIT));
+    [BATCH, 1].into_iter().find(|batch| known && fits(batch)).unwrap_or(0)
 }
 
 /// How the rows of a matrix are shared among the blocks.
 pub struct Plan {
     work: Buf,
     rows: usize,
+    /// Rows in codes, the first ones.
+    coded: usize,
     k: usize,
     /// Warps with the same rows, as a power of two.
     spread: usize,
@@ -105,20 +130,29 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// A plan for a matrix [rows, k], whose rows are runs of (rows, input), in order. `None` without a GPU.
-    pub fn new(ctx: &Context, k: usize, runs: &[(usize, usize)]) -> Option<Plan> {
+    /// A plan for a matrix [rows, k], whose rows are runs of (rows, input), in order: those in codes, and then those in 16 bits. `None` without a GPU.
+    pub fn new(ctx: &Context, k: usize, runs: [&[(usize, usize)]; 2]) -> Option<Plan> {
         let blocks = ctx.cuda()?.info().multiprocessors as usize;
-        let rows: usize = runs.iter().map(|r| r.0).sum();
+        let sum = |runs: &[(usize, usize)]| runs.iter().map(|r| r.0).sum::<usize>();
+        let coded = sum(runs[0]);
+        let rows = coded + sum(runs[1]);
+        // Beside rows in codes one in 16 bits, which takes twice as long at least, counts four times: all blocks wait for the slowest.
+        let weight = if coded > 0 { 4 } else { 1 };
+        let runs: Vec<(usize, usize, usize)> = runs
+            .iter()
+            .zip([1, weight])
+            .flat_map(|(runs, w)| runs.iter().map(move |&(n, input)| (n, input, w)))
+            .filter(|r| r.0 > 0)
+            .collect();
         // The fewest rows a block with which the blocks suffice; a block's rows have one input.
-        let needed = |most: usize| runs.iter().map(|r| r.0.div_ceil(most)).sum::<usize>();
-        let runs_there = runs.iter().filter(|r| r.0 > 0).count();
-        if blocks < runs_there {
+        let needed = |most: usize| runs.iter().map(|&(n, _, weight)| n.div_ceil(most / weight)).sum::<usize>();
+        if blocks < runs.len() {
             return None;
         }
-        let most = (rows.div_ceil(blocks).max(1)..).find(|&m| needed(m) <= blocks).unwrap_or(1);
+        let most = (rows.div_ceil(blocks).max(weight)..).find(|&m| needed(m) <= blocks).unwrap_or(1);
         let (mut work, mut first) = (Vec::new(), 0);
-        for &(n, input) in runs.iter().filter(|r| r.0 > 0) {
-            let parts = n.div_ceil(most);
+        for (n, input, weight) in runs {
+            let parts = n.div_ceil(most / weight);
             let edge = |p: usize| n * p / parts;
             work.extend((0..parts).map(|p| [first + edge(p), edge(p + 1) - edge(p), input, 0].map(|v| v as i32)));
             first += n;
@@ -129,6 +163,7 @@ impl Plan {
         Some(Plan {
             work: ctx.upload_i32(work.as_flattened())?,
             rows,
+            coded,
             k,
             spread: (WARPS / groups).ilog2() as usize,
             most,
@@ -150,6 +185,14 @@ pub struct Mix<const K: usize> {
     pub last: DevicePtr,
     /// Where LayerNorm(x) [batch, C] waits for that.
     pub now: DevicePtr,
+}
+
+impl From<Mix<1>> for Mix<6> {
+    fn from(mix: Mix<1>) -> Mix<6> {
+        let mut mu = [DevicePtr::NULL; 6];
+        mu[0] = mix.mu[0];
+        Mix { mu, last: mix.last, now: mix.now }
+    }
 }
 
 /// The weights and memory of [`Listing::heads`].
@@ -186,7 +229,10 @@ pub struct Listing {
     before: Vec<usize>,
     products: usize,
     hidden: usize,
+    /// Columns of a matrix at most.
+    widest: usize,
     ranks: [usize; 4],
+    coded: bool,
 }
 
 fn two(a: usize, b: usize) -> u64 {
@@ -207,7 +253,7 @@ impl Listing {
     fn push(&mut self, kind: u64, words: impl IntoIterator<Item = u64>) {
         self.before.push(self.products);
         let bit = 1 << kind;
-        self.kinds.push(Kinds(if bit == Kinds::KEYS.0 { bit | VALUES } else { bit }));
+        self.kinds.push(Kinds(if kind == 4 { bit | VALUES } else { bit }));
         let start = self.words.len();
         self.words.push(kind);
         self.words.extend(words);
@@ -216,15 +262,18 @@ impl Listing {
     }
 
     fn product(
-        &mut self, kind: u64, plan: &Plan, w: DevicePtr, x: DevicePtr, norm: Norm, mix: Option<Mix<6>>, y: DevicePtr,
-        rest: [DevicePtr; 2],
+        &mut self, kind: u64, plan: &Plan, [w, plain]: [Matrix; 2], x: DevicePtr, norm: Norm, mix: Option<Mix<6>>,
+        y: DevicePtr, rest: [DevicePtr; 2],
     ) {
         let mix = mix.unwrap_or(Mix { mu: [DevicePtr::NULL; 6], last: DevicePtr::NULL, now: DevicePtr::NULL });
         let at = |p: DevicePtr| p.address();
-        let words = [at(w), at(plan.work.ptr()), two(plan.rows, plan.k), two(plan.spread, self.products), at(x)];
-        let words = words.into_iter().chain(norm.map(at)).chain(mix.mu.map(at));
+        let sizes = [two(plan.rows, plan.k), two(plan.spread, self.products), two(plan.coded, w.pitch)];
+        let words = [at(w.at), at(plain.at), at(w.scales), at(plan.work.ptr())].into_iter().chain(sizes).chain([at(x)]);
+        let words = words.chain(norm.map(at)).chain(mix.mu.map(at));
         self.push(kind, words.chain([mix.last, mix.now, y].map(at)).chain(rest.map(at)));
         self.products += 1;
+        self.widest = self.widest.max(plan.k);
+        self.coded |= plan.coded > 0;
     }
 
     /// x = LayerNorm of the tokens' rows of `table` [V, C].
@@ -233,8 +282,8 @@ impl Listing {
     }
 
     /// y [batch, rows] f32 = m W^T, for interpolations m between LayerNorm(x) and the token before, of which a row of W takes the one that its run names, or
-    /// LayerNorm(x) itself.
-    pub fn mixed(&mut self, plan: &Plan, w: DevicePtr, x: DevicePtr, norm: Norm, mix: Option<Mix<6>>, y: DevicePtr) {
+    /// LayerNorm(x) itself. `w` are the plan's rows in codes and those in 16 bits.
+    pub fn mixed(&mut self, plan: &Plan, w: [Matrix; 2], x: DevicePtr, norm: Norm, mix: Option<Mix<6>>, y: DevicePtr) {
         self.product(1, plan, w, x, norm, mix, y, [DevicePtr::NULL; 2]);
     }
 
@@ -254,8 +303,18 @@ impl Listing {
     }
 
     /// y [batch, rows] f32 += m W^T for activations m.
-    pub fn add(&mut self, plan: &Plan, w: DevicePtr, m: DevicePtr, y: DevicePtr) {
-        self.product(3, plan, w, m, [DevicePtr::NULL; 2], None, y, [DevicePtr::NULL; 2]);
+    pub fn add(&mut self, plan: &Plan, w: Matrix, m: DevicePtr, y: DevicePtr) {
+        self.product(3, plan, [w; 2], m, [DevicePtr::NULL; 2], None, y, [DevicePtr::NULL; 2]);
+    }
+
+    /// Activations y [batch, rows] = relu(m W^T)^2 for interpolations m between LayerNorm(x) and the token before.
+    pub fn squared(&mut self, plan: &Plan, w: Matrix, x: DevicePtr, norm: Norm, mix: Mix<1>, y: DevicePtr) {
+        self.product(8, plan, [w; 2], x, norm, Some(mix.into()), y, [DevicePtr::NULL; 2]);
+    }
+
+    /// As [`Listing::add`], after [`Listing::squared`] with `mix`.
+    pub fn value(&mut self, plan: &Plan, w: Matrix, m: DevicePtr, mix: Mix<1>, y: DevicePtr) {
+        self.product(9, plan, [w; 2], m, [DevicePtr::NULL; 2], Some(mix.into()), y, [DevicePtr::NULL; 2]);
     }
 
     /// x += relu(m W^T)^2 V for matrices W and V [hidden, C], without the rows of V under zeros of all sequences, of which `read` counts the others. `parts` has
@@ -264,9 +323,7 @@ impl Listing {
         &mut self, plan: &Plan, [key, value]: [DevicePtr; 2], x: DevicePtr, norm: Norm, mix: Mix<1>, parts: DevicePtr,
         read: DevicePtr, blocks: usize,
     ) {
-        let mut mu = [DevicePtr::NULL; 6];
-        mu[0] = mix.mu[0];
-        self.product(4, plan, key, x, norm, Some(Mix { mu, last: mix.last, now: mix.now }), parts, [value, read]);
+        self.product(4, plan, [key.into(); 2], x, norm, Some(mix.into()), parts, [value, read]);
         self.hidden = self.hidden.max(plan.most);
         let working = plan.rows.div_ceil(plan.most).min(blocks);
         let at = |p: DevicePtr| p.address();
@@ -275,10 +332,9 @@ impl Listing {
 
     /// y [batch, rows] f32 = LayerNorm(x) W^T, and `tokens` the index of the largest of each sequence, the first of equals. `found` has [blocks, 4, 2] words.
     pub fn logits(
-        &mut self, plan: &Plan, w: DevicePtr, x: DevicePtr, norm: Norm, y: DevicePtr, found: DevicePtr,
-        tokens: DevicePtr,
+        &mut self, plan: &Plan, w: Matrix, x: DevicePtr, norm: Norm, y: DevicePtr, found: DevicePtr, tokens: DevicePtr,
     ) {
-        self.product(6, plan, w, x, norm, None, y, [DevicePtr::NULL, found]);
+        self.product(6, plan, [w; 2], x, norm, None, y, [DevicePtr::NULL, found]);
         self.push(7, [found.address(), tokens.address(), plan.rows as u64]);
     }
 
@@ -292,7 +348,9 @@ impl Listing {
             kinds: self.kinds,
             before: self.before,
             hidden: self.hidden,
+            widest: self.widest,
             ranks: self.ranks,
+            coded: self.coded,
         })
     }
 }
@@ -305,25 +363,28 @@ pub struct Program {
     kinds: Vec<Kinds>,
     before: Vec<usize>,
     hidden: usize,
+    widest: usize,
     ranks: [usize; 4],
+    coded: bool,
 }
 
 impl Program {
     /// Runs some of the operations, those of some kinds, for sequences whose states are the rows `slots`.
     pub fn run(&self, step: &Step, ops: Range<usize>, kinds: Kinds, slots: DevicePtr) {
         assert!(step.batch <= BATCH);
-        let (first, room) = (self.before[ops.start], room(step.batch, step.c, self.ranks));
+        let (first, room) = (self.before[ops.start], room(step.batch, self.widest, self.ranks));
         let products = self.before[ops.end] - first;
         let waits = self.kinds[ops.clone()].iter().filter(|k| kinds.0 & k.0 != 0).count();
         let run = [ops.start, ops.end, kinds.0 as usize, first, products, step.batch, step.c, waits];
         let args = [self.ops.ptr(), slots, self.arrived.ptr()].map(Arg::from).into_iter();
         let (run, sizes) = (run.map(|v| v as i32), [room as i32, self.hidden as i32, 0, 0, 0, 0, 0, 0]);
         let args: Vec<Arg> = args.chain([Arg::Words(run), Arg::Words(sizes)]).collect();
-        let name = format!("decode_program_{}_{}", kernels_batch(step.batch), held(step.c));
+        let how = if self.coded { "codes" } else { "rows" };
+        let name = format!("decode_program_{how}_{}_{}", kernels_batch(step.batch), held(step.c));
         let how = Launch {
             grid: [step.gpu.info().multiprocessors as usize, 1, 1],
             block: [ALL, 1, 1],
-            shared: shared(step.ctx, step.batch, step.c, room, self.hidden, products),
+            shared: room + shared(step.ctx, self.coded, step.batch, step.c, self.hidden, products),
             overlap: false,
             together: true,
         };
