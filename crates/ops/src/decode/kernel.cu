@@ -1,6 +1,6 @@
 // One decoding step of RWKV-7 for a few sequences; mod.rs says how the kernels follow each other.
 // may spill: decode_heads_64_(f16_\w+.\(\w+\)|f32_\w+.\(sm_(80|90a)\))
-// may spill: decode_program_(rows_4_\d_\w+.\(sm_90a\)|(rows|codes)_4_2_\w+.\(sm_120\))
+// may spill: decode_program_codes_4_2_\w+.\(sm_120\)
 // A few registers each, read back from the first-level cache; more blocks at a time are worth more.
 #include "attend.cuh"
 #include "heads.cuh"

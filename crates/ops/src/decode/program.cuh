@@ -171,9 +171,8 @@ template <class T> __device__ __forceinline__ void shift(const void* now, void* 
     }
 }
 
-// Activations x [batch, k] into held [batch, pitch(k)].
-template <class T> __device__ __forceinline__ void copied_input(const T* x, T* held, int batch, int k, bool coded) {
-    constexpr int LOADS = 4; // vectors that a thread waits for at once
+// Activations x [batch, k] into held [batch, pitch(k)]; a thread waits for LOADS vectors at once.
+template <int LOADS, class T> __device__ __forceinline__ void copied_input(const T* x, T* held, int batch, int k, bool coded) {
     const int n = k / 8, stride = pitch(k);
     for (int i = threadIdx.x; i < batch * n; i += THREADS * LOADS) {
         uint4 v[LOADS];
@@ -374,7 +373,7 @@ template <class T, int N, int B, int HELD, bool CODED> __device__ __forceinline_
             const bool coded = CODED && mine.scales, add = kind == ADD || last;
             if (add) {
                 Grid::wait();
-                copied_input(static_cast<const T*>(p.x), held, batch, mine.k, coded);
+                copied_input<CODED ? 4 : 1>(static_cast<const T*>(p.x), held, batch, mine.k, coded); // hidden channels are many
                 if (last) shift<T>(p.now, const_cast<void*>(p.last), slots, batch, c);
             } else {
                 // What a block reads of the second matrix of a narrow model is near before it is known which rows are needed: memory has time.
