@@ -151,7 +151,7 @@ fn matrices_in_eight_bits() {
     eight_bits(&config(64, 192, 2), f16, &[1, 2, 3, 4, 6, 40, 70]);
     eight_bits(&config(64, 1088, 1), f16, &[1, 4, 5]);
     eight_bits(&hybrid, f16, &[1, 4, 5]);
-    eight_bits(&config(128, 640, 1), bf16, &[1, 6]);
+    eight_bits(&config(128, 640, 1), bf16, &[1, 6, 40, 70]);
 }
 
 #[test]
