@@ -82,6 +82,7 @@ pub fn table(grid: &Grid, runs: &[Run]) -> String {
     text += &"---|".repeat(grid.rows.len());
     let best = best(runs);
     let mut widths: Vec<usize> = best.iter().map(|r| r.width).collect();
+    widths.sort_unstable();
     widths.dedup();
     for width in widths {
         let mut models: Vec<&Run> = Vec::new();
@@ -205,6 +206,9 @@ mod tests {
         let hybrid =
             Run { kind: Kind::RwkvX { blocks: 1, chunk: 4, topk: 2 }, accuracy: vec![], bounded, ..run.clone() };
         let grid = Grid { vocab: 8192, rows: vec![(64, 4), (256, 32), (2048, 256)], lessons: Vec::new() };
+        let wide = Run { width: 128, ..run.clone() };
+        let other = Run { task: "256,32".into(), ..run.clone() };
+        assert_eq!(table(&grid, &[run.clone(), wide, other]).matches("*paper").count(), 2, "each width once");
         let text = table(&grid, &[run, hybrid]);
         assert!(text.contains("| RWKV-7 | 2 | 64 | 0 | 50.00 | not run | not run |"), "{text}");
         assert!(text.contains("| > 99 | - | 72.93 |"), "{text}");

@@ -1,10 +1,10 @@
 //! State tracking: products in a group, which a state has to carry exactly ([`anser_data::groups`]).
 //!
 //! The paper's figure 8 (arXiv 2503.14456) counts the layers that models need for such products of up to 20 elements. Here all
-//! rows of training have one length, and every position is labelled; longer rows are tested too.
+//! rows of training have one length, but for lessons with shorter ones, and every position is labelled; longer rows are tested too.
 
 use crate::Error;
-use crate::experiment::{Run, Task, Tasks, best};
+use crate::experiment::{Lesson, Run, Task, Tasks, best};
 use anser_data::groups::Group;
 use anser_train::{Line, chart};
 use serde::{Deserialize, Serialize};
@@ -26,12 +26,24 @@ pub struct States {
     pub trained: usize,
     /// Lengths tested.
     pub tested: Vec<usize>,
+    /// (elements of a row, steps): what training begins with, as many of these rows side by side as a row of the task has room for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lessons: Vec<(usize, u64)>,
 }
 
 impl Tasks for States {
     fn tasks(&self) -> Result<Vec<Task>, Error> {
         if self.trained == 0 || self.tested.contains(&0) {
             return Err(Error::Input("task.trained and task.tested must be at least 1".into()));
+        }
+        // A row is a beginning and its elements.
+        let len = self.trained + 1;
+        for (elements, _) in &self.lessons {
+            if *elements == 0 || !len.is_multiple_of(elements + 1) {
+                return Err(Error::Input(format!(
+                    "task.lessons: beginnings with {elements} elements don't fill rows of {len} tokens"
+                )));
+            }
         }
         let task = |&group: &Group| {
             let table = match self.swaps {
@@ -40,13 +52,18 @@ impl Tasks for States {
                 })?,
                 false => group.table(),
             };
+            let lesson = |&(elements, steps): &(usize, u64)| {
+                let (table, side_by_side) = (table.clone(), len / (elements + 1));
+                let rows = move |seed, stream, rows| table.batch(seed, stream, rows * side_by_side, elements);
+                Lesson { steps, rows: Box::new(rows) }
+            };
             Ok(Task {
                 name: self.name(group),
                 vocab: table.vocab(),
                 answers: self.trained,
                 tested: self.tested.clone(),
+                lessons: self.lessons.iter().map(lesson).collect(),
                 rows: Box::new(move |seed, stream, rows, len| table.batch(seed, stream, rows, len)),
-                lessons: Vec::new(),
             })
         };
         self.groups.iter().map(task).collect()
@@ -106,18 +123,36 @@ mod tests {
             SMALL,
             include_str!("../configs/states-32.toml"),
             include_str!("../configs/states-swaps.toml"),
+            include_str!("../configs/states-s5.toml"),
+            include_str!("../configs/states-lessons.toml"),
             include_str!("../configs/states.toml"),
         ] {
             let e = Experiment::<States>::parse(text).unwrap();
-
-            assert!(e.task.tested.contains(&e.task.trained) && e.models.kinds.len() == 3);
+            assert!(e.task.tested.contains(&e.task.trained) && e.models.kinds.contains(&Kind::Rwkv7Doubled));
         }
         let wrong =
             |from: &str, to: &str| Experiment::<States>::parse(&SMALL.replace(from, to)).unwrap_err().to_string();
         assert!(wrong("\"Z2\"", "\"Z61\"").contains("Z61"));
         assert!(wrong("head_size = ", "head_size = 1").contains("head_size"));
         assert!(wrong("[task]", "[task]\nswaps = true").contains("not for Z2"));
+        assert!(wrong("[task]", "[task]\nlessons = [[5, 10]]").contains("with 5 elements don't fill rows of 13"));
         assert!(wrong("\nrows = ", "\nrow = ").contains("row"));
+    }
+
+    #[test]
+    fn lessons_come_first_and_are_as_long() {
+        let lessons = vec![(1, 3), (3, 2)];
+        let states = States { groups: vec![Group::S3], swaps: true, trained: 7, tested: vec![7], lessons };
+        let (tasks, table) = (states.tasks().unwrap(), Group::S3.swaps().unwrap());
+        for step in 0..7 {
+            let (rows, elements) = match step {
+                0..3 => (20, 1),
+                3..5 => (10, 3),
+                _ => (5, 7),
+            };
+            let batch = tasks[0].batch(9, step, 5);
+            assert!(batch == table.batch(9, step, rows, elements) && batch.tokens.len() == 40, "step {step}");
+        }
     }
 
     #[test]
