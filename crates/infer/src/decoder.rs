@@ -33,7 +33,7 @@ pub struct Decoder<'m> {
     leaving: Option<(Buf, Pinned)>,
     /// The slots of the last step.
     last: Vec<usize>,
-    /// Steps of so few sequences that rows under zeros are skipped.
+    /// Steps of so few sequences that rows under zeros are counted.
     few_steps: usize,
     cuda: Arc<Cuda>,
     ctx: Context,

@@ -71,8 +71,6 @@ pub struct DecodeStep<'m> {
     mixed: Buf,
     projected: Buf,
     mapped: Buf,
-    /// LayerNorm(x) of few sequences, on its way to the state.
-    now: Buf,
     /// Values of the first layer.
     first: Buf,
     hidden: Buf,
@@ -138,7 +136,6 @@ impl<'m> DecodeStep<'m> {
             projected: ctx.zeros_f32((most.min(BATCH) * few.as_ref().map_or(0, Few::widest)).max(most * wide)),
             few,
             mapped: ctx.zeros_f32(4 * most * c),
-            now: ctx.zeros(most.min(BATCH) * c),
             first: ctx.zeros_f32(most * c),
             hidden: ctx.zeros(most * hidden),
             logits: ctx.zeros_f32(most * vocab),
@@ -195,8 +192,8 @@ impl<'m> DecodeStep<'m> {
     /// Share of the entries of relu(.)^2 that were zero for all sequences of a step, over `steps` steps of up to 4 sequences since the beginning.
     pub fn zero_share(&self, steps: usize) -> f64 {
         let rows = steps * self.model.blocks.len() * self.model.config().n_hidden;
-        let few = self.few.as_ref().filter(|few| self.is_few(1) && few.skips());
-        let read = few.map_or(rows as f64, |few| f64::from(few.rows_read()));
+        let few = self.few.as_ref().filter(|_| self.is_few(1));
+        let read = few.and_then(Few::rows_needed).map_or(rows as f64, f64::from);
         if rows == 0 { 0.0 } else { 1.0 - read / rows as f64 }
     }
 
@@ -289,7 +286,7 @@ impl<'m> DecodeStep<'m> {
     }
 
     /// Bytes that the kernels of one kind, or all, move at least in a step of `batch` sequences: every matrix but the embedding once, the second ones of
-    /// channel mixing without the share `zero` of their rows, states, kept as `kept`, in and out; not what attention keeps.
+    /// channel mixing without the share `zero` of their rows where these are not read, states, kept as `kept`, in and out; not what attention keeps.
     pub fn bytes(&self, batch: usize, kept: DType, zero: f64, part: Option<Part>) -> f64 {
         let config = self.model.config();
         let (c, h) = (config.n_embd, config.n_hidden);
@@ -301,6 +298,7 @@ impl<'m> DecodeStep<'m> {
         };
         let ranks: usize = self.blocks.iter().map(ranks).sum();
         let many = !self.is_few(batch);
+        let skips = self.few.as_ref().is_some_and(|few| !many && few.skips());
         let rows = 3 * c * self.blocks.len() + config.attention_rows() * (blocks - self.blocks.len());
         // Elements of matrices that may be in codes, and of low-rank maps. The second halves of these are read with the heads, or by a kernel of their own before it that counts
         // among projections.
@@ -322,7 +320,7 @@ impl<'m> DecodeStep<'m> {
             let matrices = (matrices + maps * size) as f64;
             match part {
                 Part::Heads => matrices + states,
-                Part::Value => matrices * (1.0 - zero),
+                Part::Value if skips => matrices * (1.0 - zero),
                 _ => matrices,
             }
         };

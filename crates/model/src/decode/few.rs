@@ -1,13 +1,13 @@
 //! A step of few sequences: a program that stops only for attention.
 
-use super::products::coded;
+use super::products::{by_inputs, coded};
 use super::{DecodeStep, Part};
 use crate::rwkv7::{Block, ChannelMix};
 use crate::{Model, State};
-use anser_ops::decode::{BATCH, FewHeads, Kinds, Listing, Mix, Plan, Program, Size, Step, program_most};
+use anser_ops::decode::{BATCH, FewHeads, Flow, Kinds, Listing, Mix, Plan, Program, Size, Step, program_most};
 use anser_ops::{LowRank, Param, Weight};
 use anser_tensor::cuda::DevicePtr;
-use anser_tensor::{Buf, Context};
+use anser_tensor::{Buf, Context, DType};
 use std::ops::Range;
 
 /// Plans and memory for up to [`Few::most`] sequences, and the program that was written for a state.
@@ -19,14 +19,18 @@ pub(super) struct Few {
     attention: Plan,
     output: Plan,
     key: Plan,
-    /// Of the second matrix of channel mixing, if it is in codes.
+    /// Of the second matrix of channel mixing, if it lies by outputs.
     value: Option<Plan>,
     head: Plan,
     /// What each block gives of channel mixing otherwise.
     parts: Buf,
+    /// Everything else that operations hand to each other.
+    flow: Flow,
     blocks: usize,
-    /// Rows of the second matrix of channel mixing that were read.
+    /// Rows of the second matrix of channel mixing under something else than zeros.
     read: Buf,
+    /// Whether they are counted.
+    counts: bool,
     /// The largest logits of each block.
     found: Buf,
     program: Option<(Key, Written)>,
@@ -63,8 +67,9 @@ impl Few {
         if weights.iter().any(|w| coded(w) != in_codes) {
             return None;
         }
+        let by_outputs = !weights.iter().any(|w| by_inputs(w));
         let ranks_at_most = std::array::from_fn(|i| ranks[0][i].max(ranks[1][i]));
-        let size = Size { blocks: model.blocks.len(), c, hidden, ranks: ranks_at_most, coded: in_codes };
+        let size = Size { blocks: model.blocks.len(), c, hidden, ranks: ranks_at_most, coded: in_codes, by_outputs };
         let most = most.min(program_most(ctx, size, config.head_size));
         if most == 0 {
             return None;
@@ -82,14 +87,29 @@ impl Few {
             Plan::new(ctx, k, if in_codes { [&runs, &[]] } else { [&[], &runs] })
         };
         let blocks = ctx.cuda()?.info().multiprocessors as usize;
+        let projections = [projections(ranks[0])?, projections(ranks[1])?];
+        let (widest, dtype) = (projections.iter().map(Plan::rows).max().unwrap_or(0), ctx.dtype());
+        // Of a layer what `write` takes for it.
+        let layer = [
+            (c, DType::F32),
+            (c, DType::F32),
+            (c, dtype),
+            (c, dtype),
+            (c, dtype),
+            (hidden, dtype),
+            (widest, DType::F32),
+        ];
+        let vectors = model.blocks.iter().flat_map(|_| layer).chain([(c, DType::F32)]);
         Some(Few {
-            projections: [projections(ranks[0])?, projections(ranks[1])?],
+            flow: Flow::new(ctx, most, vectors),
+            projections,
             attention: plan(c, config.attention_rows())?,
             output: plan(c, c)?,
             key: plan(c, hidden)?,
-            value: if in_codes { Some(plan(hidden, c)?) } else { None },
+            value: if by_outputs { Some(plan(hidden, c)?) } else { None },
             head: plan(c, config.vocab_size)?,
-            parts: ctx.alloc_f32(if in_codes { 0 } else { blocks * most * c }),
+            parts: ctx.alloc_f32(if by_outputs { 0 } else { blocks * most * c }),
+            counts: !in_codes,
             blocks,
             most,
             read: ctx.zeros_f32(1),
@@ -113,9 +133,10 @@ impl Few {
         self.value.is_none()
     }
 
-    /// Rows of second matrices of channel mixing read since the beginning; waits for the device.
-    pub fn rows_read(&self) -> u32 {
-        self.read.to_vec().first().map_or(0, |v| v.to_bits())
+    /// Rows of second matrices of channel mixing under something else than zeros since the beginning, if they are counted; waits for the device.
+    pub fn rows_needed(&self) -> Option<u32> {
+        let read = || self.read.to_vec().first().map_or(0, |v| v.to_bits());
+        self.counts.then(read)
     }
 
     /// Whether the program is for this state.
@@ -133,19 +154,24 @@ impl DecodeStep<'_> {
     /// Writes down the step for a state. `None` when memory runs out.
     pub(super) fn write(&self, few: &Few, state: &State) -> Option<Written> {
         let (m, c) = (self.model, self.model.config().n_embd);
-        let (x, mixed, projected, now) = (self.x.ptr(), self.mixed.ptr(), self.projected.ptr(), self.now.ptr());
-        let (mut list, mut parts, mut begin) = (Listing::default(), Vec::new(), 0);
+        let (mixed, projected, dtype) = (self.mixed.ptr(), self.projected.ptr(), self.ctx.dtype());
+        let (mut list, mut parts, mut begin) = (Listing::new(&few.flow), Vec::new(), 0);
+        let mut x = list.place(c, DType::F32);
         list.embed(self.matrix(&m.emb), self.tokens.ptr(), x, self.norm(&m.ln0));
         let (mut layers, mut attention) =
             (self.blocks.iter().zip(&state.layers).enumerate(), state.attention.iter().enumerate());
-        let channels = |list: &mut Listing, norm, ffn: &ChannelMix, last| {
-            let mix = Mix { mu: [self.at(ffn.mix)], last, now };
+        let channels = |list: &mut Listing, x: &mut DevicePtr, norm, ffn: &ChannelMix, last| {
+            let mix = Mix { mu: [self.at(ffn.mix)], last, now: list.place(c, dtype) };
+            let xy = [*x, list.place(c, DType::F32)];
+            *x = xy[1];
             if let Some(plan) = &few.value {
-                list.squared(&few.key, self.weights(&ffn.key), x, norm, mix, self.hidden.ptr());
-                return list.value(plan, self.weights(&ffn.value), self.hidden.ptr(), mix, x);
+                let hidden = list.place(m.config().n_hidden, dtype);
+                list.squared(&few.key, self.weights(&ffn.key), xy[0], norm, mix, hidden);
+                let read = if few.counts { few.read.ptr() } else { DevicePtr::NULL };
+                return list.value(plan, self.weights(&ffn.value), hidden, mix, xy, read);
             }
             let matrices = [&ffn.key, &ffn.value].map(|w| self.matrix(w));
-            list.channels(&few.key, matrices, x, norm, mix, few.parts.ptr(), few.read.ptr(), few.blocks);
+            list.channels(&few.key, matrices, xy, norm, mix, few.parts.ptr(), few.read.ptr(), few.blocks);
         };
         for (at, (_, block)) in m.blocks.iter().enumerate() {
             if let Block::Hybrid(block) = block {
@@ -160,21 +186,24 @@ impl DecodeStep<'_> {
                 );
                 parts.push((begin..list.len(), Some(j)));
                 begin = list.len();
-                list.add(&few.output, self.weights(&block.output), mixed, x);
-                channels(&mut list, self.norm(&block.ln2), &block.ffn, s.ffn_x.buf().ptr());
+                let y = list.place(c, DType::F32);
+                list.add(&few.output, self.weights(&block.output), mixed, None, [x, y]);
+                x = y;
+                channels(&mut list, &mut x, self.norm(&block.ln2), &block.ffn, s.ffn_x.buf().ptr());
                 continue;
             }
             let (i, (block, s)) = layers.next()?;
             let att = &block.att;
             let [mr, mw, mk, mv, ma, mg] = att.mix.map(|p: Param| self.at(p));
             // In the order of inputs.
-            let mix = Mix { mu: [mr, mk, mv, mw, ma, mg], last: s.att_x.buf().ptr(), now };
+            let mix = Mix { mu: [mr, mk, mv, mw, ma, mg], last: s.att_x.buf().ptr(), now: list.place(c, dtype) };
             let (plan, vectors) = (&few.projections[i.min(1)], self.weights(&att.receptance));
             // The first halves of low-rank maps lie behind, or elsewhere.
             let halves = match coded(&att.receptance) {
                 true => self.matrix(&att.value_gate.as_ref().unwrap_or(&att.decay).down).into(),
                 false => vectors,
             };
+            let (projected, out) = (list.place(plan.rows(), DType::F32), list.place(c, dtype));
             list.mixed(plan, [vectors, halves], x, self.norm(&block.ln1), Some(mix), projected);
             let rank = |l: Option<&LowRank>| l.map_or(0, |l| l.down.outputs());
             let heads = FewHeads {
@@ -185,13 +214,14 @@ impl DecodeStep<'_> {
                 ln_x: self.norm(&att.ln_x),
                 first: self.first.ptr(),
                 state: s.wkv.buf(),
-                shift: [now, mix.last],
                 wrote: self.wrote(state, at),
-                out: mixed,
+                out,
             };
             list.heads(c, heads);
-            list.add(&few.output, self.weights(&att.output), mixed, x);
-            channels(&mut list, self.norm(&block.ln2), &block.ffn, s.ffn_x.buf().ptr());
+            let y = list.place(c, DType::F32);
+            list.add(&few.output, self.weights(&att.output), out, Some(mix.into()), [x, y]);
+            x = y;
+            channels(&mut list, &mut x, self.norm(&block.ln2), &block.ffn, s.ffn_x.buf().ptr());
         }
         let norm = self.norm(&m.ln_out);
         list.logits(&few.head, self.weights(&m.head), x, norm, self.logits.ptr(), few.found.ptr(), self.tokens.ptr());
@@ -214,7 +244,7 @@ impl DecodeStep<'_> {
         };
         let (slots, notes) = (self.slots.ptr(), state.cache.map_or(0, |c| c.notes()));
         for (ops, attention) in &written.parts {
-            written.program.run(&step, ops.clone(), kinds, slots);
+            written.program.run(&step, ops.clone(), kinds, slots, &few.flow);
             if let (Some(j), Some(pasts), None | Some(Part::Heads)) = (attention, &self.pasts, only) {
                 step.attend(&pasts.attend, pasts.of(*j, notes, self.projected.ptr(), slots), self.mixed.ptr());
             }

@@ -1,6 +1,6 @@
 //! A step of more than a few sequences: products, of our own or for many of the matrix library, and kernels between.
 
-use super::products::Products;
+use super::products::{Products, by_inputs};
 use super::{DecodeStep, Part};
 use crate::State;
 use crate::rwkv7::{Block, ChannelMix};
@@ -150,6 +150,7 @@ impl DecodeStep<'_> {
         let (step, x, mixed, hidden) = (pass.step, self.x.ptr(), self.mixed.ptr(), self.hidden.ptr());
         let (c, wide) = (step.c, self.model.config().n_hidden);
         let [key, value] = [&ffn.key, &ffn.value].map(|w| self.matrix(w));
+        let by_inputs = by_inputs(&ffn.value);
         pass.mix(x, mixed, last, self.slots.ptr(), norm, [self.at(ffn.mix)], (key, wide));
         if let Some(own) = pass.own {
             let parts = own.parts.ptr();
@@ -164,11 +165,13 @@ impl DecodeStep<'_> {
         }
         if pass.on(Part::Key) {
             pass.product(key, Trans::T, wide, c, mixed, false, hidden, self.ctx.dtype());
-            let ahead = Ahead { at: value, rows: wide, cols: c, by_inputs: true };
+            let (rows, cols) = if by_inputs { (wide, c) } else { (c, wide) };
+            let ahead = Ahead { at: value, rows, cols, by_inputs };
             step.relu_squared(hidden, step.batch * wide, ahead);
         }
         if pass.on(Part::Value) {
-            pass.product(value, Trans::N, c, wide, hidden, true, x, DType::F32);
+            let trans = if by_inputs { Trans::N } else { Trans::T };
+            pass.product(value, trans, c, wide, hidden, true, x, DType::F32);
         }
     }
 }

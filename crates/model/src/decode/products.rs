@@ -40,6 +40,11 @@ pub(super) fn coded(w: &Weight) -> bool {
     lie(w) == Lie::Codes
 }
 
+/// Whether it lies [in, out].
+pub(super) fn by_inputs(w: &Weight) -> bool {
+    lie(w) == Lie::Inputs
+}
+
 impl Projections {
     fn new(ctx: &Context, c: usize, coded: bool, maps: &LowRanks) -> Option<Projections> {
         let vectors: Vec<Run> = (0..3).map(|input| Run { rows: c, input, to: To::Plane(input) }).collect();

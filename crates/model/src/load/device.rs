@@ -3,7 +3,7 @@
 use super::{kept_as, packed_layout};
 use crate::config::{Place, place};
 use crate::{Config, Error};
-use anser_ops::Weight;
+use anser_ops::{Weight, decode};
 use anser_tensor::{Code, CodedPlaces, Context, DType, DeviceMatrix, DisjointMut, WeightType};
 use half::f16;
 use std::collections::HashMap;
@@ -74,7 +74,7 @@ fn coded_on_device(kept: WeightType, name: &str, shape: &[usize]) -> bool {
 }
 
 /// Copies the matrices to the GPU, in the type of activations or in codes of 8 bits, one after another; `read` gives a tensor's values or codes. Those of [`STACK`] of a layer share
-/// a buffer, and those of [`STACK_UP`]; the second matrix of channel mixing lies [in, out] if it is not in codes, so that rows under zeros can be skipped.
+/// a buffer, and those of [`STACK_UP`]; the second matrix of channel mixing lies [in, out] if it is neither in codes nor of a narrow model ([`decode::WHOLE`]), so that rows under zeros can be skipped.
 pub(super) fn to_device(
     ctx: &Context, config: &Config, kept: WeightType, read: impl Fn(&str, &[usize], To<'_>) -> Result<(), Error>,
 ) -> Result<HashMap<String, Weight>, Error> {
@@ -94,7 +94,8 @@ pub(super) fn to_device(
         for name in names {
             let (shape, stored) = (shapes[name.as_str()], packed_layout(name) == Some(true));
             let (outputs, inputs) = if stored { (shape[1], shape[0]) } else { (shape[0], shape[1]) };
-            let in_out = (stored && !STACK_DOWN.contains(&place(name).1)) || name.ends_with("ffn.value.weight");
+            let skipped = config.n_embd > decode::WHOLE && name.ends_with("ffn.value.weight");
+            let in_out = (stored && !STACK_DOWN.contains(&place(name).1)) || skipped;
             values.resize(size(name) * ctx.dtype().size(), 0);
             read(name, shape, To::Values(&mut values))?;
             if stored != in_out {

@@ -1,6 +1,7 @@
 // The heads of up to 4 sequences in a kernel whose blocks stay (program.cuh): as heads.cuh, with the second halves of the low-rank maps, which a block reads
 // while it waits.
 #pragma once
+#include "flow.cuh"
 #include "heads.cuh"
 #include "mix.cuh"
 #include "ring.cuh"
@@ -15,11 +16,11 @@ struct Grid {
     __device__ __forceinline__ static void arrive() { arrive_barrier(2, ALL); }
     // Until all blocks have arrived as often.
     __device__ __forceinline__ static void wait() { wait_barrier(3, ALL); }
-    // The other warp's part: `times` waits.
-    __device__ static void serve(unsigned* arrived, int times) {
+    // The other warp's part: `times` waits, the first of them, if it is `free`, for nobody.
+    __device__ static void serve(unsigned* arrived, int times, bool free) {
         unsigned awaited = 0;
         for (int i = 0; i < times; i++) {
-            if (i) {
+            if (i || !free) {
                 wait_barrier(2, ALL);
                 awaited += gridDim.x;
                 if (threadIdx.x == THREADS) {
@@ -41,9 +42,7 @@ struct HeadsOf {
     Vectors vec;
     Norm norm;
     float* first;
-    void* state;
-    const void* now;
-    void *last, *wrote, *out;
+    void *state, *wrote, *out;
 };
 
 // Brings what the block will read of the second halves near.
@@ -53,10 +52,11 @@ template <class T, int N> __device__ __forceinline__ void prefetch_heads(const H
         for (int j = threadIdx.x; j < op.ends[3]; j += THREADS) prefetch(static_cast<const T*>(op.up) + size_t(j) * c + pair % heads * N);
 }
 
-// Every block takes a head of a sequence at a time. The rows `slots` of `last` become those of `now` [batch, C]. `shared` has room for ends[3] + (ends[3] / 8 + 12) N
+// Every block takes a head of a sequence at a time. `shared` has room for ends[3] + (ends[3] / 8 + 12) N
 // floats. The second halves: eight threads take 8 rows of one map for 8 channels each, and the sums of all units of a map are added in order.
-template <class T, int N> __device__ __forceinline__ void few_heads(const HeadsOf& op, const int* slots, int batch, int c, float* shared) {
+template <class T, int N> __device__ __forceinline__ void few_heads(const HeadsOf& op, const Flow& flow, const int* slots, int batch, int c, float* shared) {
     constexpr int LANES = N / 8, PARTS = THREADS / LANES, ROWS = 8, AHEAD = 2; // units that wait in registers
+    constexpr int HALVES = 2; // first halves that a thread waits for at once
     constexpr int PER = THREADS / N < N / 4 ? THREADS / N : N / 4, COLS = N / PER; // threads of a row of the state, and columns of each
     const int count = op.ends[3], units = count / ROWS, gated = op.ends[0];
     float(*x)[N] = reinterpret_cast<float(*)[N]>(shared); // r, d, k, v, removal key z (not yet of length 1), z times the rate, terms of the bonus
@@ -91,20 +91,29 @@ template <class T, int N> __device__ __forceinline__ void few_heads(const HeadsO
         if (t < N)
 #pragma unroll
             for (int j = 0; j < 6; j++) p[j] = op.vec.p[j] ? op.vec.p[j][ch] : 0.f;
-        if (!waited) Grid::wait(), waited = true;
-        const float* projected = op.projected + size_t(b) * op.stride;
+        if (!flow.on && !waited) Grid::wait();
+        waited = true;
+        const float* projected = flow.place(op.projected) + size_t(b) * op.stride;
         float r = 0.f, k = 0.f, v = 0.f, v0 = 0.f, gate = 0.f;
-        if (t < N) {
-            if (gated) v0 = __ldcg(op.first + size_t(b) * c + ch);
-            r = __ldcg(projected + ch);
-            k = __ldcg(projected + c + ch);
-            v = __ldcg(projected + 2 * c + ch);
-            static_cast<unsigned short*>(op.last)[size_t(slots[b]) * c + ch] =
-                __ldcg(static_cast<const unsigned short*>(op.now) + size_t(b) * c + ch);
-        }
-        for (int j = t; j < count; j += THREADS) {
-            const float f = __ldcg(projected + 3 * c + j);
-            halves[j] = j >= op.ends[2] ? sigmoid(f) : j >= op.ends[0] && j < op.ends[1] ? tanhf(f) : f;
+        if (t < N && gated) v0 = __ldcg(op.first + size_t(b) * c + ch);
+#pragma unroll 1
+        for (int j = t; j == t || j < count; j += HALVES * THREADS) {
+            float f[HALVES];
+            until([&](bool& all) {
+#pragma unroll
+                for (int i = 0; i < HALVES; i++)
+                    if (j + i * THREADS < count) f[i] = look1(projected + 3 * c + j + i * THREADS, all);
+                if (j < N) {
+                    r = look1(projected + ch, all);
+                    k = look1(projected + c + ch, all);
+                    v = look1(projected + 2 * c + ch, all);
+                }
+            });
+#pragma unroll
+            for (int i = 0; i < HALVES; i++) {
+                const int at = j + i * THREADS;
+                if (at < count) halves[at] = at >= op.ends[2] ? sigmoid(f[i]) : at >= op.ends[0] && at < op.ends[1] ? tanhf(f[i]) : f[i];
+            }
         }
         sync_workers();
         const auto multiply = [&](const uint4(&w)[ROWS], int unit) {
@@ -125,6 +134,8 @@ template <class T, int N> __device__ __forceinline__ void few_heads(const HeadsO
             read(second[0], unit);
             multiply(second[0], unit);
         }
+        float weight = 0.f, bias = 0.f;
+        if (t < N) weight = op.norm.p[0][ch], bias = op.norm.p[1][ch];
         sync_workers();
         for (int e = t; e < 4 * N; e += THREADS) {
             const int m = e / N;
@@ -177,14 +188,8 @@ template <class T, int N> __device__ __forceinline__ void few_heads(const HeadsO
                 s[e].z = s[e].z * d.z + u * bb.z + vi * kk.z;
                 s[e].w = s[e].w * d.w + u * bb.w + vi * kk.w;
                 o += s[e].x * rr.x + s[e].y * rr.y + s[e].z * rr.z + s[e].w * rr.w;
-                if (op.kept16)
-                    store_state(static_cast<f16*>(op.state) + row + col(e), s[e]);
-                else
-                    store_state(static_cast<float*>(op.state) + row + col(e), s[e]);
             }
         }
-        float weight = 0.f, bias = 0.f;
-        if (t < N) weight = op.norm.p[0][ch], bias = op.norm.p[1][ch];
         o = row_sum(o);
         if (i < N && q == 0) y[i] = o;
         sync_workers();
@@ -193,16 +198,25 @@ template <class T, int N> __device__ __forceinline__ void few_heads(const HeadsO
             const float var = each_warp_sum<N>([&](int n) { return (y[n] - mean) * (y[n] - mean); }) / N;
             const float bonus = each_warp_sum<N>([&](int n) { return x[6][n]; });
             if (t < N) {
-                T *out = static_cast<T*>(op.out), *wrote = static_cast<T*>(op.wrote);
-                out[size_t(b) * c + ch] = from_f32<T>(((y[t] - mean) * rsqrtf(var + 64e-5f) * weight + bias + bonus * v) * gate);
+                T* wrote = static_cast<T*>(op.wrote);
+                give(flow.place(static_cast<T*>(op.out)) + size_t(b) * c + ch, from_f32<T>(((y[t] - mean) * rsqrtf(var + 64e-5f) * weight + bias + bonus * v) * gate));
                 if (wrote) {
                     wrote[size_t(b) * c + ch] = from_f32<T>(x[3][t]);
                     wrote[size_t(batch + b) * c + ch] = from_f32<T>(x[2][t]);
                 }
             }
         }
+        // What nobody waits for.
+        if (i < N)
+#pragma unroll
+            for (int e = 0; e < COLS / 4; e++) {
+                if (op.kept16)
+                    store_state(static_cast<f16*>(op.state) + row + col(e), s[e]);
+                else
+                    store_state(static_cast<float*>(op.state) + row + col(e), s[e]);
+            }
         // Shared memory is the next head's.
         sync_workers();
     }
-    if (!waited) Grid::wait();
+    if (!flow.on && !waited) Grid::wait();
 }

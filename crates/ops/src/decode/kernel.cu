@@ -1,6 +1,5 @@
 // One decoding step of RWKV-7 for a few sequences; mod.rs says how the kernels follow each other.
 // may spill: decode_heads_64_(f16_\w+.\(\w+\)|f32_\w+.\(sm_(80|90a)\))
-// may spill: decode_program_codes_4_2_\w+.\(sm_120\)
 // A few registers each, read back from the first-level cache; more blocks at a time are worth more.
 #include "attend.cuh"
 #include "heads.cuh"
@@ -39,8 +38,8 @@ FOR_BOTH_TYPES(HEADS_OF_ALL)
 
 #define PROGRAM_OF(T, name, how, CODED, B, HELD)                                                                                    \
     extern "C" __global__ void __launch_bounds__(ALL, 1) decode_program_##how##_##B##_##HELD##_##name(                              \
-        const Op* ops, const int* slots, unsigned* arrived, Run r, Room room) {                                                     \
-        program<T, 64, B, HELD, CODED>(ops, slots, arrived, r, room);                                                               \
+        const Op* ops, const int* slots, unsigned* arrived, unsigned char* flow, Run r, Room room) {                                \
+        program<T, 64, B, HELD, CODED>(ops, slots, arrived, flow, r, room);                                                         \
     }
 #define PROGRAM_FOR(T, name, how, CODED)                                                                                            \
     PROGRAM_OF(T, name, how, CODED, 1, 1) PROGRAM_OF(T, name, how, CODED, 1, 2)                                                     \

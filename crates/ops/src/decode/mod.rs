@@ -2,7 +2,7 @@
 //!
 //! With few sequences every weight is used once, so that a step takes what reading the weights takes. The residual stream x [B, C] stays f32;
 //! normalised and interpolated vectors and relu(.)^2 are rounded to the type of activations (f16 or bf16), everything else
-//! is f32. For up to [`BATCH`] sequences a step is one kernel ([`Program`]), whose blocks, one for each multiprocessor, wait for each other between operations:
+//! is f32. For up to [`BATCH`] sequences a step is one kernel ([`Program`]), whose blocks, one for each multiprocessor, wait for what they need of each other:
 //!
 //! | operation | reads, C = 2048, f16 | floor at 2.94 TB/s |
 //! | --- | --- | --- |
@@ -15,7 +15,14 @@
 //! 30.4 us a layer, and 91 us for the head: 820 us a token. Products run on tensor cores, not for their speed but because they need few
 //! instructions for a byte. A block's ring of copies runs through its shares of all matrices without a stop, so that memory is busy while blocks wait and
 //! while they make what a product needs (`program.cuh`); normalisation and interpolation stand within the products, whose blocks all make
-//! their own input.
+//! own input.
+//!
+//! **Waiting.** Every vector that operations hand on has a place of its own in a step, empty before it ([`Flow`], `flow.cuh`), and who needs a value reads it until it is there: one way to
+//! the second-level cache and one back, where waiting for all blocks takes a fence, a count and a look at it first. Two operations do wait for all: the one that adds up what blocks give of a second
+//! matrix by inputs, and the one that chooses tokens, after which all places are emptied. Rows of the token before are replaced by an operation that has read something of every block that needed them.
+//!
+//! **Narrow models.** Up to a width of [`WHOLE`] the second matrix of channel mixing lies by outputs, and [`Listing::squared`] and [`Listing::value`] take the place of [`Listing::channels`]: such a step is more waiting
+//! than bytes, and the ring has the matrix before it is known which rows are needed.
 //!
 //! **Attention.** A block of a hybrid's attention has [`Listing::mixed`] for q, k and v; then the program stops for [`Step::attend`], which is two kernels (the choice of
 //! chunks; attention, shared by keys among blocks that fill the GPU), and goes on with [`Listing::add`] before the same channel mixing. Where keys and values lie and
@@ -49,7 +56,7 @@ mod program;
 pub use attend::{Attend, Attended};
 pub use low_rank::LowRanks;
 pub use product::{Lie, Matrix, Pieces, Run, Through, To, product_most};
-pub use program::{FewHeads, Kinds, Listing, Mix, Plan, Program, Size, program_most};
+pub use program::{FewHeads, Flow, Kinds, Listing, Mix, Plan, Program, Shift, Size, program_most};
 
 static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 
@@ -57,6 +64,8 @@ static KERNELS: Module = Module::new(include_bytes!("kernel.fatbin"));
 pub const BATCH: usize = 4;
 /// Sequences of a step at most.
 pub const MOST: usize = 1024;
+/// Width up to which the second matrix of channel mixing lies by outputs in 16 bits too, and is read whole by few sequences.
+pub const WHOLE: usize = 1024;
 
 /// A matrix [rows, cols] of activations of which a part is brought into the second-level cache while a small kernel before its product runs: of every row
 /// of [out, in] the first columns, with which the product begins, and of [in, out] the first rows.

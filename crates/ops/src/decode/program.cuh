@@ -1,15 +1,14 @@
-// The operations of a step of 1 to 4 sequences, in one kernel whose blocks stay for all of them and wait for each other between two.
+// The operations of a step of 1 to 4 sequences, in one kernel whose blocks stay for all of them. What one operation gives the next one waits for word by word (flow.cuh); for all blocks only SUM and TOKEN wait, and every operation
+// when not all of them run.
 //
-// Products run behind a ring of copies that never stops (ring.cuh). With matrices in codes channel mixing is two of them. In 16 bits, where the second matrix lies by inputs, it goes through
+// Products run behind a ring of copies that never stops (ring.cuh). Channel mixing is two of them, KEY and VALUE, where the second matrix lies by outputs: in codes, and in narrow models. Where it lies by inputs, CHANNELS goes through
 // both without a wait: a block has the same hidden channels of both, its rows of the second under zeros are not read, and what it gives for all channels is added to that of the others
-// in order of the blocks.
+// in order of the blocks, by SUM.
 #pragma once
 #include "few_heads.cuh"
 
-enum Kind { EMBED, MIXED, HEADS, ADD, CHANNELS, SUM, LOGITS, TOKEN, KEY, VALUE, KINDS }; // CHANNELS and SUM in 16 bits, KEY and VALUE in codes
+enum Kind { EMBED, MIXED, HEADS, ADD, CHANNELS, SUM, LOGITS, TOKEN, KEY, VALUE, KINDS };
 constexpr int VALUES = 1 << KINDS; // beside the kinds in a mask: the second matrix of CHANNELS
-
-constexpr int EAGER = 1024; // width up to which rows of the second matrix are fetched before it is known whether they are needed
 
 struct Embed {
     const void* table;
@@ -17,8 +16,8 @@ struct Embed {
     float* x;
     Norm norm;
 };
-// y = finish(m W^T). m [batch, C]: interpolations between h = norm(x) and `last`, which stays, while h goes to `now`; h itself without `last`; with ADD and VALUE x [batch, k] itself, and
-// with VALUE the rows of `last` become those of `now`.
+// y = finish(m W^T). m [batch, C]: interpolations between h = norm(x) and `last`, which stays, while h goes to `now`; h itself without `last`. With ADD and VALUE m is x [batch, k] itself, y is `before` and the product,
+// and the rows of `last`, if it is given, become those of `now`: all blocks have read them, as x has something of each.
 struct Product {
     Matrix m;
     const void* x;
@@ -28,14 +27,15 @@ struct Product {
     void* now;
     void* y;           // [batch, total] f32; with KEY activations; with CHANNELS the parts [blocks, batch, C]
     const void* value; // CHANNELS: the second matrix [total, C]
-    void* seen;        // CHANNELS: number of its rows that were read; LOGITS: Found [blocks, MOST]
+    void* seen;        // CHANNELS: number of its rows that were read; VALUE: how many would have to be, if it is wanted; LOGITS: Found [blocks, MOST]
+    const float* before;
 };
 struct Sum {
-    const float* parts;
-    float* x;
+    const float *parts, *x;
     const void* now;
     void* last;
     size_t count;
+    float* y;
 };
 struct Found {
     float value;
@@ -63,65 +63,72 @@ struct Run {
     int from, to, mask;   // operations
     int number, products; // of the first product among them, and how many there are
     int batch, c;
-    int waits; // operations that run
+    int waits; // for all blocks
 };
-// Bytes of shared memory: what operations use in turn; hidden channels of a block at most.
+// Bytes of shared memory: what operations use in turn; hidden channels of a block at most. Bytes of what blocks hand to each other, 16 at a time, and whether all operations run.
 struct Room {
-    int bytes, hidden;
+    int bytes, hidden, flow, all;
 };
 
-// Sums over the block for every sequence. `scratch` [MOST, WARPS] is not written again before the next barrier but one.
-template <int B> __device__ __forceinline__ void block_sums(float (&s)[B], int batch, float* scratch) {
-#pragma unroll
-    for (int b = 0; b < B; b++)
-        if (b < batch) {
-            s[b] = warp_sum(s[b]);
-            if ((threadIdx.x & 31) == 0) scratch[b * WARPS + (threadIdx.x >> 5)] = s[b];
-        }
-    sync_workers();
-#pragma unroll
-    for (int b = 0; b < B; b++)
-        if (b < batch) {
-            s[b] = 0.f;
-#pragma unroll
-            for (int w = 0; w < WARPS; w++) s[b] += scratch[b * WARPS + w];
-        }
-}
-
-// h = (h - mean) / sqrt(variance + 1e-5) weight + bias of rows held by the block.
+// h = (h - mean) / sqrt(variance + 1e-5) weight + bias of rows held by the block. Every warp has the mean of its channels and the sum of the squares around it, of which all make those of a row.
+// `scratch` [MOST, WARPS] is not written again before the next barrier but one.
 template <int B, int HELD>
 __device__ __forceinline__ void normalise_rows(Vec (&h)[B][HELD], const Constants<HELD, THREADS>& weight, const Constants<HELD, THREADS>& bias, int batch, int c,
-                                               float* scratch) {
-    float s[B];
-    const auto sums = [&](float* to, auto term) {
+                                               float4* scratch) {
+    constexpr int SPAN = 32 * 8; // channels of a warp, one vector of a thread after another
+    const int warp = threadIdx.x >> 5;
+    if (warp * SPAN < c) {
+        int n = 0;
+#pragma unroll 1
+        for (int i = 0; i < HELD; i++) n += max(0, min(SPAN, c - (i * WARPS + warp) * SPAN));
+        const float channels = float(n);
 #pragma unroll
         for (int b = 0; b < B; b++) {
-            s[b] = 0.f;
-            if (b < batch) each_vector<HELD, THREADS>(c, [&](int i, int) {
-                for (int j = 0; j < 8; j++) s[b] += term(b, h[b][i][j]);
+            if (b >= batch) break;
+            float s = 0.f, squares = 0.f;
+            each_vector<HELD, THREADS>(c, [&](int i, int) {
+                for (int j = 0; j < 8; j++) s += h[b][i][j];
             });
+            s = warp_sum(s);
+            const float mean = s / channels;
+            each_vector<HELD, THREADS>(c, [&](int i, int) {
+                for (int j = 0; j < 8; j++) squares += (h[b][i][j] - mean) * (h[b][i][j] - mean);
+            });
+            squares = warp_sum(squares);
+            if ((threadIdx.x & 31) == 0) scratch[b * WARPS + warp] = make_float4(s, squares, mean, channels);
         }
-        block_sums(s, batch, to);
-    };
-    float mean[B];
-    sums(scratch, [](int, float v) { return v; });
+    }
+    sync_workers();
+    const float each = 1.f / c;
+    float mean[B], by[B];
 #pragma unroll
-    for (int b = 0; b < B; b++) mean[b] = s[b] / c;
-    sums(scratch + MOST * WARPS, [&](int b, float v) { return (v - mean[b]) * (v - mean[b]); });
+    for (int b = 0; b < B; b++) {
+        if (b >= batch) break;
+        float s = 0.f, squares = 0.f;
 #pragma unroll
-    for (int b = 0; b < B; b++) s[b] = rsqrtf(s[b] / c + 1e-5f);
+        for (int w = 0; w < WARPS; w++)
+            if (w * SPAN < c) s += scratch[b * WARPS + w].x;
+        mean[b] = s * each;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+            if (w * SPAN < c) {
+                const float4 v = scratch[b * WARPS + w];
+                squares += v.y + v.w * (v.z - mean[b]) * (v.z - mean[b]);
+            }
+        by[b] = rsqrtf(squares * each + 1e-5f);
+    }
     each_vector<HELD, THREADS>(c, [&](int i, int at) {
         const Vec w = weight.at(at), v = bias.at(at);
 #pragma unroll
         for (int b = 0; b < B; b++)
             if (b < batch)
-                for (int j = 0; j < 8; j++) h[b][i][j] = (h[b][i][j] - mean[b]) * s[b] * w[j] + v[j];
+                for (int j = 0; j < 8; j++) h[b][i][j] = (h[b][i][j] - mean[b]) * by[b] * w[j] + v[j];
     });
 }
 
 // The input of a product into held [batch, pitch], after the wait.
 template <class T, int B, int HELD>
-__device__ __forceinline__ void mixed_input(const Product& op, const Share& mine, bool coded, T* held, const int* slots, int batch, int c, float* scratch) {
+__device__ __forceinline__ void mixed_input(const Product& op, const Flow& flow, const Share& mine, bool coded, T* held, const int* slots, int batch, int c, float4* scratch) {
     const T* last = static_cast<const T*>(op.last);
     const Constants<HELD, THREADS> weight(op.norm.p[0], c), bias(op.norm.p[1], c), m(last ? op.mu.p[mine.input] : nullptr, c);
     // A vector that waits as it is; more are only brought near.
@@ -136,12 +143,17 @@ __device__ __forceinline__ void mixed_input(const Product& op, const Share& mine
                 else
                     prefetch(p);
             });
-    Grid::wait();
+    if (!flow.on) Grid::wait();
     Vec h[B][HELD] = {};
-    const float* x = static_cast<const float*>(op.x);
+    const float* x = flow.place(static_cast<const float*>(op.x));
+    until([&](bool& all) {
 #pragma unroll
-    for (int b = 0; b < B; b++)
-        if (b < batch) each_vector<HELD, THREADS>(c, [&](int i, int at) { h[b][i] = load_fresh(x + size_t(b) * c + at); });
+        for (int b = 0; b < B; b++)
+            if (b < batch) each_vector<HELD, THREADS>(c, [&](int i, int at) {
+                const float4 low = look4(x + size_t(b) * c + at, all), high = look4(x + size_t(b) * c + at + 4, all);
+                h[b][i] = {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
+            });
+    });
     normalise_rows<B, HELD>(h, weight, bias, batch, c, scratch);
     const int stride = pitch(c);
     each_vector<HELD, THREADS>(c, [&](int i, int at) {
@@ -153,7 +165,7 @@ __device__ __forceinline__ void mixed_input(const Product& op, const Share& mine
             Vec& v = h[b][i];
             if (last) {
                 for (int j = 0; j < 8; j++) v[j] = to_f32(from_f32<T>(v[j]));
-                if (blockIdx.x == 0) store(static_cast<T*>(op.now) + size_t(b) * c + at, v);
+                if (blockIdx.x == 0) give(flow.place(static_cast<T*>(op.now)) + size_t(b) * c + at, v);
                 const Vec old = HELD == 1 ? unpack8<T>(before[b]) : load_fresh(last + size_t(slots[b]) * c + at);
                 for (int j = 0; j < 8; j++) v[j] += (old[j] - v[j]) * f[j];
             }
@@ -162,23 +174,28 @@ __device__ __forceinline__ void mixed_input(const Product& op, const Share& mine
     });
 }
 
-// The rows `slots` of `last` become those of `now` [batch, C].
-template <class T> __device__ __forceinline__ void shift(const void* now, void* last, const int* slots, int batch, int c) {
-    for (int i = blockIdx.x * THREADS + threadIdx.x; i < batch * c / 8; i += gridDim.x * THREADS) {
+// The rows `slots` of `last` become those of `now` [batch, C], by the last blocks, which have the fewest rows of a matrix.
+template <class T> __device__ __forceinline__ void shift(const void* now, const Flow& flow, void* last, const int* slots, int batch, int c) {
+    for (int i = (gridDim.x - 1 - blockIdx.x) * THREADS + threadIdx.x; i < batch * c / 8; i += gridDim.x * THREADS) {
         const int b = i / (c / 8), at = i % (c / 8) * 8;
-        *reinterpret_cast<uint4*>(static_cast<T*>(last) + size_t(slots[b]) * c + at) =
-            __ldcg(reinterpret_cast<const uint4*>(static_cast<const T*>(now) + size_t(b) * c + at));
+        const T* from = flow.place(static_cast<const T*>(now)) + size_t(b) * c + at;
+        uint4 v;
+        until([&](bool& all) { v = look8(from, all); });
+        *reinterpret_cast<uint4*>(static_cast<T*>(last) + size_t(slots[b]) * c + at) = v;
     }
 }
 
 // Activations x [batch, k] into held [batch, pitch(k)]; a thread waits for LOADS vectors at once.
-template <int LOADS, class T> __device__ __forceinline__ void copied_input(const T* x, T* held, int batch, int k, bool coded) {
+template <int LOADS, class T> __device__ __forceinline__ void copied_input(const T* x, const Flow& flow, T* held, int batch, int k, bool coded) {
     const int n = k / 8, stride = pitch(k);
+    x = flow.place(x);
     for (int i = threadIdx.x; i < batch * n; i += THREADS * LOADS) {
         uint4 v[LOADS];
+        until([&](bool& all) {
 #pragma unroll
-        for (int j = 0; j < LOADS; j++)
-            if (i + j * THREADS < batch * n) v[j] = __ldcg(reinterpret_cast<const uint4*>(x) + i + j * THREADS);
+            for (int j = 0; j < LOADS; j++)
+                if (i + j * THREADS < batch * n) v[j] = look8(x + (i + j * THREADS) * 8, all);
+        });
 #pragma unroll
         for (int j = 0; j < LOADS; j++) {
             int b = 0, at = i + j * THREADS;
@@ -187,6 +204,19 @@ template <int LOADS, class T> __device__ __forceinline__ void copied_input(const
             *reinterpret_cast<uint4*>(held + b * stride + place_of_input(coded, at * 8)) = v[j];
         }
     }
+}
+
+// Adds to `seen` how many of the k columns of held [batch, pitch(k)], in 16 bits, are not zero in all rows; every thread of the grid looks at its own.
+template <class T> __device__ __forceinline__ void count_rows(const T* held, int batch, int k, unsigned* seen) {
+    unsigned some = 0;
+#pragma unroll 1
+    for (int i = blockIdx.x * THREADS + threadIdx.x; i < k; i += gridDim.x * THREADS) {
+        unsigned bits = 0;
+#pragma unroll 1
+        for (int b = 0; b < batch; b++) bits |= reinterpret_cast<const unsigned short*>(held)[b * pitch(k) + i];
+        some += (bits & 0x7fff) != 0;
+    }
+    if (some) atomicAdd(seen, some);
 }
 
 // Brings n rows of c elements near, a warp for each.
@@ -268,14 +298,15 @@ __device__ __forceinline__ void values(const T* w, int first, int rows, const fl
     }
 }
 
-// x [batch, C] += the sum of parts [count, batch, C]; the rows `slots` of `last` become those of `now`.
-template <class T> __device__ __forceinline__ void add_parts(const Sum& op, const int* slots, int batch, int c) {
+// y [batch, C] = x and the sum of parts [count, batch, C]; the rows `slots` of `last` become those of `now`.
+template <class T> __device__ __forceinline__ void add_parts(const Sum& op, const Flow& flow, const int* slots, int batch, int c) {
     const int t = threadIdx.x, warp = t >> 5, lane = t & 31, half = lane % 2, items = batch * c / 8;
     Grid::wait();
     // A warp has 8 channels, and two lanes those of every 16th part.
     for (int item = blockIdx.x + warp * gridDim.x; item < items; item += gridDim.x * WARPS) {
-        float4* x = reinterpret_cast<float4*>(op.x + size_t(item) * 8) + half;
-        const float4 before = __ldcg(x);
+        const float* x = flow.place(op.x) + size_t(item) * 8 + half * 4;
+        float4 before;
+        until([&](bool& all) { before = look4(x, all); });
         float4 s = make_float4(0.f, 0.f, 0.f, 0.f);
         // As many at once as an H100 has blocks.
         constexpr int LOADS = 9;
@@ -297,29 +328,32 @@ template <class T> __device__ __forceinline__ void add_parts(const Sum& op, cons
             s.z += __shfl_xor_sync(~0u, s.z, o);
             s.w += __shfl_xor_sync(~0u, s.w, o);
         }
-        if (lane < 2) *x = make_float4(before.x + s.x, before.y + s.y, before.z + s.z, before.w + s.w);
+        if (lane < 2) give(flow.place(op.y) + size_t(item) * 8 + half * 4, make_float4(before.x + s.x, before.y + s.y, before.z + s.z, before.w + s.w));
     }
-    shift<T>(op.now, op.last, slots, batch, c);
+    shift<T>(op.now, flow, op.last, slots, batch, c);
 }
 
 __device__ __forceinline__ void take_larger(Found& best, float v, int i) {
     if (v > best.value || (v == best.value && i < best.index)) best = {v, i};
 }
 
-template <class T, int N, int B, int HELD, bool CODED> __device__ __forceinline__ void program(const Op* ops, const int* slots_at, unsigned* arrived, Run r, Room room) {
+template <class T, int N, int B, int HELD, bool CODED> __device__ __forceinline__ void program(const Op* ops, const int* slots_at, unsigned* arrived, unsigned char* flow_at, Run r, Room room) {
     DYNAMIC_SHARED(dynamic);
     const int t = threadIdx.x, batch = B == 1 ? 1 : r.batch, c = r.c;
     constexpr int STAGES = stages_of(CODED, B, HELD);
+    // Vectors of an input that a thread waits for at once: as many as there are registers for.
+    constexpr int COPIES = B * HELD > 4 || STAGES < 4 ? 1 : B == 1 ? (CODED ? 4 : 2) : CODED ? 2 : 1;
     float* shared = reinterpret_cast<float*>(dynamic + STAGES * WARPS * stage_bytes(CODED));
     T* held = reinterpret_cast<T*>(shared);
     float* sums = shared + room.bytes / 4 - WARPS * 64;
     float* hidden = shared + room.bytes / 4;
     int* list = reinterpret_cast<int*>(hidden + MOST * room.hidden);
-    float* scratch = reinterpret_cast<float*>(list + (room.hidden + 4) / 4 * 4); // [2, MOST, WARPS]
-    Op* held_ops = reinterpret_cast<Op*>(scratch + 2 * MOST * WARPS);
+    float4* scratch = reinterpret_cast<float4*>(list + (room.hidden + 4) / 4 * 4); // [MOST, WARPS]
+    Op* held_ops = reinterpret_cast<Op*>(scratch + MOST * WARPS);
     int* slots = reinterpret_cast<int*>(held_ops + 2);
     Share* shares = reinterpret_cast<Share*>(slots + MOST);
-    if (t >= THREADS) return Grid::serve(arrived, r.waits);
+    const Flow flow{flow_at, unsigned(room.flow) * 16, room.all != 0};
+    if (t >= THREADS) return Grid::serve(arrived, r.waits, !flow.on);
     for (int i = r.from + t; i < r.to; i += THREADS) {
         const int kind = int(ops[i].kind);
         if (kind == EMBED || kind == HEADS || kind == SUM || kind == TOKEN) continue;
@@ -337,21 +371,21 @@ template <class T, int N, int B, int HELD, bool CODED> __device__ __forceinline_
         uint4 next = {};
         if (t < 16 && i + 1 < r.to) next = word(i + 1);
         const int kind = int(op.kind);
-        const bool channels = !CODED && kind == CHANNELS, sum = !CODED && kind == SUM, key = CODED && kind == KEY, last = CODED && kind == VALUE;
+        const bool channels = !CODED && kind == CHANNELS, sum = !CODED && kind == SUM, key = kind == KEY, add = kind == ADD || kind == VALUE;
         const bool on = r.mask >> kind & 1, value = channels && r.mask & VALUES;
         if (on && kind == HEADS) {
-            few_heads<T, N>(op.heads, slots, batch, c, shared);
+            few_heads<T, N>(op.heads, flow, slots, batch, c, shared);
         } else if (on && sum) {
-            add_parts<T>(op.sum, slots, batch, c);
+            add_parts<T>(op.sum, flow, slots, batch, c);
         } else if (on && kind == EMBED) {
-            Grid::wait();
+            if (!flow.on) Grid::wait();
             if (int(blockIdx.x) < batch) {
                 const Constants<HELD, THREADS> weight(op.embed.norm.p[0], c), bias(op.embed.norm.p[1], c);
                 const T* from = static_cast<const T*>(op.embed.table) + size_t(__ldcg(op.embed.tokens + blockIdx.x)) * c;
                 Vec h[1][HELD] = {};
                 each_vector<HELD, THREADS>(c, [&](int j, int at) { h[0][j] = load(from + at); });
                 normalise_rows<1, HELD>(h, weight, bias, 1, c, scratch);
-                each_vector<HELD, THREADS>(c, [&](int j, int at) { store(op.embed.x + size_t(blockIdx.x) * c + at, h[0][j]); });
+                each_vector<HELD, THREADS>(c, [&](int j, int at) { give(flow.place(op.embed.x) + size_t(blockIdx.x) * c + at, h[0][j]); });
             }
         } else if (on && kind == TOKEN) {
             Grid::wait();
@@ -367,43 +401,46 @@ template <class T, int N, int B, int HELD, bool CODED> __device__ __forceinline_
                 for (int o = 16; o; o >>= 1) take_larger(best, __shfl_xor_sync(~0u, best.value, o), __shfl_xor_sync(~0u, best.index, o));
                 if ((t & 31) == 0) op.token.tokens[b] = best.index < int(op.token.vocab) ? best.index : 0;
             }
+            if (flow.on) flow.clear(THREADS);
         } else if (on || value) {
             const Product& p = op.product;
             const Share& mine = shares[p.m.number - r.number];
-            const bool coded = CODED && mine.scales, add = kind == ADD || last;
+            const bool coded = CODED && mine.scales;
             if (add) {
-                Grid::wait();
-                copied_input<CODED ? 4 : 1>(static_cast<const T*>(p.x), held, batch, mine.k, coded); // hidden channels are many
-                if (last) shift<T>(p.now, const_cast<void*>(p.last), slots, batch, c);
+                if (!flow.on) Grid::wait();
+                copied_input<COPIES>(static_cast<const T*>(p.x), flow, held, batch, mine.k, coded);
             } else {
-                // What a block reads of the second matrix of a narrow model is near before it is known which rows are needed: memory has time.
-                if (value && c <= EAGER)
-                    prefetch_rows(mine.all, c, [&](int row) { return static_cast<const T*>(p.value) + size_t(mine.first + row) * c; });
-                mixed_input<T, B, HELD>(p, mine, coded, held, slots, batch, c, scratch);
+                mixed_input<T, B, HELD>(p, flow, mine, coded, held, slots, batch, c, scratch);
             }
             if (t < 16) reinterpret_cast<uint4*>(held_ops + ((i + 1 - r.from) & 1))[t] = next;
             sync_workers();
             if (const Op& after = held_ops[(i + 1 - r.from) & 1]; kind == MIXED && i + 1 < r.to && after.kind == HEADS)
                 prefetch_heads<T, N>(after.heads, batch, c);
-            float* y = static_cast<float*>(p.y);
+            float* y = flow.place(static_cast<float*>(p.y));
+            const float* before = flow.place(p.before);
             const int total = mine.total;
             if (channels && !on)
                 for (int j = t; j < MOST * room.hidden; j += THREADS) hidden[j] = float(j & 1);
             Found best{-INFINITY, total};
-            const auto old = [&](int row, int b) { return add ? __ldcg(y + size_t(b) * total + row) : 0.f; };
+            // All of `before` was there when the block read it as another operation's input.
+            const auto old = [&](int row, int b) { return add ? __ldcg(before + size_t(b) * total + row) : 0.f; };
             product(ring, mine, held, batch, sums, old, [&](int row, int b, float v, float was) {
                 if (channels || key) {
                     const T squared = from_f32<T>(v > 0.f ? v * v : 0.f);
                     if (channels)
                         hidden[b * room.hidden + row - mine.first] = to_f32(squared);
                     else
-                        static_cast<T*>(p.y)[size_t(b) * total + row] = squared;
+                        give(reinterpret_cast<T*>(y) + size_t(b) * total + row, squared);
                 } else {
-                    y[size_t(b) * total + row] = was + v;
+                    give(y + size_t(b) * total + row, was + v);
                     if (kind == LOGITS) take_larger(best, v, row);
                 }
             });
-            if (value) {
+            if (add) {
+                // What nobody waits for.
+                if (!CODED && p.seen) count_rows(held, batch, mine.k, static_cast<unsigned*>(p.seen));
+                if (p.last) shift<T>(p.now, flow, const_cast<void*>(p.last), slots, batch, c);
+            } else if (value) {
                 sync_workers();
                 if (mine.all)
                     values<T, B>(static_cast<const T*>(p.value), mine.first, mine.all, hidden, room.hidden, list, reinterpret_cast<int*>(scratch), y + size_t(blockIdx.x) * batch * c,
@@ -426,6 +463,7 @@ template <class T, int N, int B, int HELD, bool CODED> __device__ __forceinline_
             if (t < 16) reinterpret_cast<uint4*>(held_ops + ((i + 1 - r.from) & 1))[t] = next;
         if (i + 1 == r.to) break;
         sync_workers();
-        if (on || value) Grid::arrive();
+        if (on || value)
+            if (const int after = int(held_ops[(i + 1 - r.from) & 1].kind); !flow.on || after == SUM || after == TOKEN) Grid::arrive();
     }
 }

@@ -26,6 +26,8 @@ pub struct Kinds(i32);
 
 /// The second matrix of channel mixing, in the operation that has the first too.
 const VALUES: i32 = 1 << 10;
+/// Kinds that wait for all blocks: the one that adds up what the blocks give of that matrix, and the one that chooses tokens.
+const WAITING: i32 = 1 << 5 | 1 << 7;
 
 impl Kinds {
     /// [`Listing::embed`].
@@ -80,8 +82,10 @@ pub struct Size {
     pub hidden: usize,
     /// Ranks of the low-rank maps, at most.
     pub ranks: [usize; 4],
-    /// Whether matrices are in codes; otherwise the second one of channel mixing lies by inputs.
+    /// Whether matrices are in codes.
     pub coded: bool,
+    /// Whether the second matrix of channel mixing lies by outputs, as it does in codes.
+    pub by_outputs: bool,
 }
 
 /// Bytes that operations on `batch` sequences use in turn, with inputs of `k` at most and low-rank maps of these ranks.
@@ -95,16 +99,17 @@ fn room(batch: usize, k: usize, ranks: [usize; 4]) -> usize {
 /// Bytes of shared memory beside `room` for steps of `batch` sequences, if a block has `hidden` hidden channels at most and a share of `products` matrices.
 fn shared(ctx: &Context, coded: bool, batch: usize, c: usize, hidden: usize, products: usize) -> usize {
     let (stages, bytes) = stages(ctx, coded, batch, c);
-    let fixed = 2 * BATCH * WARPS * 4 + 2 * OP * 8 + BATCH * 4;
+    let fixed = 4 * BATCH * WARPS * 4 + 2 * OP * 8 + BATCH * 4;
     stages * bytes + BATCH * hidden * 4 + (hidden + 4) / 4 * 16 + fixed + products * SHARE
 }
 
 /// Sequences for which the kernel holds a model of this size with heads of `n`: [`BATCH`], 1 or none.
 pub fn program_most(ctx: &Context, size: Size, n: usize) -> usize {
     let Some(gpu) = ctx.cuda() else { return 0 };
-    let Size { blocks, c, ranks, coded, .. } = size;
+    let Size { blocks, c, ranks, coded, by_outputs, .. } = size;
     let here = size.hidden.div_ceil(gpu.info().multiprocessors as usize);
-    let (k, hidden, products) = if coded { (c.max(size.hidden), 0, 4 * blocks + 1) } else { (c, here, 3 * blocks + 1) };
+    let (k, hidden, products) =
+        if by_outputs { (c.max(size.hidden), 0, 4 * blocks + 1) } else { (c, here, 3 * blocks + 1) };
     let fits = |&batch: &usize| {
         shared(ctx, coded, batch, c, hidden, products) + room(batch, k, ranks) <= gpu.info().block_memory()
     };
@@ -212,17 +217,59 @@ pub struct FewHeads<'a> {
     pub first: DevicePtr,
     /// States [slots, heads, N, N], f32 or f16, of which the rows of the sequences are advanced.
     pub state: &'a Buf,
-    /// What [`Mix::now`] and [`Mix::last`] were.
-    pub shift: [DevicePtr; 2],
     /// Value and key that the state takes up, [2, batch, C], unless it is null.
     pub wrote: DevicePtr,
     /// What goes to the output matrix, [batch, C].
     pub out: DevicePtr,
 }
 
-/// Operations that are being written down, each after all before it. Vectors of activations are [batch, C]; x is f32 everywhere.
-#[derive(Default)]
-pub struct Listing {
+/// Memory for what operations of a step hand to each other: a place for every vector, which is read as soon as it is there and cleared at the end of a step.
+pub struct Flow {
+    /// Twice `bytes`: the second time for operations that run alone.
+    at: Buf,
+    bytes: usize,
+    batch: usize,
+}
+
+impl Flow {
+    /// Bytes between the beginnings of places are multiples of this.
+    const LINE: usize = 128;
+
+    fn bytes_of(batch: usize, elements: usize, dtype: DType) -> usize {
+        (batch * elements * dtype.size()).next_multiple_of(Self::LINE)
+    }
+
+    /// For vectors of these numbers of elements for each of `batch` sequences.
+    pub fn new(ctx: &Context, batch: usize, vectors: impl IntoIterator<Item = (usize, DType)>) -> Flow {
+        let bytes = vectors.into_iter().map(|(elements, dtype)| Self::bytes_of(batch, elements, dtype)).sum();
+        let mut at = ctx.zeros_f32(2 * bytes / 4);
+        // Nothing is there yet (`flow.cuh`).
+        at.write_raw(0, &vec![0xff; bytes]);
+        Flow { at, bytes, batch }
+    }
+}
+
+/// What [`Listing::mixed`] left in [`Mix::now`], and the rows that it goes to.
+#[derive(Clone, Copy)]
+pub struct Shift {
+    /// LayerNorm(x) [batch, C].
+    pub now: DevicePtr,
+    /// Rows [slots, C] of the token before.
+    pub last: DevicePtr,
+}
+
+impl<const K: usize> From<Mix<K>> for Shift {
+    fn from(mix: Mix<K>) -> Shift {
+        Shift { now: mix.now, last: mix.last }
+    }
+}
+
+/// Operations that are being written down, each after all before it. Vectors of activations are [batch, C]; x is f32 everywhere. What an operation gives to others is written once in a step: it has a place of its own
+/// ([`Listing::place`]), unless a kernel between two runs of operations reads it.
+pub struct Listing<'a> {
+    flow: &'a Flow,
+    /// Bytes of it that have been given out.
+    taken: usize,
     words: Vec<u64>,
     kinds: Vec<Kinds>,
     /// Products before each operation.
@@ -239,7 +286,34 @@ fn two(a: usize, b: usize) -> u64 {
     a as u64 | (b as u64) << 32
 }
 
-impl Listing {
+impl<'a> Listing<'a> {
+    /// Without operations.
+    pub fn new(flow: &'a Flow) -> Listing<'a> {
+        Listing {
+            flow,
+            taken: 0,
+            words: Vec::new(),
+            kinds: Vec::new(),
+            before: Vec::new(),
+            products: 0,
+            hidden: 0,
+            widest: 0,
+            ranks: [0; 4],
+            coded: false,
+        }
+    }
+
+    /// A place for a vector of every sequence.
+    ///
+    /// # Panics
+    /// If there is none left.
+    pub fn place(&mut self, elements: usize, dtype: DType) -> DevicePtr {
+        let at = self.flow.at.ptr().offset(self.taken / 4, DType::F32);
+        self.taken += Flow::bytes_of(self.flow.batch, elements, dtype);
+        assert!(self.taken <= self.flow.bytes);
+        at
+    }
+
     /// Operations so far.
     pub fn len(&self) -> usize {
         self.before.len()
@@ -263,7 +337,7 @@ impl Listing {
 
     fn product(
         &mut self, kind: u64, plan: &Plan, [w, plain]: [Matrix; 2], x: DevicePtr, norm: Norm, mix: Option<Mix<6>>,
-        y: DevicePtr, rest: [DevicePtr; 2],
+        y: DevicePtr, rest: [DevicePtr; 3],
     ) {
         let mix = mix.unwrap_or(Mix { mu: [DevicePtr::NULL; 6], last: DevicePtr::NULL, now: DevicePtr::NULL });
         let at = |p: DevicePtr| p.address();
@@ -284,7 +358,7 @@ impl Listing {
     /// y [batch, rows] f32 = m W^T, for interpolations m between LayerNorm(x) and the token before, of which a row of W takes the one that its run names, or
     /// LayerNorm(x) itself. `w` are the plan's rows in codes and those in 16 bits.
     pub fn mixed(&mut self, plan: &Plan, w: [Matrix; 2], x: DevicePtr, norm: Norm, mix: Option<Mix<6>>, y: DevicePtr) {
-        self.product(1, plan, w, x, norm, mix, y, [DevicePtr::NULL; 2]);
+        self.product(1, plan, w, x, norm, mix, y, [DevicePtr::NULL; 3]);
     }
 
     /// Everything between the projections and the output matrix of a layer.
@@ -298,43 +372,51 @@ impl Listing {
         let ints = ints.chunks(2).map(|pair| two(pair[0], pair[1]));
         let words =
             [at(h.projected)].into_iter().chain(ints).chain([at(h.up)]).chain(h.vectors.map(at)).chain(h.ln_x.map(at));
-        let [now, last] = h.shift;
-        self.push(2, words.chain([h.first, h.state.ptr(), now, last, h.wrote, h.out].map(at)));
+        self.push(2, words.chain([h.first, h.state.ptr(), h.wrote, h.out].map(at)));
     }
 
-    /// y [batch, rows] f32 += m W^T for activations m.
-    pub fn add(&mut self, plan: &Plan, w: Matrix, m: DevicePtr, y: DevicePtr) {
-        self.product(3, plan, [w; 2], m, [DevicePtr::NULL; 2], None, y, [DevicePtr::NULL; 2]);
+    fn added(
+        &mut self, kind: u64, plan: &Plan, w: Matrix, m: DevicePtr, shift: Option<Shift>, [x, y]: [DevicePtr; 2],
+        read: DevicePtr,
+    ) {
+        let mix = shift.map(|s| Mix { mu: [DevicePtr::NULL; 6], last: s.last, now: s.now });
+        let null = DevicePtr::NULL;
+        self.product(kind, plan, [w; 2], m, [null; 2], mix, y, [null, read, x]);
+    }
+
+    /// y [batch, rows] f32 = x + m W^T for activations m, and what is left of a [`Listing::mixed`] on which all of m depends.
+    pub fn add(&mut self, plan: &Plan, w: Matrix, m: DevicePtr, shift: Option<Shift>, [x, y]: [DevicePtr; 2]) {
+        self.added(3, plan, w, m, shift, [x, y], DevicePtr::NULL);
     }
 
     /// Activations y [batch, rows] = relu(m W^T)^2 for interpolations m between LayerNorm(x) and the token before.
     pub fn squared(&mut self, plan: &Plan, w: Matrix, x: DevicePtr, norm: Norm, mix: Mix<1>, y: DevicePtr) {
-        self.product(8, plan, [w; 2], x, norm, Some(mix.into()), y, [DevicePtr::NULL; 2]);
+        self.product(8, plan, [w; 2], x, norm, Some(mix.into()), y, [DevicePtr::NULL; 3]);
     }
 
-    /// As [`Listing::add`], after [`Listing::squared`] with `mix`.
-    pub fn value(&mut self, plan: &Plan, w: Matrix, m: DevicePtr, mix: Mix<1>, y: DevicePtr) {
-        self.product(9, plan, [w; 2], m, [DevicePtr::NULL; 2], Some(mix.into()), y, [DevicePtr::NULL; 2]);
+    /// As [`Listing::add`], after [`Listing::squared`] with `mix`. `read` counts the entries of m that are not zero for all sequences, unless it is null.
+    pub fn value(&mut self, plan: &Plan, w: Matrix, m: DevicePtr, mix: Mix<1>, xy: [DevicePtr; 2], read: DevicePtr) {
+        self.added(9, plan, w, m, Some(mix.into()), xy, read);
     }
 
-    /// x += relu(m W^T)^2 V for matrices W and V [hidden, C], without the rows of V under zeros of all sequences, of which `read` counts the others. `parts` has
+    /// y = x + relu(m W^T)^2 V for matrices W and V [hidden, C], without the rows of V under zeros of all sequences, of which `read` counts the others. `parts` has
     /// [blocks, batch, C] f32.
     pub fn channels(
-        &mut self, plan: &Plan, [key, value]: [DevicePtr; 2], x: DevicePtr, norm: Norm, mix: Mix<1>, parts: DevicePtr,
-        read: DevicePtr, blocks: usize,
+        &mut self, plan: &Plan, [key, value]: [DevicePtr; 2], [x, y]: [DevicePtr; 2], norm: Norm, mix: Mix<1>,
+        parts: DevicePtr, read: DevicePtr, blocks: usize,
     ) {
-        self.product(4, plan, [key.into(); 2], x, norm, Some(mix.into()), parts, [value, read]);
+        self.product(4, plan, [key.into(); 2], x, norm, Some(mix.into()), parts, [value, read, DevicePtr::NULL]);
         self.hidden = self.hidden.max(plan.most);
         let working = plan.rows.div_ceil(plan.most).min(blocks);
         let at = |p: DevicePtr| p.address();
-        self.push(5, [at(parts), at(x), at(mix.now), at(mix.last), working as u64]);
+        self.push(5, [at(parts), at(x), at(mix.now), at(mix.last), working as u64, at(y)]);
     }
 
     /// y [batch, rows] f32 = LayerNorm(x) W^T, and `tokens` the index of the largest of each sequence, the first of equals. `found` has [blocks, 4, 2] words.
     pub fn logits(
         &mut self, plan: &Plan, w: Matrix, x: DevicePtr, norm: Norm, y: DevicePtr, found: DevicePtr, tokens: DevicePtr,
     ) {
-        self.product(6, plan, [w; 2], x, norm, None, y, [DevicePtr::NULL, found]);
+        self.product(6, plan, [w; 2], x, norm, None, y, [DevicePtr::NULL, found, DevicePtr::NULL]);
         self.push(7, [found.address(), tokens.address(), plan.rows as u64]);
     }
 
@@ -369,15 +451,17 @@ pub struct Program {
 }
 
 impl Program {
-    /// Runs some of the operations, those of some kinds, for sequences whose states are the rows `slots`.
-    pub fn run(&self, step: &Step, ops: Range<usize>, kinds: Kinds, slots: DevicePtr) {
-        assert!(step.batch <= BATCH);
+    /// Runs some of the operations, those of some kinds, for sequences whose states are the rows `slots`; `flow` is that of the [`Listing`].
+    pub fn run(&self, step: &Step, ops: Range<usize>, kinds: Kinds, slots: DevicePtr, flow: &Flow) {
+        assert!(step.batch <= BATCH.min(flow.batch));
         let (first, room) = (self.before[ops.start], room(step.batch, self.widest, self.ranks));
         let products = self.before[ops.end] - first;
-        let waits = self.kinds[ops.clone()].iter().filter(|k| kinds.0 & k.0 != 0).count();
+        let all = kinds == Kinds::ALL;
+        let waits = self.kinds[ops.clone()].iter().filter(|k| (if all { WAITING } else { kinds.0 }) & k.0 != 0).count();
         let run = [ops.start, ops.end, kinds.0 as usize, first, products, step.batch, step.c, waits];
-        let args = [self.ops.ptr(), slots, self.arrived.ptr()].map(Arg::from).into_iter();
-        let (run, sizes) = (run.map(|v| v as i32), [room as i32, self.hidden as i32, 0, 0, 0, 0, 0, 0]);
+        let args = [self.ops.ptr(), slots, self.arrived.ptr(), flow.at.ptr()].map(Arg::from).into_iter();
+        let sizes = [room, self.hidden, flow.bytes / 16, usize::from(all), 0, 0, 0, 0];
+        let (run, sizes) = (run.map(|v| v as i32), sizes.map(|v| v as i32));
         let args: Vec<Arg> = args.chain([Arg::Words(run), Arg::Words(sizes)]).collect();
         let how = if self.coded { "codes" } else { "rows" };
         let name = format!("decode_program_{how}_{}_{}", kernels_batch(step.batch), held(step.c));
