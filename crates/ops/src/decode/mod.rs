@@ -15,7 +15,7 @@
 //! 30.4 us a layer, and 91 us for the head: 820 us a token. Products run on tensor cores, not for their speed but because they need few
 //! instructions for a byte. A block's ring of copies runs through its shares of all matrices without a stop, so that memory is busy while blocks wait and
 //! while they make what a product needs (`program.cuh`); normalisation and interpolation stand within the products, whose blocks all make
-//! own input.
+//! their own input.
 //!
 //! **Waiting.** Every vector that operations hand on has a place of its own in a step, empty before it ([`Flow`], `flow.cuh`), and who needs a value reads it until it is there: one way to
 //! the second-level cache and one back, where waiting for all blocks takes a fence, a count and a look at it first. Two operations do wait for all: the one that adds up what blocks give of a second
