@@ -414,6 +414,26 @@ fn rows_that_are_skipped_change_no_bits() {
     }
 }
 
+/// What is too large for 16 bits becomes infinite, and then no number: blocks that wait for values take that for one.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_value_that_is_no_number_is_not_waited_for() {
+    let mut model = model(&config(64, 128, 2));
+    let specs = model.params().specs().to_vec();
+    for s in specs.iter().filter(|s| s.name.ends_with("ffn.key.weight")) {
+        model.params_mut().values_mut()[s.range.clone()].iter_mut().for_each(|w| *w *= 2e4);
+    }
+    let ctx = Context::with_activations(Device::Cuda(0), DType::F16, 2).unwrap();
+    for kept in [WeightType::from(DType::F16), WeightType::Int8] {
+        let device = model.packed(&ctx, kept);
+        let mut decoder = Decoder::new(&ctx, &device, 2).unwrap().unwrap();
+        for inputs in [&[(0, 5)][..], &[(1, 7), (0, 9)], &[(0, 5)]] {
+            let logits = decoder.step(inputs).unwrap().to_vec();
+            assert!(logits.len() == 200 * inputs.len() && logits.iter().all(|v| v.is_nan()));
+        }
+    }
+}
+
 /// Rounding the states at every step, for 300 steps, moves the logits less than 16-bit activations do.
 #[test]
 #[ignore = "needs a GPU"]

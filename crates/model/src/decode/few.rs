@@ -96,7 +96,7 @@ impl Few {
             (c, dtype),
             (c, dtype),
             (c, dtype),
-            (hidden, dtype),
+            (if by_outputs { hidden } else { 0 }, dtype),
             (widest, DType::F32),
         ];
         let vectors = model.blocks.iter().flat_map(|_| layer).chain([(c, DType::F32)]);
