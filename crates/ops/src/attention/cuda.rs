@@ -21,6 +21,8 @@ const HOPPER_KEYS: usize = 128;
 const HOPPER_TILE: usize = 192;
 const ITEM: usize = 512;
 const SHORT: usize = 256;
+/// Threads of that kernel.
+const SHORT_THREADS: usize = 640;
 /// Tokens of a block that looks what a state has forgotten.
 const TOKENS: usize = 64;
 /// Chunks that are counted, and those that are scored, at a time.
@@ -475,7 +477,7 @@ pub(super) fn forward(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, choice: &
             let rows = 3 * stages * 64 + stages * steps * 2 * HOPPER_KEYS + 3 * (64 + 8);
             let kernel = format!("chunk_short_{steps}");
             let args = [Arg::Struct(&words), q, out, part_lse];
-            return hopper(ctx, gpu, (&kernel, 512, rows), tiles * group.len, lists, &args);
+            return hopper(ctx, gpu, (&kernel, SHORT_THREADS, rows), tiles * group.len, lists, &args);
         }
         if plan.hopper {
             let rows = 2 * HOPPER_TILE + 4 * 2 * HOPPER_KEYS;

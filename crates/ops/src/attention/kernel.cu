@@ -3,7 +3,7 @@
 // Convergence barriers of the exact kernels' nested loops, a few bytes:
 // may spill: chunk_(forward|dq|select)_[bf]+\d+\s
 // What copying warps with 32 registers need once a tile, a few words:
-// may spill: chunk_(hopper_attend|short_[12])_
+// may spill: chunk_(hopper_attend|short_2)_
 #include "forgotten.cuh"
 #include "exact.cuh"
 #include "select.cuh"
@@ -137,11 +137,11 @@ TENSOR(bf16, bf16) TENSOR(f16, f16)
         begin_kernel();                                                                                                             \
         ON_HOPPER(hopper::pick<T>(p, q, parts, picks, counts);)                                                                     \
     }                                                                                                                               \
-    extern "C" __global__ void __launch_bounds__(512, 1)                                                                            \
+    extern "C" __global__ void __launch_bounds__(640, 1)                                                                            \
         chunk_short_1_##name(const List* lists, const int* entries, int* counter, Plan p, const T* q, T* out, float* lse) {         \
         ON_HOPPER(hopper::attend_short<T, 1>(p, q, lists, entries, counter, out, lse);)                                             \
     }                                                                                                                               \
-    extern "C" __global__ void __launch_bounds__(512, 1)                                                                            \
+    extern "C" __global__ void __launch_bounds__(640, 1)                                                                            \
         chunk_short_2_##name(const List* lists, const int* entries, int* counter, Plan p, const T* q, T* out, float* lse) {         \
         ON_HOPPER(hopper::attend_short<T, 2>(p, q, lists, entries, counter, out, lse);)                                             \
     }                                                                                                                               \

@@ -1,8 +1,8 @@
 // The forward pass on Hopper for short chunks, of up to 256 tokens: a chunk's keys and values stay in shared memory while queries come by.
 //
-// A block takes one item after another from a counter: a chunk with its own queries, or with a part of its list. One warp finds items and copies keys and
-// values, one item ahead. Each of three warpgroups takes every third 64 queries by itself, fed by a copying warp of its own, so that one is at its products
-// while others are at their exponentials. Nothing depends on which block takes an item.
+// A block takes one item after another from a counter: a chunk with its own queries, or with a part of its list. Each of three warpgroups takes every third 64
+// queries by itself, so that one is at its products while others are at their exponentials. Eight warps feed them: one finds items, ahead of all others, four copy
+// keys and values, one item ahead or two, and each warpgroup has one for its queries. Nothing depends on which block takes an item.
 #pragma once
 #include "hopper.cuh"
 
@@ -12,11 +12,11 @@ namespace hopper {
 
 constexpr int SHORT_ITEM = 512; // queries of an item at most
 
-// Makes t item `index` of head `y` of the group: first each chunk's own queries, then parts of lists.
+// Makes t item `index` of head `y` of the group: first each chunk's own queries, then parts of lists; by a warp.
 __device__ __forceinline__ void short_item(Tile& t, const Plan& p, const List* lists, const int* entries, int index, int y) {
     t.y = y;
     t.entries = nullptr;
-    const Sequence& s = sequence_of<&Sequence::tile_base, true>(p, index);
+    const Sequence& s = sequence_of<&Sequence::tile_base>(p, index);
     t.keys = s.keys;
     t.values = s.values;
     int number = index - s.tile_base;
@@ -31,7 +31,7 @@ __device__ __forceinline__ void short_item(Tile& t, const Plan& p, const List* l
     }
     number -= own;
     const List* all = lists_of(p, s, lists, y);
-    const int c = last_up_to_alone(s.chunks, number, [&](int i) { return all[i].tile; });
+    const int c = last_up_to(s.chunks, number, [&](int i) { return all[i].tile; });
     const List list = all[c];
     const int begin = (number - list.tile) * SHORT_ITEM;
     t.entries = entries_of(p, s, entries, y) + list.first + begin;
@@ -41,88 +41,98 @@ __device__ __forceinline__ void short_item(Tile& t, const Plan& p, const List* l
 }
 
 template <class T, int STEPS> struct Short {
-    static constexpr int GROUPS = 3, KEYS = 128, RINGS = STEPS == 1 ? 3 : 2, QUERIES = RINGS, STAGE = STEPS * 2 * KEYS * 64, BATCH = 8; // items are found so many at a time, if there are many
-    static constexpr int TILE = 64 * 64, PITCH = 64 + 8; // values of a tile of queries, and of a row of results
-    uint64_t barriers[3 * RINGS + 2 * GROUPS * QUERIES];
-    Tile found[BATCH], items[RINGS];
+    static constexpr int GROUPS = 3, KEY_WARPS = 4, FEEDING = GROUPS + 1 + KEY_WARPS, THREADS = 128 * GROUPS + 32 * FEEDING;
+    static_assert(THREADS == 640); // as it is launched
+    static constexpr int STAGES = STEPS == 1 ? 3 : 2; // of items, of keys and values, and of each warpgroup's queries
+    static constexpr int KEYS = 128, STAGE = STEPS * 2 * KEYS * 64, TILE = 64 * 64, PITCH = 64 + 8; // values of a stage, of a tile of queries, of a row of results
+    // Registers of a thread that computes and of one that feeds. At first all have as many, and who then wants more than others gave up waits for ever. (With other
+    // numbers ptxas 13.0 lets products wait for each other, in the one kernel or in the other.)
+    static constexpr int MANY = STEPS == 1 ? 128 : 136, FEW = STEPS == 1 ? 48 : 32, FIRST = 65536 / THREADS / 8 * 8;
+    static_assert(128 * GROUPS * MANY + 32 * FEEDING * FEW <= THREADS * FIRST);
+    uint64_t barriers[2 * (2 + GROUPS) * STAGES];
+    Tile items[STAGES];
     // Of a tile's rows: their number in q, and the place of their result, -1: none. Row r is at `at(r)`: those that lanes have together are neighbours.
-    alignas(16) int rows[GROUPS][QUERIES][64], places[GROUPS][QUERIES][64];
+    alignas(16) int rows[GROUPS][STAGES][64], places[GROUPS][STAGES][64];
     __device__ __forceinline__ static int at(int r) { return r % 4 * 16 + r / 4; }
 
     // Each thread has the address of the barriers.
     struct Signals {
         Address at;
-        __device__ __forceinline__ Address keys_full(int i) const { return at + 8 * i; }
-        __device__ __forceinline__ Address item_full(int i) const { return at + 8 * (RINGS + i); }
-        __device__ __forceinline__ Address keys_empty(int i) const { return at + 8 * (2 * RINGS + i); }
-        __device__ __forceinline__ Address queries_full(int g, int i) const { return at + 8 * (3 * RINGS + g * QUERIES + i); }
-        __device__ __forceinline__ Address queries_empty(int g, int i) const { return at + 8 * (3 * RINGS + (GROUPS + g) * QUERIES + i); }
+        __device__ __forceinline__ Address number(int kind, int i) const { return at + 8 * (kind * STAGES + i); }
+        __device__ __forceinline__ Address item_full(int i) const { return number(0, i); }
+        __device__ __forceinline__ Address item_empty(int i) const { return number(1, i); }
+        __device__ __forceinline__ Address keys_full(int i) const { return number(2, i); }
+        __device__ __forceinline__ Address keys_empty(int i) const { return number(3, i); }
+        __device__ __forceinline__ Address queries_full(int g, int i) const { return number(4 + g, i); }
+        __device__ __forceinline__ Address queries_empty(int g, int i) const { return number(4 + GROUPS + g, i); }
     };
 
     __device__ __forceinline__ Signals init() {
         const Signals b{kept(address_of(barriers))};
         if (threadIdx.x == 0) {
-            for (int i = 0; i < RINGS; i++) {
-                barrier_init(b.keys_full(i), 32);
+            for (int i = 0; i < STAGES; i++) {
                 barrier_init(b.item_full(i), 1);
-                barrier_init(b.keys_empty(i), 4 * GROUPS + GROUPS);
-            }
-            for (int g = 0; g < GROUPS; g++)
-                for (int i = 0; i < QUERIES; i++) {
+                barrier_init(b.item_empty(i), 4 * GROUPS + GROUPS + KEY_WARPS);
+                barrier_init(b.keys_full(i), 32 * KEY_WARPS);
+                barrier_init(b.keys_empty(i), 4 * GROUPS);
+                for (int g = 0; g < GROUPS; g++) {
                     barrier_init(b.queries_full(g, i), 33);
                     barrier_init(b.queries_empty(g, i), 4);
                 }
+            }
             fence_for_products();
         }
         __syncthreads();
         return b;
     }
-    // One warp: items and their keys and values.
-    __device__ __forceinline__ void keys(const Plan& p, const Signals& b, const List* lists, const int* entries, int* counter, T* stages) {
-        const int lane = threadIdx.x % 32, all = p.tiles * p.group, batch = all < 64 * int(gridDim.x) ? 2 : BATCH;
-        Place<RINGS> place;
+    // One warp: items.
+    __device__ __forceinline__ void find(const Plan& p, const Signals& b, const List* lists, const int* entries, int* counter) {
+        const int lane = threadIdx.x % 32, all = p.tiles * p.group;
+        Place<STAGES> place;
         for (;;) {
-            int first = 0;
-            if (lane == 0) first = atomicAdd(counter, batch);
-            first = __shfl_sync(~0u, first, 0);
+            int i = 0;
+            if (lane == 0) i = atomicAdd(counter, 1);
+            i = __shfl_sync(~0u, i, 0);
+            Tile t;
             // Backwards: the long ones of a head come first.
-            if (lane < batch) {
-                Tile& t = found[lane];
-                const int i = first + lane;
-                t.count = 0;
-                if (first >= all) t.count = -1;
-                else if (i < all) short_item(t, p, lists, entries, p.tiles - 1 - i % p.tiles, i / p.tiles);
+            if (i < all) short_item(t, p, lists, entries, p.tiles - 1 - i % p.tiles, i / p.tiles);
+            else t.count = -1;
+            if (t.count == 0) continue;
+            barrier_wait(b.item_empty(place.at), place.parity ^ 1);
+            if (lane == 0) items[place.at] = t;
+            release(b.item_full(place.at));
+            if (t.count < 0) return;
+            place.next();
+        }
+    }
+    // One of four warps: half of an item's keys or of its values.
+    __device__ __forceinline__ void keys(const Plan& p, const Signals& b, int warp, T* stages) {
+        constexpr int COUNT = 2 * KEYS / KEY_WARPS;
+        const int of_values = warp / 2, part = warp % 2 * COUNT;
+        T* const first = stages + of_values * KEYS * 64 + part * 64;
+        Place<STAGES> place;
+        for (;; place.next()) {
+            barrier_wait(b.item_full(place.at), place.parity);
+            const Tile& t = items[place.at];
+            if (t.count < 0) return;
+            const T* const from = static_cast<const T*>(of_values ? t.values : t.keys) + (p.first + t.y) / p.share * 64;
+            const int key = t.from + part, end = t.to;
+            release(b.item_empty(place.at));
+            barrier_wait(b.keys_empty(place.at), place.parity ^ 1);
+            for (int step = 0; step < STEPS; step++) {
+                if (key - part + step * KEYS >= end) break;
+                copy_span<COUNT>(first + place.at * STAGE + step * 2 * KEYS * 64, from, p.key_heads * 64, key + step * KEYS, end);
             }
-            __syncwarp();
-            for (int i = 0; i < batch; i++) {
-                const int count = found[i].count;
-                if (count == 0) continue;
-                barrier_wait(b.keys_empty(place.at), place.parity ^ 1);
-                if (lane == 0) items[place.at] = found[i];
-                release(b.item_full(place.at));
-                if (count < 0) return;
-                const Tile& t = items[place.at];
-                T* to = stages + place.at * STAGE;
-                const int column = (p.first + t.y) / p.share * 64, from = t.from, end = t.to;
-                const T *from_keys = static_cast<const T*>(t.keys) + column, *values = static_cast<const T*>(t.values) + column;
-                for (int step = 0; step < STEPS; step++) {
-                    if (from + step * KEYS >= end) break;
-                    copy_span<KEYS>(to + step * 2 * KEYS * 64, from_keys, p.key_heads * 64, from + step * KEYS, end);
-                    copy_span<KEYS>(to + (step * 2 + 1) * KEYS * 64, values, p.key_heads * 64, from + step * KEYS, end);
-                }
-                barrier_arrive_copied(b.keys_full(place.at));
-                place.next();
-            }
+            barrier_arrive_copied(b.keys_full(place.at));
         }
     }
     // A warp for each warpgroup: its queries.
     __device__ __forceinline__ void queries(const Plan& p, const Signals& b, int group, const T* q, Address tiles) {
         const int lane = threadIdx.x % 32, mask = (1 << p.bits) - 1, own = (p.slots - 1) << p.bits;
         const unsigned stride = p.heads * 64 * sizeof(T);
-        const Address first = tiles + 2 * (group * QUERIES * TILE + chunks::place<64>(lane / 8, lane % 8 * 8));
-        Place<RINGS> item;
-        Place<QUERIES> mine;
-        for (int turn = 0;; item.next()) {
+        const Address first = tiles + 2 * (group * STAGES * TILE + chunks::place<64>(lane / 8, lane % 8 * 8));
+        Place<STAGES> item, mine;
+        for (int i = group;; item.next()) { // i is the next tile of the item that is the warpgroup's
             barrier_wait(b.item_full(item.at), item.parity);
             const Tile& t = items[item.at];
             const int count = t.count, y = t.y;
@@ -138,9 +148,8 @@ template <class T, int STEPS> struct Short {
                     next[j] = r >= count ? -1 : t.entries ? t.entries[r] : own | (t.row + r);
                 }
             };
-            const int begin = (group + GROUPS - turn) % GROUPS;
-            if (begin < tiles_of) fetch(begin);
-            for (int i = begin; i < tiles_of; i += GROUPS) {
+            if (i < tiles_of) fetch(i);
+            for (; i < tiles_of; i += GROUPS) {
                 const int entry[2] = {next[0], next[1]};
                 barrier_wait(b.queries_empty(group, mine.at), mine.parity ^ 1);
                 int* of = rows[group][mine.at];
@@ -167,8 +176,8 @@ template <class T, int STEPS> struct Short {
                 release(b.queries_full(group, mine.at));
                 mine.next();
             }
-            turn = (turn + tiles_of) % GROUPS;
-            release(b.keys_empty(item.at));
+            i -= tiles_of;
+            release(b.item_empty(item.at));
         }
     }
 };
@@ -180,17 +189,18 @@ __device__ __forceinline__ void attend_short(const Plan& p, const T* q, const Li
     constexpr int KEYS = Work::KEYS, GROUPS = Work::GROUPS;
     DYNAMIC_SHARED(memory);
     __shared__ Work work;
-    T *tiles = aligned<T>(memory), *stages = tiles + GROUPS * Work::QUERIES * Work::TILE, *results = stages + Work::RINGS * Work::STAGE;
+    T *tiles = aligned<T>(memory), *stages = tiles + GROUPS * Work::STAGES * Work::TILE, *results = stages + Work::STAGES * Work::STAGE;
     const Address tiles_at = kept(address_of(tiles));
     const typename Work::Signals b = work.init();
     begin_kernel();
     if (threadIdx.x >= 128 * GROUPS) {
-        fewer_registers<32>();
+        fewer_registers<Work::FEW>();
         const int warp = threadIdx.x / 32 - 4 * GROUPS;
         if (warp < GROUPS) work.queries(p, b, warp, q, tiles_at);
-        else work.keys(p, b, lists, entries, counter, stages);
+        else if (warp == GROUPS) work.find(p, b, lists, entries, counter);
+        else work.keys(p, b, warp - GROUPS - 1, stages);
     } else {
-        more_registers<160>();
+        more_registers<Work::MANY>();
         const int lane = threadIdx.x % 32, group = __shfl_sync(~0u, int(threadIdx.x / 128), 0), row = threadIdx.x % 128 / 32 * 16 + lane / 4;
         const float scale = 0.125f * LOG2E;
         const Address stages_at = kept(address_of(stages));
@@ -199,20 +209,19 @@ __device__ __forceinline__ void attend_short(const Plan& p, const T* q, const Li
         const Address fragments = kept(address_of(mine_of + lane % 16 * Work::PITCH + lane / 16 * 8));
         const T* const vectors = mine_of + lane / 8 * Work::PITCH + lane % 8 * 8;
         char* const to_vectors = kept(reinterpret_cast<char*>(out + lane % 8 * 8));
-        Place<Work::RINGS> place;
-        Place<Work::QUERIES> mine;
-        for (int turn = 0;; place.next()) {
+        Place<Work::STAGES> place, mine;
+        for (int i = group;; place.next()) { // as in `queries`
             barrier_wait(b.item_full(place.at), place.parity);
-            const int count = work.items[place.at].count;
-            if (count < 0) break;
             const Tile& t = work.items[place.at];
-            const int tiles_of = (count + 63) / 64, from = t.from, to = t.to, position = t.entries ? 1 << 30 : t.position;
+            if (t.count < 0) break;
+            const int tiles_of = (t.count + 63) / 64, from = t.from, to = t.to, position = t.entries ? 1 << 30 : t.position;
+            release(b.item_empty(place.at));
             barrier_wait(b.keys_full(place.at), place.parity);
             const uint64_t keys = uniform(operand(stages_at + place.at * Work::STAGE * 2));
-            for (int i = (group + GROUPS - turn) % GROUPS; i < tiles_of; i += GROUPS) {
+            for (; i < tiles_of; i += GROUPS) {
                 barrier_wait(b.queries_full(group, mine.at), mine.parity);
                 fence_for_products();
-                const uint64_t a = uniform(operand(tiles_at + (group * Work::QUERIES + mine.at) * Work::TILE * 2));
+                const uint64_t a = uniform(operand(tiles_at + (group * Work::STAGES + mine.at) * Work::TILE * 2));
                 float o[8][4], top[2] = {-INFINITY, -INFINITY}, total[2] = {0.f, 0.f};
 #pragma unroll
                 for (int step = 0; step < STEPS; step++) {
@@ -299,7 +308,7 @@ __device__ __forceinline__ void attend_short(const Plan& p, const T* q, const Li
                 release(b.queries_empty(group, mine.at));
                 mine.next();
             }
-            turn = (turn + tiles_of) % GROUPS;
+            i -= tiles_of;
             release(b.keys_empty(place.at));
         }
     }
