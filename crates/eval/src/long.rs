@@ -50,7 +50,7 @@ pub struct Row {
     pub shares: Option<Shares>,
 }
 
-/// Shares of the time that the kernels take of reading a prompt's next 16,384 tokens.
+/// Shares of the time that the kernels take of reading a prompt's next 32,768 tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Shares {
     /// Of attention, without the products before and after it.
@@ -70,11 +70,11 @@ pub struct Measured {
 
 /// Tokens that are read on a GPU before anything is measured, at most, and then a piece of every length that is still new: beyond the usual chunks that
 /// a query sees.
-const WARM: usize = 32768;
+const WARM: usize = 65536;
 
 /// Tokens between two looks at the clock: as many as a GPU reads at a time at most.
 fn stretch(ctx: &Context) -> usize {
-    if ctx.cuda().is_some() { 16384 } else { 4096 }
+    if ctx.cuda().is_some() { 32768 } else { 4096 }
 }
 
 impl Long {

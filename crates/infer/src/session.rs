@@ -137,13 +137,14 @@ impl<'m> Session<'m> {
     }
 }
 
-/// Tokens of one piece of a prompt, which bounds memory: many on a GPU, which a few don't fill, the more the narrower the model is, for about a gigabyte of
-/// activations in all.
+/// Tokens of one piece of a prompt, which bounds memory: many on a GPU, which a few don't fill, so many more in a narrow model as its products are smaller, for two
+/// gigabytes of activations at most.
 pub(crate) fn piece(ctx: &Context, model: &Model) -> usize {
     if ctx.cuda().is_none() {
         return 256;
     }
-    ((16384 << 10) / model.config().n_embd.next_power_of_two()).clamp(4096, 16384)
+    let width = model.config().n_embd.next_power_of_two();
+    ((32768 << 20) / (width * width)).clamp(4096, 32768)
 }
 
 /// Reads a piece of a prompt, going on from a state of one slot: the logits after its last `rows` tokens and the next state. The host waits for the GPU only at the end.
