@@ -148,7 +148,7 @@ fn steps_equal_the_forward_pass() {
 }
 
 /// The past is given up after the same tokens and by the same rule, and what is kept for it is part of the state. Scores that are equal up to rounding may tip the
-/// choice of one step in ninety.
+/// choice of chunks of one step in ninety, but not what is given up.
 #[test]
 #[ignore = "needs a GPU"]
 fn a_full_cache_is_thinned_as_elsewhere() {
@@ -184,7 +184,12 @@ fn a_full_cache_is_thinned_as_elsewhere() {
                     [&mut mine, &mut other].into_iter().for_each(|all| all.truncate(state.vars().count()));
                 }
                 let off = mine.iter().zip(&other).map(|(a, b)| error(a, b)).fold(off, f64::max);
-                if off < tolerance { worst = worst.max(off) } else { tipped += 1 }
+                if off < tolerance {
+                    worst = worst.max(off);
+                } else {
+                    assert!(!thinned, "{by:?}, whole chunks {whole_chunks}: {off:.1e} where the past was given up");
+                    tipped += 1;
+                }
             }
             println!("{by:?}, whole chunks {whole_chunks}: {worst:.1e}, {tipped} steps tipped");
             assert!(tipped <= 1, "{tipped} steps of 90");

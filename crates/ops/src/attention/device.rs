@@ -2,6 +2,7 @@
 //!
 //! Needs a GPU: `cargo test -p anser-ops --lib attention -- --ignored` (the device is cuda:0).
 
+use super::plan::{self, Plan};
 use super::{Chunks, cuda};
 use anser_tensor::{Buf, Context, DType, Device};
 
@@ -76,7 +77,7 @@ fn run(ctx: &Context, case: &Case<'_>) -> Out {
         .iter()
         .map(|&(past, len)| {
             let at = |b: &Buf, row: usize| b.ptr().offset(row * kc, b.dtype());
-            let s = cuda::Sequence {
+            let s = plan::Sequence {
                 first_row: row,
                 len,
                 past,
@@ -95,7 +96,7 @@ fn run(ctx: &Context, case: &Case<'_>) -> Out {
     let [sink, window] = case.always;
     let chunks = Chunks { sink, window, ..Chunks::new(case.size, case.top) };
     let heads = [case.heads, case.heads / case.share];
-    let plan = cuda::Plan::within(ctx, rows, heads, case.n, chunks, &list, case.between);
+    let plan = Plan::within(ctx, rows, heads, case.n, chunks, &list, case.between);
     let choice = cuda::choose(ctx, gpu, &plan, &q);
     let (y, lse) = (ctx.alloc(rows * c), ctx.alloc_f32(rows * case.heads));
     cuda::forward(ctx, gpu, &plan, &q, &choice, &y, Some(&lse));
@@ -204,7 +205,7 @@ const SHAPE: Case<'_> = Case {
     sequences: &[],
     same: false,
     scale: 1.0,
-    between: cuda::BETWEEN,
+    between: plan::BETWEEN,
 };
 
 #[test]

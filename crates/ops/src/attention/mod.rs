@@ -30,11 +30,13 @@ mod cuda;
 #[cfg(test)]
 mod device;
 mod past;
+mod plan;
 #[cfg(test)]
 mod tests;
 
 use cpu::{Saved, Sequence, Shape, WIDEST};
 pub use past::Past;
+use plan::Plan;
 
 /// The rule by which a token sees the past.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,7 +109,7 @@ fn sequences<'a>(
 /// The same on a GPU.
 fn plan(
     ctx: &Context, segments: &[Segment], held: &Held<'_>, [q, k, v]: [&Var; 3], means: DevicePtr, of: Shape,
-) -> cuda::Plan {
+) -> Plan {
     let c = k.cols();
     let mut full = 0;
     let sequence = |(s, held): (&Segment, &Option<(usize, [Guard<'_>; 3])>)| {
@@ -115,15 +117,15 @@ fn plan(
         if let Some((past, all)) = held {
             let [keys, values, means] = all.each_ref().map(|g| g.ptr());
             let known = (past + len) / of.chunks.size;
-            return cuda::Sequence { first_row, len, past: *past, known, keys, values, means };
+            return plan::Sequence { first_row, len, past: *past, known, keys, values, means };
         }
         let [keys, values] = [k, v].map(|x| x.buf().ptr().offset(first_row * c, ctx.dtype()));
         let means = means.offset(full * c, DType::F32);
         full += len / of.chunks.size;
-        cuda::Sequence { first_row, len, past: 0, known: 0, keys, values, means }
+        plan::Sequence { first_row, len, past: 0, known: 0, keys, values, means }
     };
     let list: Vec<_> = segments.iter().zip(held).map(sequence).collect();
-    cuda::Plan::new(ctx, q.rows(), [of.heads, of.key_heads], of.n, of.chunks, &list)
+    Plan::new(ctx, q.rows(), [of.heads, of.key_heads], of.n, of.chunks, &list)
 }
 
 impl<'p> Tape<'p> {

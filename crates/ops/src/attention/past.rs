@@ -1,5 +1,6 @@
 //! What attention keeps of a sequence.
 
+use super::plan::{self, Plan};
 use super::{Chunks, cuda};
 use crate::{Segment, Var};
 use anser_tensor::cuda::DevicePtr;
@@ -196,9 +197,9 @@ fn grown(
         if let Some(gpu) = ctx.cuda() {
             let (len, none) = (full * chunks.size, DevicePtr::NULL);
             let (at, to) = (rows.ptr(), to.ptr());
-            let sequence = cuda::Sequence { first_row: 0, len, past: 0, known, keys: at, values: none, means: to };
+            let sequence = plan::Sequence { first_row: 0, len, past: 0, known, keys: at, values: none, means: to };
             let n = keys.cols() / key_heads;
-            let plan = cuda::Plan::new(ctx, 0, [heads, key_heads], n, chunks, &[sequence]);
+            let plan = Plan::new(ctx, 0, [heads, key_heads], n, chunks, &[sequence]);
             cuda::means(ctx, gpu, &plan);
         } else if !ctx.is_dry() {
             super::means(ctx, &rows, known..full, chunks.size, &mut to[at..at + (full - known) * keys.cols()]);
