@@ -137,8 +137,8 @@ impl<'m> Session<'m> {
     }
 }
 
-/// Tokens of one piece of a prompt, which bounds memory: many on a GPU, which a few don't fill, so many more in a narrow model as its products are smaller, for two
-/// gigabytes of activations at most.
+/// Tokens of one piece of a prompt, which bounds memory: many on a GPU, which a few don't fill. A narrow model takes as many more as its products are smaller, for
+/// about two gigabytes of activations at most.
 pub(crate) fn piece(ctx: &Context, model: &Model) -> usize {
     if ctx.cuda().is_none() {
         return 256;

@@ -147,31 +147,39 @@ fn steps_equal_the_forward_pass() {
     check(dtype, tolerance, &model(64, 128, hybrid(2, 16, 3)), None, 6, [50, 20]);
 }
 
-/// The past is given up after the same tokens and by the same rule, and what is kept for it is part of the state. Scores that are equal up to rounding may tip the
-/// choice of chunks of one step in ninety, but not what is given up.
+/// The past is given up after the same tokens and by the same rule, and what is kept for it is part of the state.
 #[test]
 #[ignore = "needs a GPU"]
 fn a_full_cache_is_thinned_as_elsewhere() {
     let (dtype, tolerance) = TYPES[0];
-    let rules = [Eviction::Recent, Eviction::Attention, Eviction::Error].map(|by| (hybrid(1, 8, 3), by));
-    let always = (Hybrid { sink: 1, window: 1, ..hybrid(1, 8, 4) }, Eviction::Recent);
-    let shared =
-        [Eviction::Attention, Eviction::Error].map(|by| (Hybrid { key_heads: Some(1), ..hybrid(1, 8, 3) }, by));
-    for (hybrid, by) in rules.into_iter().chain([always]).chain(shared) {
+    let plain = hybrid(1, 8, 3);
+    let always = Hybrid { sink: 1, window: 1, ..hybrid(1, 8, 4) };
+    let shared = Hybrid { key_heads: Some(1), ..plain };
+    // Sequences in which every choice of chunks is clear: what is chosen last and what comes next are 1.3% of the greatest score apart or more (of the CPU, in f32), some
+    // ten times what 16 bits round. In most sequences one of some 130 choices is closer than that.
+    let cases = [
+        (plain, Eviction::Recent, 36),
+        (plain, Eviction::Attention, 30),
+        (plain, Eviction::Error, 8),
+        (always, Eviction::Recent, 77),
+        (shared, Eviction::Attention, 144),
+        (shared, Eviction::Error, 37),
+    ];
+    for (hybrid, by, number) in cases {
         for whole_chunks in [true, false] {
             let model = model(64, 128, hybrid);
             let cache = Some(Cache { window: 16, ..Cache::new(64, by, whole_chunks) });
             let ctx = Context::with_activations(Device::Cuda(0), dtype, 2).unwrap();
             let device = model.packed(&ctx, dtype);
-            let tokens = sequence(1, 90);
+            let tokens = sequence(number, 90);
             let mut decoder = Decoder::new(&ctx, &device, 1).unwrap().unwrap();
             decoder.set_state(0, &empty(&ctx, &device, cache)).unwrap();
             let mut state = empty(&ctx, &device, cache);
-            let (mut worst, mut tipped, mut before): (f64, usize, usize) = (0.0, 0, 0);
+            let (mut worst, mut before): (f64, usize) = (0.0, 0);
             for t in tokens {
                 // From the same state every time: what it keeps was chosen by the decoder.
                 let (logits, next) = forward(&ctx, &device, &state, &[t], 1);
-                let off = error(decoder.step(&[(0, t)]).unwrap(), &logits);
+                worst = worst.max(error(decoder.step(&[(0, t)]).unwrap(), &logits));
                 state = decoder.state(0).unwrap();
                 let (kept, other) = (&state.attention[0].pasts[0], &next.attention[0].pasts[0]);
                 assert_eq!((kept.len(), kept.to_vecs().len()), (other.len(), other.to_vecs().len()));
@@ -183,16 +191,10 @@ fn a_full_cache_is_thinned_as_elsewhere() {
                 if thinned && !whole_chunks {
                     [&mut mine, &mut other].into_iter().for_each(|all| all.truncate(state.vars().count()));
                 }
-                let off = mine.iter().zip(&other).map(|(a, b)| error(a, b)).fold(off, f64::max);
-                if off < tolerance {
-                    worst = worst.max(off);
-                } else {
-                    assert!(!thinned, "{by:?}, whole chunks {whole_chunks}: {off:.1e} where the past was given up");
-                    tipped += 1;
-                }
+                worst = mine.iter().zip(&other).map(|(a, b)| error(a, b)).fold(worst, f64::max);
             }
-            println!("{by:?}, whole chunks {whole_chunks}: {worst:.1e}, {tipped} steps tipped");
-            assert!(tipped <= 1, "{tipped} steps of 90");
+            println!("{by:?}, whole chunks {whole_chunks}: {worst:.1e}");
+            assert!(worst < tolerance, "{worst:.1e}");
         }
     }
 }
