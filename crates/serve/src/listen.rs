@@ -1,25 +1,31 @@
 //! Connections: how many, how slow, and how they end.
 
 use crate::{App, Tls, router};
+use axum::Router;
+use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 use tokio_io_timeout::TimeoutStream;
+
+/// How long a client that has its answer may go on to send what nobody reads.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// Serves, over TLS or plainly, until `stop` is ready, then lets running requests end, for `grace` at most.
 pub async fn serve(app: App, listener: TcpListener, tls: Option<Tls>, stop: impl Future<Output = ()>, grace: Duration) {
     let service = router(app.clone());
-    let graceful = GracefulShutdown::new();
+    let (ending, ends) = watch::channel(()); // told that the server ends; closed when no connection is left
     let room = Arc::new(Semaphore::new(app.options.connections));
-    let mut http = hyper::server::conn::http1::Builder::new();
+    let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(app.options.read_timeout).max_headers(100);
-    let mut stop = std::pin::pin!(stop);
+    let mut stop = pin!(stop);
     loop {
         let accept = async {
             // Beyond the limit connections wait in the listener's queue.
@@ -42,26 +48,47 @@ pub async fn serve(app: App, listener: TcpListener, tls: Option<Tls>, stop: impl
         let stream = Box::pin(stream);
         let (http, service) = (http.clone(), TowerToHyperService::new(service.clone()));
         let (acceptor, patience) = (tls.as_ref().map(Tls::acceptor), app.options.read_timeout);
-        let watcher = graceful.watcher();
+        let ends = ends.clone();
         tokio::spawn(async move {
-            // What a client did wrong with its connection concerns nobody else.
-            let _ = match acceptor {
-                None => watcher.watch(http.serve_connection(TokioIo::new(stream), service)).await,
-                Some(acceptor) => match timeout(patience, acceptor.accept(stream)).await {
-                    Ok(Ok(stream)) => watcher.watch(http.serve_connection(TokioIo::new(stream), service)).await,
-                    _ => Ok(()),
-                },
-            };
+            match acceptor {
+                None => answer(stream, &http, service, ends).await,
+                Some(acceptor) => {
+                    if let Ok(Ok(stream)) = timeout(patience, acceptor.accept(stream)).await {
+                        answer(stream, &http, service, ends).await;
+                    }
+                }
+            }
             drop(place);
         });
     }
     app.draining.store(true, Ordering::SeqCst);
-    drop(listener);
+    drop((listener, ends));
     let engine = app.engine.clone();
     let drained = tokio::task::spawn_blocking(move || engine.drain());
     let _ = timeout(grace, async {
-        graceful.shutdown().await;
+        let _ = ending.send(());
+        ending.closed().await;
         let _ = drained.await;
     })
     .await;
+}
+
+/// Answers all requests of a connection, after `ends` only those that have begun, and ends it so that the client can
+/// read its last answer, also where that refuses a body still on its way: a socket closed with bytes unread resets the
+/// connection, which may take the answer from the client.
+async fn answer<S: AsyncRead + AsyncWrite + Unpin>(
+    mut stream: S, http: &http1::Builder, service: TowerToHyperService<Router>, mut ends: watch::Receiver<()>,
+) {
+    let mut connection = pin!(http.serve_connection(TokioIo::new(&mut stream), service));
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        _ = ends.changed() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    // What a client did wrong with its connection concerns nobody else.
+    if ended.is_ok() {
+        let _ = timeout(LINGER, tokio::io::copy(&mut stream, &mut tokio::io::sink())).await;
+    }
 }

@@ -315,7 +315,8 @@ fn what_is_wrong_is_said() {
     }
     let long = json!({ "prompt": "word ".repeat(3000) }).to_string();
     assert!(s.refused("/v1/completions", &long).1["error"]["message"].as_str().unwrap().contains("--max-prompt"));
-    assert_eq!(s.refused("/v1/completions", &json!({ "prompt": "a".repeat(1 << 17) }).to_string()).0, 413);
+    // A body that is refused before all of it is sent: more than sockets hold.
+    assert_eq!(s.refused("/v1/completions", &json!({ "prompt": "a".repeat(1 << 25) }).to_string()).0, 413);
     assert_eq!(s.refused("/v1/nothing", "{}").0, 404);
     let mut get = s.call("GET", "/v1/completions", None, "");
     assert_eq!(get.status(), 405);
@@ -408,6 +409,15 @@ fn slow_clients_are_cut_off() {
         let mut answer = String::new();
         let _ = socket.read_to_string(&mut answer);
         assert!(start.elapsed() < Duration::from_secs(8), "{begin}: {answer}");
+    }
+    // So is who has an answer and goes on to send what it refused.
+    let mut socket = s.connect();
+    let begin = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000\r\n\r\n";
+    socket.write_all(format!("{begin}{}", " ".repeat(1 << 17)).as_bytes()).unwrap();
+    let start = Instant::now();
+    while socket.write_all(b"   ").is_ok() {
+        assert!(start.elapsed() < Duration::from_secs(8));
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
