@@ -185,7 +185,7 @@ class Job:
         start = time.time()
         model = self.trained()
         seconds = round(time.time() - start, 1)
-        [text] = self.anser("eval", "text", "--model", model, self.args.text)
+        [text] = self.anser("eval", "text", "--model", model, self.args.text)["files"]
         count = 1 if self.args.quick else 8
         right = {keys: self.find(model, keys, lengths, count) for keys, lengths in self.spec["tests"].items()}
         return {"right": right.get(1, right), "text": text["prediction"], "training_seconds": seconds}

@@ -64,7 +64,10 @@ impl std::str::FromStr for Stored {
             "int8" => Ok(Stored::Int8),
             "q4" => Ok(Stored::Q4),
             "q8_0" => Ok(Stored::Q8_0),
-            _ => s.parse().map(Stored::Float).map_err(|e: anser_tensor::Error| e.to_string()),
+            _ => s
+                .parse()
+                .map(Stored::Float)
+                .map_err(|_| "use f32, bf16, f16, int8, q4 or, to write a .gguf file, q8_0".into()),
         }
     }
 }
@@ -86,6 +89,16 @@ impl Global {
             "--dtype {coded} keeps weights on the CPU only: use int8, f16 or bf16, or --device cpu"
         );
         Ok(coded)
+    }
+
+    /// The same for work that isn't done with coded weights, such as training.
+    pub fn context_in_floats(&self) -> anyhow::Result<Context> {
+        let coded = self.stored.is_some_and(|s| !matches!(s, Stored::Float(_)));
+        ensure!(
+            !coded,
+            "--dtype: this computes in f32, bf16 or f16; int8, q4 and q8_0 are for models that are read with"
+        );
+        self.context()
     }
 
     /// The device and threads asked for; activations on a GPU are of `--dtype`, f16 beside int8, or bf16.
@@ -120,7 +133,7 @@ impl Global {
     /// A remark on stderr.
     pub fn note(&self, text: impl std::fmt::Display) {
         if !self.quiet {
-            eprintln!("{text}");
+            say(text);
         }
     }
 
@@ -228,7 +241,7 @@ pub struct Bound {
     cache: Option<usize>,
     /// What stays in a full cache beside the most recent tokens: recent (more of them), attention (what recent queries looked at) or error
     /// (what the state has forgotten)
-    #[arg(long, default_value = "error", requires = "cache")]
+    #[arg(long, default_value = "attention", requires = "cache")]
     evict: Eviction,
     /// Single tokens stay, not whole chunks
     #[arg(long, requires = "cache")]
@@ -254,18 +267,43 @@ impl std::fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-static STOP: AtomicBool = AtomicBool::new(false);
+/// A line on stderr. Where nobody can read that, as on a full disk, work goes on all the same.
+pub fn say(line: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
 
-/// Whether Ctrl-C was pressed.
+static STOP: AtomicBool = AtomicBool::new(false);
+/// Whether the work at hand looks at [`STOP`].
+static HEEDED: AtomicBool = AtomicBool::new(false);
+
+/// Whether Ctrl-C was pressed. Whoever asks has something to save, and ends soon after.
 pub fn stop() -> &'static AtomicBool {
+    HEEDED.store(true, Ordering::SeqCst);
     &STOP
 }
 
-/// The first Ctrl-C asks the work to stop and save; the second ends the process.
+/// Waits for a person with `wait`, meanwhile with nothing to save.
+pub fn idle<T>(wait: impl FnOnce() -> T) -> T {
+    HEEDED.store(false, Ordering::SeqCst);
+    wait()
+}
+
+/// The first Ctrl-C asks the work to stop and save, if it has anything to save; otherwise, and the second time, the process ends.
 pub fn catch_ctrl_c() {
-    let _ = ctrlc::set_handler(|| {
-        if STOP.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
-        }
-    });
+    let _ = ctrlc::set_handler(interrupt);
+}
+
+/// SIGTERM, by which machines take back what they lent, is as Ctrl-C from now on.
+pub fn catch_termination() {
+    #[cfg(unix)]
+    if let Ok(mut signals) = signal_hook::iterator::Signals::new([signal_hook::consts::SIGTERM]) {
+        std::thread::spawn(move || signals.forever().for_each(|_| interrupt()));
+    }
+}
+
+fn interrupt() {
+    if STOP.swap(true, Ordering::SeqCst) || !HEEDED.load(Ordering::SeqCst) {
+        anser_formats::abandon_writes();
+        std::process::exit(130);
+    }
 }

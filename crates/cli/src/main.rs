@@ -3,8 +3,9 @@
 mod cmd;
 mod global;
 mod report;
+mod source;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use global::{Global, Interrupted};
 use std::process::ExitCode;
 
@@ -36,8 +37,16 @@ enum Command {
     Debug(cmd::debug::Args),
 }
 
+/// Lets values be negative numbers everywhere, so that it is the option's own error that says what is allowed.
+fn numbers(command: clap::Command) -> clap::Command {
+    command.allow_negative_numbers(true).mut_subcommands(numbers)
+}
+
 fn main() -> ExitCode {
-    let Cli { global, command } = Cli::parse();
+    let Cli { global, command } = match Cli::from_arg_matches(&numbers(Cli::command()).get_matches()) {
+        Ok(cli) => cli,
+        Err(e) => e.exit(),
+    };
     global::catch_ctrl_c();
     let result = match command {
         Command::Quickstart(args) => cmd::quickstart::run(&args, &global),
@@ -64,7 +73,7 @@ fn main() -> ExitCode {
         }
         Err(e) => {
             // One line, whatever the causes contain.
-            eprintln!("error: {}", format!("{e:#}").replace('\n', " "));
+            global::say(format!("error: {}", format!("{e:#}").replace('\n', " ")));
             ExitCode::FAILURE
         }
     }

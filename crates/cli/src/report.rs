@@ -6,6 +6,7 @@ use anser_formats::Checkpoint;
 use anser_model::{Architecture, Config, Load, Model};
 use anser_tensor::{Context, DType, WeightType};
 use anser_tokenizer::Tokenizer;
+use anyhow::ensure;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -30,10 +31,33 @@ pub struct Report {
     text: Option<Divergence>,
 }
 
+/// What both models read: documents, and the tokenizer that they are read with.
+pub struct Reading {
+    documents: Vec<Vec<u8>>,
+    tokenizer: Tokenizer,
+}
+
 impl Report {
+    /// What is read of a text, or of the bundled one.
+    pub fn reading(from: &Checkpoint, config: &Config, text: Option<&Path>) -> anyhow::Result<Reading> {
+        let documents = match text {
+            Some(path) => anser_data::documents(path)?.into_iter().map(String::into_bytes).collect(),
+            None => vec![anser_data::bundled::corpus().as_bytes()[..BUNDLED].to_vec()],
+        };
+        let name = from.metadata().get("anser.tokenizer").map_or("world", String::as_str);
+        let tokenizer = Tokenizer::from_name(name)?;
+        ensure!(
+            tokenizer.vocab_size() <= config.vocab_size,
+            "--report: the file doesn't say its tokenizer, and {name} has {} tokens, the model {}: convert the file that this one was made from",
+            tokenizer.vocab_size(),
+            config.vocab_size
+        );
+        Ok(Reading { documents, tokenizer })
+    }
+
     /// Compares a file's tensors with those of the checkpoint it was made from, and what it predicts, loaded as `--dtype` says, with what the checkpoint predicts in f32.
     pub fn new(
-        ctx: &Context, from: &Checkpoint, config: &Config, file: &Path, text: Option<&Path>, global: &Global,
+        ctx: &Context, from: &Checkpoint, config: &Config, file: &Path, reading: Reading, global: &Global,
     ) -> anyhow::Result<Report> {
         let to = Checkpoint::open(file)?;
         let mut tensors = BTreeMap::new();
@@ -47,11 +71,6 @@ impl Report {
         let text = match config.architecture {
             Architecture::Transformer => None,
             Architecture::Rwkv7 => {
-                let name = from.metadata().get("anser.tokenizer").map_or("world", String::as_str);
-                let text = match text {
-                    Some(path) => anser_data::documents(path)?.concat().into_bytes(),
-                    None => anser_data::bundled::corpus().as_bytes()[..BUNDLED].to_vec(),
-                };
                 let kept = match global.stored {
                     Some(Stored::Int8) => WeightType::Int8,
                     Some(Stored::Q4) => WeightType::Q4,
@@ -61,7 +80,7 @@ impl Report {
                 };
                 let load = |ckpt, kept| Model::load_as(ctx, ckpt, config.clone(), Load::Inference(kept));
                 let (exact, other) = (load(from, DType::F32.into())?, load(&to, kept)?);
-                Some(compare(ctx, &exact, &other, &Tokenizer::from_name(name)?, &text)?)
+                Some(compare(ctx, &exact, &other, &reading.tokenizer, &reading.documents)?)
             }
         };
         Ok(Report { tensors, text })

@@ -5,6 +5,7 @@ mod common;
 use anser_formats::{Dtype, Source, write_pth};
 use common::{Folder, anser, fixture};
 use std::path::Path;
+use std::process::Stdio;
 
 #[test]
 fn wrong_usage_is_2() {
@@ -12,6 +13,15 @@ fn wrong_usage_is_2() {
     for args in [&["--bad"][..], &["debug"], &["debug", "logits"], &["generate", "--threads", "0"], &["inspect"]] {
         let (code, out, err) = anser(&f.0, args);
         assert!(code == 2 && out.is_empty() && !err.is_empty(), "{args:?}: {code}");
+    }
+    for (args, says) in [
+        (&["generate", "--max-tokens", "-1"][..], "--max-tokens"),
+        (&["bench", "train", "--ctx", "0"], "at least 1"),
+        (&["bench", "attention", "--heads", "0"], "at least 1"),
+        (&["generate", "--dtype", "f64"], "int8"),
+    ] {
+        let (code, _, err) = anser(&f.0, args);
+        assert!(code == 2 && err.contains(says), "{args:?}: {code} {err}");
     }
     let (code, out, _) = anser(&f.0, &["--version"]);
     assert!(code == 0 && out.starts_with("anser "));
@@ -43,6 +53,10 @@ fn bad_input_is_1_with_one_line() {
         (anser(&f.0, &["generate", "--model", "nowhere.pth"]), "nowhere.pth: open"),
         (anser(&f.0, &["generate", "--model", &good, "--prompt", "The Eiffel tower"]), "the model has 300 tokens"),
         (anser(&f.0, &["generate", "--top-p", "2"]), "top-p = 2"),
+        (anser(&f.0, &["generate", "--top-p", "-2"]), "top-p = -2"),
+        (anser(&f.0, &["generate", "--save-state", "none/s"]), "none/s"),
+        (anser(&f.0, &["eval", "digits", "--out", "none/m"]), "none/m"),
+        (anser(&f.0, &["bench", "train", "--dtype", "q4"]), "--dtype"),
         (anser(&f.0, &["convert", &good, "x.txt"]), ".pth or .safetensors"),
         (anser(&f.0, &["convert", &good, &good]), "same file"),
         (anser(&f.0, &["inspect", "--device", "cuda", &noise]), "noise"),
@@ -59,6 +73,52 @@ fn bad_input_is_1_with_one_line() {
         assert!(err.starts_with("error: ") && err.lines().count() == 1 && err.contains(says), "{says}: {err}");
     }
     assert!(!Path::new(&out).exists());
+}
+
+#[test]
+#[cfg(unix)]
+fn ctrl_c_ends_what_has_nothing_to_save_at_once() {
+    let f = Folder::new("at-once");
+    f.file("long.txt", "all work and no play ".repeat(200_000).as_bytes());
+    for args in [&["eval", "text", "long.txt"][..], &["generate", "--prompt", "-"], &["chat"]] {
+        let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("anser"));
+        command.current_dir(&f.0).args(args).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = command.spawn().unwrap();
+        let _nobody_types = child.stdin.take();
+        std::thread::sleep(std::time::Duration::from_millis(1500));
+        let pid = child.id().to_string();
+        assert!(std::process::Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+        let asked = std::time::Instant::now();
+        assert_eq!(child.wait().unwrap().code(), Some(130), "{args:?}");
+        assert!(asked.elapsed() < std::time::Duration::from_secs(10), "{args:?}");
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn remarks_that_cannot_be_written_end_nothing() {
+    let f = Folder::new("remarks");
+    f.file(
+        "c.toml",
+        b"model.preset = \"tiny\"\ntrain.ctx = 16\ntrain.rows = 1\ntrain.steps = 2\noutput.folder = \"run\"\n",
+    );
+    for (args, code) in [(&["train", "c.toml"][..], 0), (&["inspect", "nowhere"], 1)] {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("anser"));
+        let status = command.current_dir(&f.0).args(args).stdout(Stdio::null()).stderr(full).status();
+        assert_eq!(status.unwrap().code(), Some(code), "{args:?}");
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn names_need_not_be_text() {
+    use std::os::unix::ffi::OsStrExt;
+    let f = Folder::new("names");
+    let out = std::ffi::OsStr::from_bytes(b"\xfe.pth");
+    let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("anser"));
+    let ended = command.current_dir(&f.0).args(["convert", &fixture("rwkv7.pth")]).arg(out).output().unwrap();
+    assert!(ended.status.success() && f.0.join(out).exists(), "{}", String::from_utf8_lossy(&ended.stderr));
 }
 
 #[test]

@@ -73,17 +73,19 @@ fn ctrl_c_saves_and_the_same_command_goes_on_to_the_bit() {
         "{out}"
     );
     let cut = prepared("cut");
-    let child = start(&cut.0, "train.steps=120");
-    while steps_logged(&cut.0) < 15 {
-        std::thread::sleep(Duration::from_millis(2));
+    for (signal, after) in [("-INT", 15), ("-TERM", 60)] {
+        let child = start(&cut.0, "train.steps=120");
+        while steps_logged(&cut.0) < after {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        // The folder is taken meanwhile.
+        let (code, _, err) = anser(&cut.0, &["train", "c.toml"]);
+        assert!(code == 1 && err.contains("another run is writing here"), "{err}");
+        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+        let ended = child.wait_with_output().unwrap();
+        assert_eq!(ended.status.code(), Some(130), "{}", String::from_utf8_lossy(&ended.stderr));
+        assert!(String::from_utf8_lossy(&ended.stderr).contains("goes on from there"));
     }
-    // The folder is taken meanwhile.
-    let (code, _, err) = anser(&cut.0, &["train", "c.toml"]);
-    assert!(code == 1 && err.contains("another run is writing here"), "{err}");
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
-    let ended = child.wait_with_output().unwrap();
-    assert_eq!(ended.status.code(), Some(130), "{}", String::from_utf8_lossy(&ended.stderr));
-    assert!(String::from_utf8_lossy(&ended.stderr).contains("goes on from there"));
     let (code, _, err) = anser(&cut.0, &["train", "c.toml", "--set", "train.steps=120", "--threads", "2"]);
     assert!(code == 0 && err.contains("going on after step"), "{err}");
     let read = |f: &Folder, name: &str| std::fs::read(f.0.join("run").join(name)).unwrap();

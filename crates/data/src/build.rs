@@ -143,6 +143,8 @@ mod tests {
             e.finish().unwrap()
         };
         let zst = |bytes: &[u8]| ruzstd::encoding::compress_to_vec(bytes, ruzstd::encoding::CompressionLevel::Fastest);
+        let (first, second) = lines.split_at(lines.find("\n\n").unwrap());
+        let skipped = b"\x50\x2a\x4d\x18\x03\0\0\0abc";
         let world = Tokenizer::world();
         let whole = world.encode(text.as_bytes());
         let want: Vec<u32> = [world.encode(b"one"), vec![0], whole.clone(), vec![0]].concat();
@@ -151,6 +153,9 @@ mod tests {
             ("a.jsonl.gz", gz(lines.as_bytes())),
             ("a.jsonl.xz", xz(lines.as_bytes())),
             ("a.jsonl.zst", zst(lines.as_bytes())),
+            ("joined.jsonl.gz", [gz(first.as_bytes()), gz(second.as_bytes())].concat()),
+            ("joined.jsonl.xz", [xz(first.as_bytes()), xz(second.as_bytes())].concat()),
+            ("joined.jsonl.zst", [zst(first.as_bytes()), skipped.to_vec(), zst(b""), zst(second.as_bytes())].concat()),
         ] {
             std::fs::write(folder.join(name), bytes).unwrap();
             let mut seen = 0;
@@ -199,7 +204,8 @@ mod tests {
         assert!(run("e.txt", b"").contains("no text"));
         assert!(run("f.jsonl", b"\n\n").contains("no text"));
         assert!(run("g.gz", b"no gzip").contains("g.gz") && run("h.xz", b"no xz").contains("h.xz"));
-        assert!(run("i.zst", b"no zstd").contains("i.zst"));
+        assert!(run("i.zst", b"no zstd").contains("i.zst: not a zstd file"));
+        assert!(run("j.zst", b"").contains("j.zst: not a zstd file"));
         assert_eq!(
             std::fs::read_dir(&folder).unwrap().filter(|f| f.as_ref().unwrap().path().ends_with("out.bin")).count(),
             0

@@ -2,6 +2,7 @@ use crate::{Binidx, Error, Official};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
 
 /// Rows of a batch, one after the other.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -131,6 +132,7 @@ pub struct Dataset {
     train: usize,
     options: Options,
     plan: Plan,
+    shuffle: Mutex<Shuffle>,
 }
 
 enum Plan {
@@ -162,7 +164,7 @@ impl Dataset {
                 rows => Plan::Packed(rows),
             },
         };
-        Ok(Dataset { tokens, train, options, plan })
+        Ok(Dataset { tokens, train, options, plan, shuffle: Mutex::default() })
     }
 
     /// Tokens to train on.
@@ -192,7 +194,7 @@ impl Dataset {
     /// Rows from the `first`-th of the run on.
     pub fn rows(&self, first: u64, rows: usize) -> Batch {
         let mut batch = Batch::default();
-        let mut shuffle = Shuffle::default();
+        let mut shuffle = self.shuffle.lock().unwrap_or_else(PoisonError::into_inner);
         for i in first..first + rows as u64 {
             match &self.plan {
                 // The official trainer counts from 1.
@@ -242,18 +244,18 @@ impl Dataset {
     }
 }
 
-/// Rows of `ctx` predictions from the documents that end before `train`. A document begins with the end mark of the one before
+/// Rows of `ctx` predictions from the documents before `train`, where the one in which that lies is cut. A document begins with the end mark of the one before
 /// it, where there is one, as it does when the model writes; one of more than `ctx` predictions is cut. The longest pieces are
 /// placed first, each in the fullest row that has room.
 fn pack(tokens: &Tokens, train: usize, ctx: usize) -> Vec<Vec<(usize, usize)>> {
     let mut pieces = Vec::new();
-    for d in tokens.documents().windows(2).filter(|d| d[1] <= train) {
+    for d in tokens.documents().windows(2).filter(|d| d[0] < train) {
         let mut before = [!END];
         if d[0] > 0 && d[1] - d[0] > 1 {
             tokens.read(d[0] - 1, &mut before);
         }
         let first = if before == [END] { d[0] - 1 } else { d[0] };
-        let predictions = (d[1] - first).saturating_sub(1);
+        let predictions = (d[1].min(train) - first).saturating_sub(1);
         pieces.extend((0..predictions).step_by(ctx).map(|at| (first + at, ctx.min(predictions - at))));
     }
     pieces.sort_by_key(|p| (std::cmp::Reverse(p.1), p.0));
@@ -279,7 +281,7 @@ fn pack(tokens: &Tokens, train: usize, ctx: usize) -> Vec<Vec<(usize, usize)>> {
     rows
 }
 
-/// Random permutations, one an epoch.
+/// Random permutations, one an epoch: the last one that was asked for, whose making takes as long as all of its samples are many.
 #[derive(Default)]
 struct Shuffle {
     epoch: Option<u64>,

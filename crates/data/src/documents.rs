@@ -1,6 +1,8 @@
 //! Documents of a file: a text file is one, each line of a .jsonl file is one; either may be .xz, .zst or .gz.
 
 use crate::Error;
+use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
+use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
 use std::borrow::Cow;
 use std::cell::Cell;
 use std::fs::File;
@@ -40,6 +42,49 @@ impl Read for Counted {
     }
 }
 
+/// What all frames of a zstd file hold, of which there are several where files were joined or packed by several threads.
+struct Frames<R> {
+    file: R,
+    frame: FrameDecoder,
+    begun: bool,
+}
+
+impl<R: BufRead> Frames<R> {
+    fn next(&mut self) -> Result<(), FrameDecoderError> {
+        use FrameDecoderError::ReadFrameHeaderError as Header;
+        match self.frame.reset(&mut self.file) {
+            // Not text, but what some program wrote for itself.
+            Err(Header(ReadFrameHeaderError::SkipFrame { length, .. })) => {
+                let length = u64::from(length);
+                match std::io::copy(&mut (&mut self.file).take(length), &mut std::io::sink()) {
+                    Ok(n) if n == length => Ok(()),
+                    _ => Err(FrameDecoderError::FailedToSkipFrame),
+                }
+            }
+            done => done,
+        }
+    }
+}
+
+impl<R: BufRead> Read for Frames<R> {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        let bad = |e: FrameDecoderError| std::io::Error::other(format!("not a zstd file, or a damaged one: {e}"));
+        loop {
+            if self.frame.can_collect() > 0 {
+                return self.frame.read(buf);
+            }
+            if !self.frame.is_finished() {
+                self.frame.decode_blocks(&mut self.file, BlockDecodingStrategy::UptoBlocks(1)).map_err(bad)?;
+            } else if self.begun && self.file.fill_buf()?.is_empty() {
+                return Ok(0);
+            } else {
+                self.begun = true;
+                self.next().map_err(bad)?;
+            }
+        }
+    }
+}
+
 /// Hands out the documents of `path` in pieces, with the bytes of the file that have been read. A text document is never
 /// held whole; a line of a .jsonl file is, and may have `limit` bytes.
 pub(crate) fn read(
@@ -59,10 +104,7 @@ pub(crate) fn read(
     };
     let unpacked: Box<dyn Read> = match packed.as_str() {
         "xz" => Box::new(lzma_rust2::XzReader::new(counted, true)),
-        "zst" => {
-            let bad = |e| Error::malformed(path, format!("not a zstd file: {e}"));
-            Box::new(ruzstd::decoding::StreamingDecoder::new(counted).map_err(bad)?)
-        }
+        "zst" => Box::new(Frames { file: counted, frame: FrameDecoder::new(), begun: false }),
         "gz" => Box::new(flate2::bufread::MultiGzDecoder::new(counted)),
         _ => Box::new(counted),
     };

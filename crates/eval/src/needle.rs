@@ -33,6 +33,9 @@ pub struct Test {
     pub seed: u64,
     /// Which model is asked, to tell results apart: [`anser_model::Model::fingerprint`].
     pub model: String,
+    /// The type that its weights are kept in.
+    #[serde(default)]
+    pub dtype: String,
     /// Name of the tokenizer.
     pub tokenizer: String,
     /// Where the haystack comes from, if it is a text.
@@ -264,6 +267,7 @@ mod tests {
                 count: 3,
                 seed: 1,
                 model,
+                dtype: "f32".into(),
                 tokenizer: "bytes".into(),
                 text,
                 cache: None,

@@ -25,15 +25,30 @@ pub struct Prediction {
     pub bits_per_byte: f64,
 }
 
-/// Reads `text` with `model`, the state going on through each of up to 32 parts.
-///
-/// # Errors
-/// When the text has fewer than two tokens, a token is outside the model's vocabulary, the model's logits are not finite, or the device fails.
-pub fn predict(ctx: &Context, model: &Model, tokenizer: &Tokenizer, text: &[u8]) -> Result<Prediction, crate::Error> {
-    let ids = tokenizer.encode(text);
+/// The tokens of documents, the mark of a document's end between them, and their bytes.
+fn tokens(tokenizer: &Tokenizer, documents: &[impl AsRef<[u8]>]) -> Result<(Vec<u32>, usize), crate::Error> {
+    let (mut ids, mut bytes) = (Vec::new(), 0);
+    for (i, document) in documents.iter().enumerate() {
+        if i > 0 {
+            ids.push(tokenizer.end_of_document());
+        }
+        ids.extend(tokenizer.encode(document.as_ref()));
+        bytes += document.as_ref().len();
+    }
     if ids.len() < 2 {
         return Err(crate::Error::Input("a text to predict needs at least two tokens".into()));
     }
+    Ok((ids, bytes))
+}
+
+/// Reads documents with `model`, one after the other with the mark of their end between them, as in training; the state goes on through each of up to 32 parts.
+///
+/// # Errors
+/// When the text has fewer than two tokens, a token is outside the model's vocabulary, the model's logits are not finite, or the device fails.
+pub fn predict(
+    ctx: &Context, model: &Model, tokenizer: &Tokenizer, documents: &[impl AsRef<[u8]>],
+) -> Result<Prediction, crate::Error> {
+    let (ids, bytes) = tokens(tokenizer, documents)?;
     let parts = PARTS.min(ids.len() / SHORTEST).max(1);
     let len = ids.len().div_ceil(parts);
     let parts: Vec<&[u32]> = ids.chunks(len).filter(|p| p.len() > 1).collect();
@@ -70,9 +85,9 @@ pub fn predict(ctx: &Context, model: &Model, tokenizer: &Tokenizer, text: &[u8])
     let share = predicted as f64 / ids.len() as f64;
     Ok(Prediction {
         tokens: predicted,
-        bytes: text.len(),
+        bytes,
         loss: nats / predicted as f64,
-        bits_per_byte: nats / std::f64::consts::LN_2 / (text.len() as f64 * share),
+        bits_per_byte: nats / std::f64::consts::LN_2 / (bytes as f64 * share),
     })
 }
 
@@ -100,19 +115,16 @@ impl Divergence {
     }
 }
 
-/// Compares the predictions of `other` with those of `exact`, token by token of a text that both read as one sequence.
+/// Compares the predictions of `other` with those of `exact`, token by token of documents that both read as one sequence, as [`predict`] does.
 ///
 /// # Errors
 /// As [`predict`].
 pub fn compare(
-    ctx: &Context, exact: &Model, other: &Model, tokenizer: &Tokenizer, text: &[u8],
+    ctx: &Context, exact: &Model, other: &Model, tokenizer: &Tokenizer, documents: &[impl AsRef<[u8]>],
 ) -> Result<Divergence, crate::Error> {
     /// Of each token there are two rows of logits in memory.
     const PIECE: usize = 128;
-    let ids = tokenizer.encode(text);
-    if ids.len() < 2 {
-        return Err(crate::Error::Input("a text to predict needs at least two tokens".into()));
-    }
+    let (ids, _) = tokens(tokenizer, documents)?;
     let mut states = [exact, other].map(|m| State::zeros(ctx, m.config(), 1));
     let mut all = Vec::with_capacity(ids.len());
     for first in (0..ids.len() - 1).step_by(PIECE) {
@@ -183,10 +195,10 @@ mod tests {
         let tokenizer = Tokenizer::from_name("bytes").unwrap();
         let model = Model::init(&ctx, &Config::new(1, 64, tokenizer.vocab_size()), Init::Noise, 3).unwrap();
         let text: Vec<u8> = (0..600u32).map(|i| (i * i % 251) as u8).collect();
-        let of = |other: &Model| compare(&ctx, &model, other, &tokenizer, &text).unwrap();
+        let of = |other: &Model| compare(&ctx, &model, other, &tokenizer, &[&text]).unwrap();
         let same = of(&model);
         assert_eq!((same.kl_max, same.loss, same.tokens), (0.0, same.exact_loss, tokenizer.encode(&text).len() - 1));
-        let whole = predict(&ctx, &model, &tokenizer, &text).unwrap();
+        let whole = predict(&ctx, &model, &tokenizer, &[&text]).unwrap();
         assert!((same.loss - whole.loss).abs() < 1e-5);
         let coded = of(&model.packed(&ctx, anser_tensor::WeightType::Q4));
         assert!(0.0 < coded.kl_mean && coded.kl_mean < coded.kl_p99 && coded.kl_p99 < coded.kl_max);
@@ -198,7 +210,7 @@ mod tests {
         let tokenizer = Tokenizer::from_name("bytes").unwrap();
         let model = Model::init(&ctx, &Config::new(1, 64, tokenizer.vocab_size()), Init::Current, 3).unwrap();
         let text: Vec<u8> = (0..9001u32).map(|i| (i * i % 251) as u8).collect();
-        let got = predict(&ctx, &model, &tokenizer, &text).unwrap();
+        let got = predict(&ctx, &model, &tokenizer, &[&text]).unwrap();
         let ids = tokenizer.encode(&text);
         let mut nats = 0.0;
         for part in ids.chunks(ids.len().div_ceil(2)) {
@@ -213,10 +225,16 @@ mod tests {
         assert_eq!(got.tokens, ids.len() - 2);
         assert!((got.loss - nats / got.tokens as f64).abs() < 1e-5, "{got:?}");
         assert!((got.bits_per_byte * 2f64.ln() - got.loss).abs() < 1e-9, "one byte a token");
-        assert!(predict(&ctx, &model, &tokenizer, b"").is_err());
+        assert!(predict(&ctx, &model, &tokenizer, &[b""]).is_err());
+        // Documents are apart, and the end of one is predicted.
+        let end = tokenizer.end_of_document();
+        let apart = [tokenizer.encode(b"a goo"), vec![end], tokenizer.encode(b"se")].concat();
+        assert_eq!(tokens(&tokenizer, &["a goo", "se"]).unwrap(), (apart, 7));
+        let two = predict(&ctx, &model, &tokenizer, &["a goo", "se"]).unwrap();
+        assert_eq!((two.tokens, two.bytes), (7, 7));
         let mut broken = model;
         broken.params_mut().values_mut().fill(f32::NAN);
-        let error = predict(&ctx, &broken, &tokenizer, &text).unwrap_err().to_string();
+        let error = predict(&ctx, &broken, &tokenizer, &[&text]).unwrap_err().to_string();
         assert!(error.contains("no finite probabilities"), "{error}");
     }
 }

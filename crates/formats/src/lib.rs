@@ -18,7 +18,7 @@ mod tests;
 mod web_rwkv;
 mod zip;
 
-pub use atomic::{AtomicFile, write_atomic};
+pub use atomic::{AtomicFile, abandon_writes, writable, write_atomic};
 pub use pth::write_pth;
 pub use safetensors::write_safetensors;
 pub use tensor::{Dtype, Source, TensorView};
@@ -134,6 +134,8 @@ pub struct Checkpoint {
     /// Scales of the matrices in 8 or 4 bits.
     scales: BTreeMap<String, Entry>,
     metadata: BTreeMap<String, String>,
+    /// Parts of files that have checksums, and the files.
+    members: Vec<(usize, zip::Member)>,
     format: Format,
     naming: Naming,
 }
@@ -223,6 +225,7 @@ impl Checkpoint {
             entries: BTreeMap::new(),
             scales: BTreeMap::new(),
             metadata: BTreeMap::new(),
+            members: Vec::new(),
             format: Format::Safetensors,
             naming: Naming::Official,
         }
@@ -231,7 +234,20 @@ impl Checkpoint {
     /// Adds a file's tensors and metadata.
     fn add(&mut self, file: &Path, bytes: Bytes) -> Result<(), Error> {
         self.format = format(&bytes);
-        let (entries, metadata) = read(file, &bytes, self.format)?;
+        let (entries, metadata) = match self.format {
+            Format::Pth => pth::read(&bytes).map(|(entries, members)| {
+                self.members.extend(members.into_iter().map(|m| (self.maps.len(), m)));
+                (entries, BTreeMap::new())
+            }),
+            Format::Gguf => gguf::read(&bytes),
+            Format::Safetensors => safetensors::read(&bytes),
+        }
+        .map_err(|reason| {
+            // A pickle at the top is the format that PyTorch wrote before 1.6.
+            let old = matches!(*bytes, [0x80, 2..=5, ..]);
+            let advice = "this is PyTorch's old format (before 1.6); load and save it again with a current torch";
+            malformed(file, if old { advice.into() } else { reason })
+        })?;
         for (name, entry) in entries {
             if self.entries.insert(name.clone(), Entry { file: self.maps.len(), ..entry }).is_some() {
                 return Err(malformed(file, format!("tensor {name} is also in another file of this folder")));
@@ -256,6 +272,20 @@ impl Checkpoint {
             _ => (Naming::Official, entries),
         };
         Ok(self)
+    }
+
+    /// Reads all of the file and compares it with its checksums, where it has any: a `.pth` file does.
+    ///
+    /// # Errors
+    /// When something in it is not what was written.
+    pub fn verify(&self) -> Result<(), Error> {
+        match self.members.iter().find(|(file, member)| !member.is_whole(&self.maps[*file])) {
+            Some((_, member)) => {
+                let name = &member.name;
+                Err(malformed(&self.path, format!("{name} in it is damaged, by its checksum: copy or download the file again")))
+            }
+            None => Ok(()),
+        }
     }
 
     /// The file or folder.
@@ -356,17 +386,3 @@ fn format(bytes: &[u8]) -> Format {
     }
 }
 
-/// Tensors and metadata of a file.
-fn read(path: &Path, bytes: &[u8], format: Format) -> Result<safetensors::Contents, Error> {
-    let contents = match format {
-        Format::Pth => pth::read(bytes).map(|entries| (entries, BTreeMap::new())),
-        Format::Gguf => gguf::read(bytes),
-        Format::Safetensors => safetensors::read(bytes),
-    };
-    contents.map_err(|reason| {
-        // A pickle at the top is the format that PyTorch wrote before 1.6.
-        let old = matches!(bytes, [0x80, 2..=5, ..]);
-        let advice = "this is PyTorch's old format (before 1.6); load and save it again with a current torch";
-        malformed(path, if old { advice.into() } else { reason })
-    })
-}

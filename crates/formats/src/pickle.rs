@@ -25,13 +25,32 @@ pub(crate) enum Value {
     Float,
     Text(Rc<str>),
     Bytes,
-    Tuple(Rc<Vec<Value>>),
-    List(Rc<Vec<Value>>),
-    Dict(Rc<Vec<(Value, Value)>>),
+    Tuple(Rc<Vec<Value>>, Depth),
+    List(Rc<Vec<Value>>, Depth),
+    Dict(Rc<Vec<(Value, Value)>>, Depth),
     Global(Rc<str>),
     Storage(Dtype, Rc<str>),
     Tensor(Rc<PickledTensor>),
     Mark,
+}
+
+/// How many collections are within each other below a value. What nests without end would end the stack when it is dropped.
+type Depth = u8;
+const DEEPEST: Depth = 200;
+
+impl Value {
+    fn depth(&self) -> Depth {
+        match self {
+            Value::Tuple(_, depth) | Value::List(_, depth) | Value::Dict(_, depth) => *depth,
+            _ => 0,
+        }
+    }
+}
+
+/// The depth of a collection of these.
+fn around(values: &[Value]) -> Result<Depth> {
+    let depth = 1 + values.iter().map(Value::depth).max().unwrap_or(0);
+    if depth > DEEPEST { Err("the pickle inside nests deeper than any tensor file does".into()) } else { Ok(depth) }
 }
 
 struct Machine<'a> {
@@ -117,11 +136,19 @@ impl Machine<'_> {
         Ok(())
     }
 
+    fn tuple(&mut self, values: Vec<Value>) -> Result<()> {
+        let depth = around(&values)?;
+        self.stack.push(Value::Tuple(values.into(), depth));
+        Ok(())
+    }
+
     fn extend_dict(&mut self, items: Vec<Value>) -> Result<()> {
-        let Some(Value::Dict(dict)) = self.stack.last_mut() else { return Err(damaged()) };
+        let inside = around(&items)?;
+        let Some(Value::Dict(dict, depth)) = self.stack.last_mut() else { return Err(damaged()) };
         if !items.len().is_multiple_of(2) {
             return Err(damaged());
         }
+        *depth = inside.max(*depth);
         let dict = Rc::make_mut(dict);
         let mut items = items.into_iter();
         while let (Some(k), Some(v)) = (items.next(), items.next()) {
@@ -131,7 +158,9 @@ impl Machine<'_> {
     }
 
     fn extend_list(&mut self, items: Vec<Value>) -> Result<()> {
-        let Some(Value::List(list)) = self.stack.last_mut() else { return Err(damaged()) };
+        let inside = around(&items)?;
+        let Some(Value::List(list, depth)) = self.stack.last_mut() else { return Err(damaged()) };
+        *depth = inside.max(*depth);
         Rc::make_mut(list).extend(items);
         Ok(())
     }
@@ -200,16 +229,16 @@ impl Machine<'_> {
                 self.bytes(n)?;
                 self.stack.push(Value::Bytes);
             }
-            b')' => self.stack.push(Value::Tuple(Rc::default())),
-            b']' => self.stack.push(Value::List(Rc::default())),
-            b'}' => self.stack.push(Value::Dict(Rc::default())),
+            b')' => self.stack.push(Value::Tuple(Rc::default(), 1)),
+            b']' => self.stack.push(Value::List(Rc::default(), 1)),
+            b'}' => self.stack.push(Value::Dict(Rc::default(), 1)),
             code @ 0x85..=0x87 => {
                 let values = self.pop_n(code as usize - 0x84)?;
-                self.stack.push(Value::Tuple(values.into()));
+                self.tuple(values)?;
             }
             b't' => {
                 let values = self.pop_to_mark()?;
-                self.stack.push(Value::Tuple(values.into()));
+                self.tuple(values)?;
             }
             b's' => {
                 let items = self.pop_n(2)?;
@@ -272,7 +301,7 @@ impl Machine<'_> {
 
 /// ("storage", type, member, device, elements).
 fn storage(id: &Value) -> Result<Value> {
-    let Value::Tuple(id) = id else { return Err(damaged()) };
+    let Value::Tuple(id, _) = id else { return Err(damaged()) };
     let [Value::Text(kind), Value::Global(class), Value::Text(key), ..] = &id[..] else { return Err(damaged()) };
     if &**kind != "storage" {
         return Err(damaged());
@@ -295,15 +324,15 @@ fn storage(id: &Value) -> Result<Value> {
 
 /// The calls that may occur.
 fn call(function: &Value, args: &Value) -> Result<Value> {
-    let (Value::Global(function), Value::Tuple(args)) = (function, args) else { return Err(damaged()) };
+    let (Value::Global(function), Value::Tuple(args, _)) = (function, args) else { return Err(damaged()) };
     match (&**function, &args[..]) {
-        ("collections.OrderedDict", []) => Ok(Value::Dict(Rc::default())),
+        ("collections.OrderedDict", []) => Ok(Value::Dict(Rc::default(), 1)),
         (
             "torch._utils._rebuild_tensor_v2",
             [Value::Storage(dtype, storage), Value::Int(offset), shape, strides, ..],
         ) => {
             let numbers = |v: &Value| -> Result<Vec<usize>> {
-                let (Value::Tuple(v) | Value::List(v)) = v else { return Err(damaged()) };
+                let (Value::Tuple(v, _) | Value::List(v, _)) = v else { return Err(damaged()) };
                 let number = |v: &Value| match v {
                     Value::Int(i) => usize::try_from(*i).map_err(|_| damaged()),
                     _ => Err(damaged()),

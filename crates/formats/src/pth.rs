@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
 use std::path::Path;
 
-/// The tensors of a `.pth` file.
-pub(crate) fn read(file: &[u8]) -> Result<BTreeMap<String, Entry>, String> {
+/// The tensors of a `.pth` file, and the members of the archive, of which each has a checksum.
+pub(crate) fn read(file: &[u8]) -> Result<(BTreeMap<String, Entry>, Vec<zip::Member>), String> {
     let members = zip::members(file)?;
     let pickle = members.iter().find(|m| m.name.ends_with("/data.pkl") || m.name == "data.pkl");
     let pickle = pickle.ok_or("a zip archive without data.pkl: not a PyTorch file")?;
@@ -23,17 +23,17 @@ pub(crate) fn read(file: &[u8]) -> Result<BTreeMap<String, Entry>, String> {
             return Err(format!("tensor {name} occurs twice"));
         }
     }
-    Ok(entries)
+    Ok((entries, members))
 }
 
 /// The named tensors of a dictionary, or of the one inside it called "state_dict" or "model".
 fn tensors(root: &Value) -> Result<Vec<(String, std::rc::Rc<PickledTensor>)>, String> {
-    let Value::Dict(items) = root else { return Err("the file holds no dictionary of tensors".into()) };
+    let Value::Dict(items, _) = root else { return Err("the file holds no dictionary of tensors".into()) };
     let mut found = Vec::new();
     for (key, value) in items.iter() {
         match (key, value) {
             (Value::Text(name), Value::Tensor(t)) => found.push((name.to_string(), t.clone())),
-            (Value::Text(name), Value::Dict(_)) if matches!(&**name, "state_dict" | "model") => return tensors(value),
+            (Value::Text(name), Value::Dict(..)) if matches!(&**name, "state_dict" | "model") => return tensors(value),
             _ => {}
         }
     }

@@ -162,7 +162,27 @@ fn hostile_pickles_run_nothing() {
         bomb.extend(b"h\0h\0\x86q\0");
     }
     bomb.push(b'.');
-    assert!(matches!(pickle::load(&bomb), Ok(pickle::Value::Tuple(_))));
+    assert!(matches!(pickle::load(&bomb), Ok(pickle::Value::Tuple(..))));
+    // Nor does one that nests end the stack.
+    for (inner, outer) in [(&b")"[..], &b"\x85"[..]), (b"]", b"q\0]h\0a"), (b"}", b"q\0}h\0h\0s")] {
+        let deep = [inner, &outer.repeat(1_000_000), b"."].concat();
+        let e = pickle::load(&deep).unwrap_err();
+        assert!(e.contains("nests deeper"), "{e}");
+    }
+}
+
+#[test]
+fn a_flipped_bit_is_seen_by_its_checksum() {
+    let path = std::env::temp_dir().join(format!("anser-flipped-{}.pth", std::process::id()));
+    let mut whole = std::fs::read(fixture("rwkv7.pth")).unwrap();
+    std::fs::write(&path, &whole).unwrap();
+    Checkpoint::open(&path).unwrap().verify().unwrap();
+    let middle = whole.len() / 2;
+    whole[middle] ^= 4;
+    std::fs::write(&path, &whole).unwrap();
+    let e = Checkpoint::open(&path).unwrap().verify().unwrap_err().to_string();
+    assert!(e.contains("/data/") && e.contains("checksum"), "{e}");
+    std::fs::remove_file(path).unwrap();
 }
 
 #[test]

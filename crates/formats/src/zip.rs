@@ -1,10 +1,18 @@
 //! The part of zip that `torch.save` uses: stored (uncompressed) members, found through the central directory, ZIP64 included.
 
-/// A stored member: name and byte range of its contents.
+/// A stored member: name, byte range and checksum of its contents.
 pub(crate) struct Member {
     pub(crate) name: String,
     pub(crate) start: usize,
     pub(crate) end: usize,
+    crc: usize,
+}
+
+impl Member {
+    /// Whether the contents are those that were written.
+    pub(crate) fn is_whole(&self, file: &[u8]) -> bool {
+        crc32fast::hash(&file[self.start..self.end]) as usize == self.crc
+    }
 }
 
 fn u16_at(file: &[u8], at: usize) -> Option<usize> {
@@ -49,7 +57,7 @@ fn read(file: &[u8], end: usize) -> Option<Result<Vec<Member>, String>> {
         if !file.get(at..)?.starts_with(b"PK\x01\x02") {
             return None;
         }
-        let method = u16_at(file, at + 10)?;
+        let (method, crc) = (u16_at(file, at + 10)?, u32_at(file, at + 16)?);
         let (mut packed, mut size, mut local) =
             (u32_at(file, at + 20)?, u32_at(file, at + 24)?, u32_at(file, at + 42)?);
         let (name_len, extra_len, comment_len) =
@@ -82,7 +90,7 @@ fn read(file: &[u8], end: usize) -> Option<Result<Vec<Member>, String>> {
         let start = local.checked_add(30 + u16_at(file, local + 26)? + u16_at(file, local + 28)?)?;
         let stop = start.checked_add(size)?;
         file.get(start..stop)?;
-        members.push(Member { name, start, end: stop });
+        members.push(Member { name, start, end: stop, crc });
         at += 46 + name_len + extra_len + comment_len;
     }
     Some(Ok(members))

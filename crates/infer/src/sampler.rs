@@ -45,7 +45,7 @@ impl Default for Sampling {
     fn default() -> Sampling {
         Sampling {
             temperature: 1.0,
-            top_p: 0.85,
+            top_p: 0.7,
             top_k: 0,
             min_p: 0.0,
             presence_penalty: 0.0,

@@ -1,6 +1,6 @@
 use crate::cmd::answer::Ends;
 use crate::cmd::generate::Common;
-use crate::global::{Global, Interrupted};
+use crate::global::{Global, Interrupted, idle, stop};
 use anser_infer::chat::{self, Think};
 use anser_infer::engine::{End, Engine, Event, Request, Start};
 use anser_infer::{Sampler, SavedState, TextStream};
@@ -9,9 +9,10 @@ use anser_tensor::Context;
 use anser_tokenizer::Tokenizer;
 use anyhow::Context as _;
 use serde_json::json;
-use std::io::{BufRead, IsTerminal};
+use std::io::{BufRead, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Talks with a model: a line is a turn; /help lists the commands
 #[derive(clap::Args)]
@@ -77,10 +78,10 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     }
     loop {
         if terminal && !global.quiet {
-            eprint!("> ");
+            let _ = write!(std::io::stderr(), "> ");
         }
         let mut line = String::new();
-        if stdin.lock().read_line(&mut line)? == 0 {
+        if idle(|| stdin.lock().read_line(&mut line))? == 0 {
             break;
         }
         let line = line.trim();
@@ -95,10 +96,12 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             "/new" => {
                 args.common.begin(&talk.ctx, &talk.model, None).and_then(|s| talk.go_on(s)).and_then(|()| talk.system())
             }
+            "/save" | "/load" if rest.trim().is_empty() => Err(anyhow::anyhow!("{command} FILE")),
             "/save" => talk.state.save(&talk.ctx, &talk.model, Path::new(rest.trim())).map_err(Into::into),
             "/load" => {
-                let path = Path::new(rest.trim());
-                args.common.source.begin(&talk.ctx, &talk.model, Some(path)).and_then(|s| talk.go_on(s))
+                // It says itself what attention keeps.
+                let saved = SavedState::open(&talk.ctx, &talk.model, Path::new(rest.trim()));
+                saved.map_err(Into::into).and_then(|s| talk.go_on(s))
             }
             "/think" => rest.trim().parse().map(|t| talk.think = t).map_err(anyhow::Error::msg),
             "/retry" => match talk.last.take() {
@@ -141,24 +144,28 @@ impl Talk<'_> {
     /// Reads what stands before the first turn.
     fn system(&mut self) -> anyhow::Result<()> {
         if let Some(text) = &self.args.system {
-            self.state = self.read(&self.state, self.tokenizer.encode(chat::system(text).as_bytes()))?;
+            self.state = self.read(&self.state, self.tokenizer.encode(chat::system(text).as_bytes()), stop())?;
         }
         Ok(())
     }
 
-    /// The state after some more tokens.
-    fn read(&self, from: &SavedState, prompt: Vec<u32>) -> anyhow::Result<SavedState> {
+    /// The state after some more tokens, unless `stop` becomes true before.
+    fn read(&self, from: &SavedState, prompt: Vec<u32>, stop: &AtomicBool) -> anyhow::Result<SavedState> {
         let start = Start::State(from.clone());
         let request = Request { prompt, start, max_tokens: 0, keep_state: true, ..Request::default() };
         let (mut stream, mut kept) = (self.engine.submit(request)?, None);
-        while let Some(event) = stream.recv() {
+        while let Some(event) = stream.recv_unless(stop) {
             match event {
                 Event::State(state) => kept = Some(state),
                 Event::End(end) => drop(end.checked()?),
                 Event::Prompt { .. } | Event::Token(_) => {}
             }
         }
-        kept.context("the engine has kept no state")
+        match kept {
+            Some(state) => Ok(state),
+            None if stop.load(Ordering::SeqCst) => Err(Interrupted.into()),
+            None => anyhow::bail!("the engine has kept no state"),
+        }
     }
 
     /// One turn: reads what the user said, streams the answer, and leaves the state ready for the next turn.
@@ -178,9 +185,11 @@ impl Talk<'_> {
             ..Request::default()
         })?;
         let (mut out, mut text, mut cut, mut after) = (TextStream::new(&stops), String::new(), None, None);
+        let mut reading = true;
         let end = loop {
-            match stream.recv() {
-                Some(Event::Prompt { .. }) => {}
+            let event = if reading { stream.recv_unless(stop()) } else { stream.recv() };
+            match event {
+                Some(Event::Prompt { .. }) => reading = false,
                 Some(Event::Token(token)) => {
                     let (piece, end) = out.push(tokenizer.token(token.token)?);
                     self.sampler.follow(token.token);
@@ -190,6 +199,7 @@ impl Talk<'_> {
                 }
                 Some(Event::State(state)) => after = Some(state),
                 Some(Event::End(end)) => break end.checked()?,
+                None if reading => return Err(Interrupted.into()),
                 None => anyhow::bail!("the engine has ended"),
             }
         };
@@ -208,7 +218,9 @@ impl Talk<'_> {
         };
         global.stream("\n")?;
         let after = after.context("the engine has kept no state")?;
-        self.state = self.read(&after, tokenizer.encode(&[&rest, chat::TURN_END.as_bytes()].concat()))?;
+        let rest = tokenizer.encode(&[&rest, chat::TURN_END.as_bytes()].concat());
+        // Also after Ctrl-C: what was said is not lost.
+        self.state = self.read(&after, rest, &AtomicBool::new(false))?;
         self.turns.push(json!({ "user": said, "assistant": text.trim() }));
         if end == End::Constraint && cut.is_none() { Err(Interrupted.into()) } else { Ok(()) }
     }

@@ -36,16 +36,18 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let ckpt = Checkpoint::open(&args.input)?;
     let config = args.chunks.apply(Config::from_checkpoint(&ckpt)?)?;
     let ctx = global.exact_context()?;
+    let text = args.text.as_deref();
+    let reported = if args.report { Some(Report::reading(&ckpt, &config, text)?) } else { None };
     let tensors = match args.out.extension().and_then(|e| e.to_str()) {
         Some("gguf") => to_gguf(args, &ckpt, &config, global)?,
         Some("pth" | "safetensors") => to_official(args, &ckpt, &config, &ctx, global)?,
         _ => bail!("{}: the name must end in .gguf, .pth or .safetensors", args.out.display()),
     };
     let bytes = std::fs::metadata(&args.out)?.len();
-    let mut json = json!({ "out": args.out, "tensors": tensors, "bytes": bytes });
+    let mut json = json!({ "out": args.out.display().to_string(), "tensors": tensors, "bytes": bytes });
     let mut text = format!("{}: {tensors} tensors, {bytes} bytes\n", args.out.display());
-    if args.report {
-        let report = Report::new(&ctx, &ckpt, &config, &args.out, args.text.as_deref(), global)?;
+    if let Some(reading) = reported {
+        let report = Report::new(&ctx, &ckpt, &config, &args.out, reading, global)?;
         json["report"] = report.json();
         text = format!("{report}{text}");
     }
@@ -140,7 +142,9 @@ pub fn write(
         Some("pth") if config.double_rate || config.architecture != Architecture::Rwkv7 => bail!(
             "{name}: a .pth file cannot say that a model is a Transformer or has the doubled in-context rate; write .safetensors"
         ),
-        Some("pth") if !codes.is_empty() => bail!("{name}: int8 and q4 are written as .safetensors"),
+        Some("pth") if !codes.is_empty() => {
+            bail!("{name}: int8 and q4 are written as .safetensors; a .pth file has f32, f16 or bf16: --dtype f16")
+        }
         Some("pth") => {
             if let Some(h) = config.hybrid {
                 let (chunk, topk) = (h.chunk, h.topk);
@@ -149,6 +153,9 @@ pub fn write(
                 global.note(format!(
                     "a .pth file doesn't say its chunks: load it with --chunk {chunk} --topk {topk}{always}"
                 ));
+            }
+            if let Some(tokenizer) = from.metadata().get("anser.tokenizer").filter(|t| *t != "world") {
+                global.note(format!("a .pth file doesn't say its tokenizer: load it with --tokenizer {tokenizer}"));
             }
             Ok(write_pth(out, sources)?)
         }
@@ -179,7 +186,7 @@ fn to_gguf(args: &Args, ckpt: &Checkpoint, config: &Config, global: &Global) -> 
         Some(Stored::Float(dtype)) => Some(of_float(dtype)),
         Some(Stored::Q8_0) => Some(Dtype::Q8_0),
         Some(Stored::Int8 | Stored::Q4) => {
-            bail!("{out}: int8 and q4 are written as .safetensors; a .gguf file has q8_0")
+            bail!("{out}: int8 and q4 are written as .safetensors; a .gguf file has q8_0: --dtype q8_0")
         }
         None => None,
     };

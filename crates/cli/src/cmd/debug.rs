@@ -1,6 +1,6 @@
 use crate::global::{Chunks, Global};
 use anser_eval::debug::{self, Mode, Named, Tokens};
-use anser_formats::{Checkpoint, Dtype, Source, write_safetensors};
+use anser_formats::{Checkpoint, Dtype, Source, writable, write_safetensors};
 use anser_model::{Config, Load, Model};
 use anser_train::{Hyper, Schedule};
 use anyhow::{Context as _, ensure};
@@ -104,7 +104,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             let (ckpt, config, tokens) = open(&a.input)?;
             let out = debug::logits(&global.exact_context()?, &ckpt, config, &tokens, a.mode)?;
             write(&a.input.out, &out)?;
-            global.result(json!({ "out": a.input.out, "tensors": out.len() }), String::new)
+            global.result(json!({ "out": a.input.out.display().to_string(), "tensors": out.len() }), String::new)
         }
         What::Grads(a) => {
             let (ckpt, config, tokens) = open(&a.input)?;
@@ -120,6 +120,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
 fn open(input: &Input) -> anyhow::Result<(Checkpoint, Config, Tokens)> {
     let text = std::fs::read_to_string(&input.tokens).with_context(|| format!("{}", input.tokens.display()))?;
     let tokens = Tokens::from_json(&text).with_context(|| format!("{}", input.tokens.display()))?;
+    writable(&input.out)?;
     let file = Checkpoint::open(&input.model)?;
     let config = input.chunks.apply(Config::from_checkpoint(&file)?)?;
     Ok((file, config, tokens))
@@ -132,6 +133,18 @@ fn write(path: &Path, tensors: &[Named]) -> anyhow::Result<()> {
 }
 
 fn trajectory(a: &Trajectory, global: &Global) -> anyhow::Result<()> {
+    for (name, value, allowed) in [
+        ("--lr-init", a.lr_init, 0.0..f64::INFINITY),
+        ("--lr-final", a.lr_final, 0.0..f64::INFINITY),
+        ("--weight-decay", a.weight_decay, 0.0..f64::INFINITY),
+        ("--beta1", a.beta1, 0.0..1.0),
+        ("--beta2", a.beta2, 0.0..1.0),
+        ("--adam-eps", a.adam_eps, 0.0..f64::INFINITY),
+        ("--grad-clip", a.grad_clip, 0.0..f64::INFINITY),
+    ] {
+        ensure!(allowed.contains(&value), "{name}: {value} is not from 0 to below {}", allowed.end);
+    }
+    a.out.as_deref().map_or(Ok(()), writable)?;
     let ctx = global.exact_context()?;
     let batches = Checkpoint::open(&a.batches)?;
     let tokens = batches.get("tokens").with_context(|| format!("{}: no tensor \"tokens\"", a.batches.display()))?;

@@ -1,10 +1,10 @@
-use crate::cmd::generate::Source;
 use crate::global::{Global, Interrupted, stop};
+use crate::source::{ModelFile, Source};
 use anser_data::needle::{Needles, Task as Hidden};
 use anser_eval::experiment::{Experiment, Run, Tasks};
 use anser_eval::text::{Prediction, predict};
 use anser_eval::{digits, needle, pairs, recall, states};
-use anser_formats::{Checkpoint, write_atomic};
+use anser_formats::{Checkpoint, writable, write_atomic};
 use anser_model::{Load, Model};
 use anser_tensor::{Context, DType};
 use anser_tokenizer::Tokenizer;
@@ -96,7 +96,7 @@ enum Task {
         #[arg(long)]
         out: Option<PathBuf>,
     },
-    /// How well a model predicts text and .jsonl files (also .xz, .zst, .gz): cross entropy per token, bits per byte
+    /// How well a model predicts text and .jsonl files (also .xz, .zst, .gz): cross entropy per token, bits per byte. The mark between documents is predicted, too
     Text(Files),
     /// Minimal pairs (BLiMP): how often the right sentence of two is the more probable one. A line of a file is an object with "sentence_good" and
     /// "sentence_bad"
@@ -112,12 +112,8 @@ enum Task {
 /// A model and the files it is measured on.
 #[derive(clap::Args)]
 struct Files {
-    /// Checkpoint or Hugging Face folder
-    #[arg(long)]
-    model: PathBuf,
-    /// Tokenizer: world, world-4096 or bytes [default: what the model file says, else world]
-    #[arg(long)]
-    tokenizer: Option<String>,
+    #[command(flatten)]
+    model: ModelFile,
     /// Files
     #[arg(required = true)]
     files: Vec<PathBuf>,
@@ -145,11 +141,8 @@ struct Grid {
 impl Files {
     /// In f32 on a CPU, unless `--dtype` says otherwise.
     fn load(&self, ctx: &Context, global: &Global) -> anyhow::Result<(Model, Tokenizer)> {
-        let file = Checkpoint::open(&self.model)?;
-        let name = self.tokenizer.as_ref().or(file.metadata().get("anser.tokenizer"));
-        let tokenizer = Tokenizer::from_name(name.map_or("world", |n| n))?;
-        let kept = if global.stored.is_some() { global.weights(ctx)? } else { DType::F32.into() };
-        Ok((Model::load(ctx, &file, Load::Inference(kept))?, tokenizer))
+        let weights = if global.stored.is_some() { global.weights(ctx)? } else { DType::F32.into() };
+        self.model.load(ctx, global, weights)
     }
 }
 
@@ -234,6 +227,7 @@ fn hidden(
         count: grid.count,
         seed: grid.seed,
         model: model.fingerprint(),
+        dtype: global.weights(&ctx)?.to_string(),
         tokenizer: tokenizer.name().into(),
         text: file.map(|f| f.display().to_string()).unwrap_or_default(),
         cache: grid.source.bound(),
@@ -258,11 +252,11 @@ fn text(of: &Files, global: &Global) -> anyhow::Result<()> {
     let mut all = Vec::new();
     for path in &of.files {
         let name = path.display().to_string();
-        let text = anser_data::documents(path)?.concat();
-        all.push((name.clone(), predict(&ctx, &model, &tokenizer, text.as_bytes()).with_context(|| name)?));
+        let documents = anser_data::documents(path)?;
+        all.push((name.clone(), predict(&ctx, &model, &tokenizer, &documents).with_context(|| name)?));
     }
     global.result(
-        json!(all.iter().map(|(name, p)| json!({ "file": name, "prediction": p })).collect::<Vec<_>>()),
+        json!({ "files": all.iter().map(|(name, p)| json!({ "file": name, "prediction": p })).collect::<Vec<_>>() }),
         || {
             let line = |(name, p): &(String, Prediction)| {
                 let (loss, bits) = (p.loss, p.bits_per_byte);
@@ -279,7 +273,8 @@ fn text(of: &Files, global: &Global) -> anyhow::Result<()> {
 fn reversal(task: &Task, global: &Global) -> anyhow::Result<()> {
     let Task::Digits { model, steps, rows, count, seed, out } = task else { return Ok(()) };
     ensure!(*count > 0 && *rows > 0, "--count and --rows must be at least 1");
-    let ctx = global.context()?;
+    out.as_deref().map_or(Ok(()), writable)?;
+    let ctx = global.context_in_floats()?;
     let start = Instant::now();
     let report = |model: &Model| digits::accuracy(&ctx, model, *seed, digits::DIGITS, *count);
     let all = match model {
@@ -340,7 +335,7 @@ fn experiment<T: Tasks>(
     };
     let name = config.map_or("built-in configuration".into(), |p| p.display().to_string());
     let e = Experiment::<T>::parse(&text).context(name)?;
-    let contexts = (0..jobs).map(|_| global.context()).collect::<anyhow::Result<Vec<_>>>()?;
+    let contexts = (0..jobs).map(|_| global.context_in_floats()).collect::<anyhow::Result<Vec<_>>>()?;
     let runs = e.run(&contexts, Some(out), stop(), &|line| global.note(line))?;
     if stop().load(Ordering::SeqCst) {
         return Err(interrupted(global, out));

@@ -37,7 +37,8 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     global.remarks(&config);
     convert::write(&args.out, &ckpt, &config, &sources, &[], global)?;
     let layers = hybrid.layers;
-    let mut json = json!({ "out": args.out, "attention": layers, "parameters": config.parameters() });
+    let mut json =
+        json!({ "out": args.out.display().to_string(), "attention": layers, "parameters": config.parameters() });
     if let (Some(json), serde_json::Value::Object(options)) = (json.as_object_mut(), json!(hybrid)) {
         json.extend(options.into_iter().filter(|(name, _)| name != "layers"));
     }

@@ -1,20 +1,17 @@
 use crate::cmd::answer::Ends;
-use crate::global::{Bound, Chunks, Global, Interrupted};
-use anser_formats::Checkpoint;
-use anser_infer::engine::{End, Engine, EngineOptions, Event, Request, Start};
+use crate::global::{Global, Interrupted, say, stop};
+use crate::source::Source;
+use anser_formats::writable;
+use anser_infer::engine::{End, Event, Request, Start};
 use anser_infer::{InitialState, Sampler, SamplerOrder, Sampling, SavedState, TextStream};
-use anser_model::{Cache, Config, Load, Model};
+use anser_model::Model;
 use anser_tensor::Context;
-use anser_tokenizer::Tokenizer;
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, bail};
 use serde_json::json;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
-
-/// The model that needs no file: 12 million parameters, English and Rust.
-static OWN_MODEL: &[u8] = include_bytes!("../../../../models/anser-12m.safetensors");
 
 /// Continues a text
 #[derive(clap::Args)]
@@ -41,25 +38,6 @@ pub struct Args {
     stats: bool,
 }
 
-/// A model to be read from and written with.
-#[derive(clap::Args)]
-pub struct Source {
-    /// Checkpoint or Hugging Face folder [default: the small model that is part of this program, see models/README.md]
-    #[arg(long)]
-    model: Option<PathBuf>,
-    /// Tokenizer: world, world-4096 or bytes [default: what the model file says, else world]
-    #[arg(long)]
-    tokenizer: Option<String>,
-    #[command(flatten)]
-    chunks: Chunks,
-    #[command(flatten)]
-    bound: Bound,
-    /// On a CPU, for one text at a time: tokens read ahead at most, guessed where it repeats itself, as quotations and edited code do; the output stays the
-    /// same [default: 4 at temperature 0, else none]
-    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u8).range(0..=64))]
-    speculate: Option<u8>,
-}
-
 /// What `generate` and `chat` share: the model and how tokens are chosen.
 #[derive(clap::Args)]
 pub struct Common {
@@ -72,7 +50,7 @@ pub struct Common {
     #[arg(long, default_value_t = 1.0)]
     temperature: f32,
     /// Keep the most probable tokens that reach this probability
-    #[arg(long, default_value_t = 0.7)]
+    #[arg(long, default_value_t = Sampling::default().top_p)]
     top_p: f32,
     /// Keep this many tokens (0: all)
     #[arg(long, default_value_t = 0)]
@@ -136,69 +114,10 @@ impl Common {
     }
 }
 
-impl Source {
-    /// Loads the model and its tokenizer.
-    pub fn load(&self, ctx: &Context, global: &Global) -> anyhow::Result<(Model, Tokenizer)> {
-        let ckpt = match &self.model {
-            Some(path) => Checkpoint::open(path)?,
-            None => Checkpoint::from_static("anser-12m.safetensors", OWN_MODEL)?,
-        };
-        let path = ckpt.path().display();
-        let name = self.tokenizer.as_deref().or(ckpt.metadata().get("anser.tokenizer").map(String::as_str));
-        let tokenizer = Tokenizer::from_name(name.unwrap_or("world"))?;
-        let config = self.chunks.apply(Config::from_checkpoint(&ckpt)?).with_context(|| path.to_string())?;
-        global.remarks(&config);
-        let model = Model::load_as(ctx, &ckpt, config, Load::Inference(global.weights(ctx)?))
-            .with_context(|| path.to_string())?;
-        let (vocab, all) = (model.config().vocab_size, tokenizer.vocab_size());
-        ensure!(
-            vocab >= all,
-            "{path}: the model has {vocab} tokens, the tokenizer {} has {all}: name the model's tokenizer with --tokenizer",
-            tokenizer.name()
-        );
-        Ok((model, tokenizer))
-    }
-}
-
-impl Source {
-    /// The model's name: that of its file.
-    pub fn name(&self) -> String {
-        let of_file = self.model.as_deref().and_then(Path::file_stem).map(|s| s.to_string_lossy().into_owned());
-        of_file.unwrap_or_else(|| "anser-12m".into())
-    }
-
-    /// The bound on what attention keeps, if one was asked for.
-    pub fn bound(&self) -> Option<Cache> {
-        self.bound.cache()
-    }
-
-    /// The beginning of a sequence, or what a state file goes on from, which says its own bound.
-    pub fn begin(&self, ctx: &Context, model: &Model, state: Option<&Path>) -> anyhow::Result<SavedState> {
-        match (state, self.bound()) {
-            (Some(path), None) => Ok(SavedState::open(ctx, model, path)?),
-            (Some(_), Some(_)) => bail!("--cache: a state file says what it keeps; leave --cache out"),
-            (None, bound) => Ok(SavedState::beginning(ctx, model, bound, None)?),
-        }
-    }
-
-    /// An engine for one sequence, of states with such a bound. It keeps none of its own accord.
-    pub fn engine(&self, ctx: &Context, model: &Arc<Model>, bound: Option<Cache>) -> anyhow::Result<Engine> {
-        let guesses = self.guesses();
-        // Whoever reads the output may take as long as they like.
-        let unread = usize::MAX;
-        let options = EngineOptions { slots: 1, cache_bytes: 0, unread, guesses, bound, ..EngineOptions::default() };
-        Ok(Engine::start(ctx.clone(), model.clone(), options)?)
-    }
-
-    /// Tokens read ahead at most.
-    pub fn guesses(&self) -> Option<usize> {
-        self.speculate.map(usize::from)
-    }
-}
-
 /// Runs the subcommand.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
-    // Options that make no sense are found before the model is loaded.
+    // Options that make no sense, and a file that can't be written, are found before the model is loaded.
+    args.save_state.as_deref().map_or(Ok(()), writable)?;
     let sampler = Sampler::new(args.common.sampling())?;
     let ctx = global.context()?;
     let (model, tokenizer) = args.common.source.load(&ctx, global)?;
@@ -234,11 +153,13 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         text += &piece;
         global.stream(&piece)
     };
-    let mut prefill = 0.0;
+    let mut prefill = None;
     let reason = loop {
-        match stream.recv() {
+        // Until the prompt is read nothing is lost by leaving at once.
+        let event = if prefill.is_none() { stream.recv_unless(stop()) } else { stream.recv() };
+        match event {
             Some(Event::Prompt { .. }) => {
-                prefill = start.elapsed().as_secs_f64();
+                prefill = Some(start.elapsed().as_secs_f64());
                 start = Instant::now();
             }
             Some(Event::Token(written)) => {
@@ -254,6 +175,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                 End::Constraint => break "interrupted",
                 _ => break "length",
             },
+            None if prefill.is_none() => break "interrupted",
             None => bail!("the engine has ended"),
         }
     };
@@ -264,9 +186,9 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     if let (Some(path), Some(state)) = (&args.save_state, kept) {
         state.save(&ctx, &model, path)?;
     }
-    let speeds = [prompt_tokens as f64 / prefill, count as f64 / decode];
+    let speeds = [prompt_tokens as f64 / prefill.unwrap_or(f64::INFINITY), count as f64 / decode];
     if args.stats {
-        eprintln!("prompt: {prompt_tokens} tokens, {:.1}/s; written: {count} tokens, {:.1}/s", speeds[0], speeds[1]);
+        say(format!("prompt: {prompt_tokens} tokens, {:.1}/s; written: {count} tokens, {:.1}/s", speeds[0], speeds[1]));
     }
     let json = json!({
         "text": text,

@@ -1,5 +1,5 @@
-use crate::cmd::generate::Source;
 use crate::global::{Global, Interrupted};
+use crate::source::Source;
 use anser_infer::chat::Think;
 use anser_infer::{Engine, EngineOptions, InitialState};
 use anser_serve::{Keys, Options, Shared, Template, Tls};

@@ -1,4 +1,4 @@
-use crate::global::{Global, Interrupted, stop};
+use crate::global::{Global, Interrupted, catch_termination, stop};
 use anser_train::{Event, RunConfig, Summary, run};
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -47,7 +47,8 @@ pub fn execute(args: &Args, global: &Global) -> anyhow::Result<()> {
 
 /// Runs with a progress bar.
 pub fn watched(global: &Global, config: &RunConfig) -> anyhow::Result<Summary> {
-    let ctx = global.context()?;
+    let ctx = global.context_in_floats()?;
+    catch_termination();
     let bar = if global.quiet { ProgressBar::hidden() } else { ProgressBar::no_length() };
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}, {eta} left")?);
     let line = |text: String| if bar.is_hidden() { global.note(text) } else { bar.println(text) };

@@ -32,7 +32,7 @@ impl<R: Serialize + DeserializeOwned> Results<R> {
             let text = std::fs::read_to_string(path).map_err(|e| bad(e.to_string()))?;
             let old: Results<R> = serde_json::from_str(&text).map_err(|e| bad(format!("no results: {e}")))?;
             if old.experiment != results.experiment {
-                return Err(bad("it holds the results of another experiment".into()));
+                return Err(bad("it holds the results of another experiment: name another file with --out".into()));
             }
             results = old;
         }

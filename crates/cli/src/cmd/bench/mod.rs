@@ -29,7 +29,7 @@ enum What {
         #[command(flatten)]
         step: Step,
         /// Steps measured
-        #[arg(long, default_value_t = 10)]
+        #[arg(long, default_value_t = 10, value_parser = positive)]
         steps: usize,
     },
     /// Every kernel of a training step on a GPU: its time, and how near it comes to the memory's or the products' limit
@@ -40,35 +40,35 @@ enum What {
     /// WKV-7 alone, forward and backward, beside the time its bytes take
     Wkv {
         /// Sequences
-        #[arg(long, default_value_t = 8)]
+        #[arg(long, default_value_t = 8, value_parser = positive)]
         rows: usize,
         /// Tokens of a sequence
-        #[arg(long, default_value_t = 128)]
+        #[arg(long, default_value_t = 128, value_parser = positive)]
         ctx: usize,
         /// Heads
-        #[arg(long, default_value_t = 4)]
+        #[arg(long, default_value_t = 4, value_parser = positive)]
         heads: usize,
         /// Size of a head
-        #[arg(long, default_value_t = 64)]
+        #[arg(long, default_value_t = 64, value_parser = positive)]
         head_size: usize,
     },
     /// Top-k chunk attention alone, forward and with the backward pass, kernel by kernel on a GPU
     Attention {
         /// Tokens of the sequence; without it 8192, 32768 and 131072
-        #[arg(long)]
+        #[arg(long, value_parser = positive)]
         ctx: Option<usize>,
         /// Heads; without it 12 and 40
-        #[arg(long)]
+        #[arg(long, value_parser = positive)]
         heads: Option<usize>,
         /// Size of a head
-        #[arg(long, default_value_t = 64)]
+        #[arg(long, default_value_t = 64, value_parser = positive)]
         head_size: usize,
-        /// Tokens of a chunk, with --top; without them 2048 with 3 and 128 with 16
-        #[arg(long, requires = "top")]
+        /// Tokens of a chunk, with --topk; without them 2048 with 3 and 128 with 16
+        #[arg(long, requires = "topk", value_parser = positive)]
         chunk: Option<usize>,
         /// Chunks that a query sees, its own included
-        #[arg(long, requires = "chunk")]
-        top: Option<usize>,
+        #[arg(long, alias = "top", requires = "chunk", value_parser = positive)]
+        topk: Option<usize>,
     },
     /// Decoding and prefill: tokens/s and share of the memory bandwidth. A model from a file stands beside random weights of its shape, of which too few
     /// activations are zero to skip weights
@@ -80,10 +80,10 @@ enum What {
         #[arg(long, conflicts_with = "preset")]
         model: Option<PathBuf>,
         /// Tokens measured
-        #[arg(long, default_value_t = 64)]
+        #[arg(long, default_value_t = 64, value_parser = positive)]
         tokens: usize,
         /// Sequences decoded together (on a GPU)
-        #[arg(long, default_value_t = 1)]
+        #[arg(long, default_value_t = 1, value_parser = positive)]
         batch: usize,
         /// How states are kept between steps on a GPU: f32 or f16
         #[arg(long, default_value = "f32")]
@@ -98,7 +98,7 @@ enum What {
         #[command(flatten)]
         dims: Dims,
         /// Tokens read
-        #[arg(long, default_value_t = 100_000)]
+        #[arg(long, default_value_t = 100_000, value_parser = positive)]
         tokens: usize,
         /// Of a hybrid and RWKV-7 with as many blocks, both of which are measured if there is attention, this one alone: hybrid or rwkv7
         #[arg(long, value_parser = ["hybrid", "rwkv7"])]
@@ -118,7 +118,7 @@ enum What {
         #[arg(long, value_delimiter = ',')]
         decode_at: Vec<usize>,
         /// Single tokens timed there; the median counts
-        #[arg(long, default_value_t = 16)]
+        #[arg(long, default_value_t = 16, value_parser = positive)]
         decode: usize,
         /// Seconds of reading for each of the three models, after which longer prompts are left out
         #[arg(long, default_value_t = 60.0)]
@@ -181,19 +181,19 @@ impl Dims {
 #[derive(clap::Args)]
 struct Step {
     /// Layers
-    #[arg(long, default_value_t = 6)]
+    #[arg(long, default_value_t = 6, value_parser = positive)]
     layers: usize,
     /// Width
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 256, value_parser = positive)]
     width: usize,
     /// Vocabulary
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 256, value_parser = positive)]
     vocab: usize,
     /// Rows of a batch
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 8, value_parser = positive)]
     rows: usize,
     /// Tokens of a row
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, value_parser = positive)]
     ctx: usize,
     /// What is computed again going back: auto, nothing, shifts or all
     #[arg(long, default_value = "auto")]
@@ -264,9 +264,18 @@ fn subjects(
     Ok((name, models, text))
 }
 
+/// A number of things of which there must be one.
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("it must be at least 1".into()),
+        number => number.map_err(|e: std::num::ParseIntError| e.to_string()),
+    }
+}
+
 /// Runs the subcommand.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
-    let ctx = global.context()?;
+    let coded = matches!(args.what, What::Serve(_) | What::Decode { .. } | What::Flat { .. } | What::Long { .. });
+    let ctx = if coded { global.context()? } else { global.context_in_floats()? };
     match &args.what {
         What::Serve(args) => serve::run(args, &ctx, global),
         What::Kernels { step } => {
@@ -364,13 +373,12 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                 )
             })
         }
-        What::Attention { ctx: tokens, heads, head_size, chunk, top } => {
+        What::Attention { ctx: tokens, heads, head_size, chunk, topk } => {
             ensure!([16, 32, 64, 128].contains(head_size), "--head-size must be 16, 32, 64 or 128");
-            let shapes = match (chunk, top) {
+            let shapes = match (chunk, topk) {
                 (Some(size), Some(top)) => vec![[*size, *top]],
                 _ => vec![[2048, 3], [128, 16]],
             };
-            ensure!(shapes.iter().flatten().all(|n| *n > 0), "--chunk and --top must be at least 1");
             let mut all = Vec::new();
             for chunks in shapes {
                 for heads in heads.map_or(vec![12, 40], |h| vec![h]) {
@@ -380,7 +388,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                     }
                 }
             }
-            global.result(serde_json::to_value(&all)?, || all.iter().map(attention).collect())
+            global.result(json!({ "runs": all }), || all.iter().map(attention).collect())
         }
         What::Decode { batch, state, tune, .. } if *batch != 1 || *state != DType::F32 || *tune => {
             anyhow::bail!("--batch, --state and --tune need --device cuda")

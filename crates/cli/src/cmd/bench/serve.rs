@@ -1,6 +1,6 @@
 use crate::cmd::eval::picture;
-use crate::cmd::generate::Source;
 use crate::global::{Global, Interrupted, stop};
+use crate::source::Source;
 use anser_infer::chat::Think;
 use anser_infer::{Engine, EngineOptions};
 use anser_model::{Config, Model};
@@ -170,6 +170,7 @@ impl Args {
             cache_bytes: self.cache_memory << 20,
             deterministic: self.deterministic,
             bound: self.source.bound(),
+            guesses: self.source.guesses(),
             ..EngineOptions::default()
         };
         let engine = Engine::start(ctx.clone(), Arc::new(model), engine)?;
