@@ -1,4 +1,5 @@
 use crate::events::Events;
+use crate::trainer::free_memory;
 use crate::{Bptt, Error, ModelConfig, Recompute, RecomputeMode, RunConfig, Settings, StepInfo, Trainer, loss_curve};
 use anser_data::needle::{Mix, Needles};
 use anser_data::{Batch, Binidx, Built, Dataset, Options, Tokens, bundled, documents};
@@ -6,7 +7,7 @@ use anser_formats::{Checkpoint, write_atomic};
 use anser_infer::Sampling;
 use anser_infer::engine::{self, Engine, EngineOptions, Request};
 use anser_model::{Config, Hybrid, Load, Model};
-use anser_tensor::{Context, DType, bench, memory};
+use anser_tensor::{Context, DType, bench};
 use anser_tokenizer::{StreamDecoder, Tokenizer};
 use serde_json::{Value, json};
 use std::fs::{self, File, OpenOptions};
@@ -125,15 +126,15 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
         Some(t) => t,
         None => Trainer::new(ctx, model(ctx, config, tokenizer.as_ref())?, settings),
     };
-    if let Some(names) = dimensions_differ(config, trainer.config()) {
+    if let Some(names) = dimensions_differ(config, trainer.model().config()) {
         let folder = folder.display();
         let reason = format!("{folder}: its checkpoints are of a model with other {names}; name another folder");
         return Err(Error::Config(reason));
     }
     if let Some(t) = &tokenizer
-        && trainer.config().vocab_size < t.vocab_size()
+        && trainer.model().config().vocab_size < t.vocab_size()
     {
-        let (model, name, all) = (trainer.config().vocab_size, t.name(), t.vocab_size());
+        let (model, name, all) = (trainer.model().config().vocab_size, t.name(), t.vocab_size());
         let reason =
             format!("the model has {model} tokens, the tokenizer {name} has {all}: name the model's tokenizer");
         return Err(Error::Config(reason));
@@ -162,23 +163,23 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
         on(Event::Warning(what.into()));
     }
     // What is there already counts as room.
-    let room = available(ctx).map(|free| free + trainer.resident() as u64);
+    let room = trainer.room();
     let needed = match config.train.recompute {
         RecomputeMode::Auto => trainer.recompute_to_fit(micro, room)?,
         _ => trainer.forecast(micro)?,
     };
     if let Some(room) = room.filter(|&room| needed as u64 > room) {
-        let advice = what_fits(&mut trainer, config, micro, room)?;
+        let advice = what_fits(&trainer, config, micro, room)?;
         return Err(Error::Memory { needed: needed as u64 >> 20, available: room >> 20, advice });
     }
-    if config.train.recompute == RecomputeMode::Auto && trainer.settings_mut().recompute != Recompute::Nothing {
-        let what = format!("{:?}", trainer.settings_mut().recompute).to_lowercase();
+    if config.train.recompute == RecomputeMode::Auto && trainer.settings().recompute != Recompute::Nothing {
+        let what = format!("{:?}", trainer.settings().recompute).to_lowercase();
         on(Event::Warning(format!("to fit into memory, a step runs with train.recompute = \"{what}\"")));
     }
 
     let peak = bench::gemm_peak(ctx);
     let per_step = (config.train.rows * config.train.ctx) as f64;
-    let flops = trainer.config().train_flops_per_token();
+    let flops = trainer.model().config().train_flops_per_token();
     // In timed runs the total is known after the first steps, or from the checkpoint.
     let known = trainer.description(TOTAL).and_then(|s| s.parse().ok()).filter(|_| went_on.is_some());
     let mut total = match config.train.steps {
@@ -188,7 +189,7 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
     // A step of cross entropy is three forward passes.
     let more = 1.0 + settings.long_ce.map_or(0.0, |l| l.passes(settings.ctx)) / 3.0;
     on(Event::Started {
-        config: trainer.config().clone(),
+        config: trainer.model().config().clone(),
         steps: total,
         resumed: went_on,
         tokens: data.train_tokens(),
@@ -313,14 +314,9 @@ pub fn run(ctx: &Context, config: &RunConfig, stop: &AtomicBool, on: &mut dyn Fn
     })
 }
 
-/// Free memory of the device.
-fn available(ctx: &Context) -> Option<u64> {
-    ctx.cuda().map_or_else(memory::available, |gpu| Some(gpu.free_memory() as u64))
-}
-
 /// Names the settings with which micro-batches fit into `room` bytes, when those of `micro` rows don't.
-fn what_fits(trainer: &mut Trainer, config: &RunConfig, micro: usize, room: u64) -> Result<String, Error> {
-    let given = *trainer.settings_mut();
+fn what_fits(trainer: &Trainer, config: &RunConfig, micro: usize, room: u64) -> Result<String, Error> {
+    let given = *trainer.settings();
     let fits = |rows: usize, settings: Settings| -> Result<bool, Error> {
         Ok(trainer.forecast_with(rows, settings)? as u64 <= room)
     };
@@ -470,7 +466,7 @@ fn model(ctx: &Context, config: &RunConfig, tokenizer: Option<&Tokenizer>) -> Re
     let m = &config.model;
     // Weights, gradients and two moments in f32, before any of them is made.
     let fits = |dims: &Config| {
-        let (needed, room) = (4 * 4 * dims.parameters() as u64, available(ctx).unwrap_or(u64::MAX));
+        let (needed, room) = (4 * 4 * dims.parameters() as u64, free_memory(ctx).unwrap_or(u64::MAX));
         let advice = "train a smaller model".into();
         if needed > room { Err(Error::Memory { needed: needed >> 20, available: room >> 20, advice }) } else { Ok(()) }
     };
