@@ -27,6 +27,11 @@ impl Batch {
         self.tokens.len() / ctx
     }
 
+    /// Targets that are not ignored.
+    pub fn counted(&self) -> usize {
+        self.targets.iter().filter(|t| **t >= 0).count()
+    }
+
     /// Adds the rows of another batch.
     pub fn append(&mut self, other: Batch) {
         let at = self.tokens.len();

@@ -7,7 +7,7 @@ use anser_model::{Config, Init, Model, kept_as};
 use anser_ops::attention::Chunks;
 use anser_ops::{ParamSet, Tape, Var, batch, wkv7::Wkv7Inputs};
 use anser_tensor::cuda::Span;
-use anser_tensor::{Context, DType, WeightType, bench, memory};
+use anser_tensor::{Context, DType, WeightType, bench};
 use anser_tokenizer::Tokenizer;
 use anser_train::{Bptt, Hyper, Recompute, RecomputeMode, Schedule, Settings, Trainer};
 use std::time::Instant;
@@ -80,11 +80,7 @@ pub fn train(
         long_ce: None,
     };
     let mut trainer = Trainer::new(ctx, Model::init(ctx, &config, Init::Noise, 1)?, settings);
-    let room = match ctx.cuda() {
-        Some(gpu) => Some(gpu.free_memory() as u64),
-        None => memory::available(),
-    };
-    let room = room.map(|free| free + trainer.resident() as u64);
+    let room = trainer.room();
     let forecast = match recompute {
         RecomputeMode::Auto => trainer.recompute_to_fit(rows, room)?,
         _ => trainer.forecast(rows)?,
@@ -94,7 +90,7 @@ pub fn train(
         let (needed, available) = (forecast as u64 >> 20, room >> 20);
         return Err(anser_train::Error::Memory { needed, available, advice }.into());
     }
-    let recompute = trainer.settings_mut().recompute;
+    let recompute = trainer.settings().recompute;
     let n = rows * t;
     let tokens: Vec<u32> = (0..n).map(|i| (i * 7919 % vocab) as u32).collect();
     let targets = tokens.iter().map(|&t| t as i32).collect();

@@ -1,5 +1,6 @@
+//! The dimensions of a model.
+
 use crate::Error;
-use anser_ops::Group;
 use anser_ops::attention::Chunks;
 use serde::{Deserialize, Serialize};
 
@@ -120,30 +121,6 @@ pub struct Config {
     /// Attention blocks of a hybrid. The layers counted above are those of RWKV-7.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hybrid: Option<Hybrid>,
-}
-
-/// Where a parameter is in a model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
-    /// In block `i` of RWKV-7, or of the control.
-    Block(usize),
-    /// In attention block `j` of a hybrid.
-    Attention(usize),
-    /// In no block.
-    Outside,
-}
-
-/// Where the parameter of this name is, and its name there: `rwkv.blocks.3.att.w0` is `att.w0` in block 3.
-pub(crate) fn place(name: &str) -> (Place, &str) {
-    let name = name.strip_prefix("rwkv.").unwrap_or(name);
-    let numbered = |prefix| {
-        let (i, part) = str::strip_prefix(name, prefix)?.split_once('.')?;
-        Some((i.parse().ok()?, part))
-    };
-    if let Some((i, part)) = numbered("blocks.") {
-        return (Place::Block(i), part);
-    }
-    numbered("moba.").map_or((Place::Outside, name), |(j, part)| (Place::Attention(j), part))
 }
 
 /// A named size: (name, layers, width, ranks of released checkpoints: decay, rate, value, gate).
@@ -288,121 +265,6 @@ impl Config {
         Ok(())
     }
 
-    /// What the names of parameters begin with in block `i`, which is not one of attention.
-    pub(crate) fn block(&self, i: usize) -> String {
-        format!("{}blocks.{i}.", self.prefix())
-    }
-
-    /// What the names of all parameters but those of attention blocks begin with: hybrids keep the two kinds apart.
-    pub(crate) fn prefix(&self) -> &'static str {
-        if self.hybrid.is_some() { "rwkv." } else { "" }
-    }
-
-    /// The blocks in the order in which they work: an attention block after every n_layer / M others, rounded down, a single one after all.
-    pub(crate) fn order(&self) -> Vec<Place> {
-        let attention = self.hybrid.map_or(0, |h| h.layers);
-        let every = self.n_layer.checked_div(attention).unwrap_or(usize::MAX);
-        let mut order = Vec::new();
-        for i in 0..self.n_layer {
-            order.push(Place::Block(i));
-            if (i + 1).is_multiple_of(every) && (i + 1) / every <= attention {
-                order.push(Place::Attention((i + 1) / every - 1));
-            }
-        }
-        order
-    }
-
-    /// Blocks of RWKV-7 after the last attention block of a hybrid that has several: they work here, and the reference implementation
-    /// of RWKV-X leaves them out.
-    pub fn left_over(&self) -> usize {
-        self.hybrid.filter(|h| h.layers > 1).map_or(0, |h| self.n_layer % h.layers)
-    }
-
-    /// Name, shape and optimiser group of every parameter, in the official order. Layer 0 has no v0, v1, v2: the
-    /// model does not use them there, and checkpoints with and without them both load.
-    pub fn tensors(&self) -> Vec<(String, Vec<usize>, Group)> {
-        let (c, v, h) = (self.n_embd, self.vocab_size, self.n_hidden);
-        let l = self.lora;
-        let mut out = Vec::new();
-        let mut add = |name: String, shape: &[usize]| {
-            let squeezed = shape.iter().filter(|&&d| d != 1).count();
-            let group = match () {
-                _ if name.ends_with("att.w0") => Group::Double,
-                _ if squeezed >= 2 && name.contains(".weight") => Group::Decay,
-                _ => Group::Plain,
-            };
-            out.push((name, shape.to_vec(), group));
-        };
-        let prefix = self.prefix();
-        add(format!("{prefix}emb.weight"), &[v, c]);
-        for i in 0..self.n_layer {
-            let block = self.block(i);
-            let mut b = |name: &str, shape: &[usize]| add(format!("{block}{name}"), shape);
-            let norms: &[&str] = if i == 0 { &["ln0", "ln1", "ln2"] } else { &["ln1", "ln2"] };
-            for n in norms {
-                b(&format!("{n}.weight"), &[c]);
-                b(&format!("{n}.bias"), &[c]);
-            }
-            if self.architecture == Architecture::Transformer {
-                for m in ["query", "key", "value", "output"] {
-                    b(&format!("att.{m}.weight"), &[c, c]);
-                }
-                b("ffn.key.weight", &[h, c]);
-                b("ffn.value.weight", &[c, h]);
-                continue;
-            }
-            for m in ["r", "w", "k", "v", "a", "g"] {
-                b(&format!("att.x_{m}"), &[1, 1, c]);
-            }
-            let mut lora = |m: &str, rank: usize, bias: bool| {
-                if bias {
-                    b(&format!("att.{m}0"), &[1, 1, c]);
-                }
-                b(&format!("att.{m}1"), &[c, rank]);
-                b(&format!("att.{m}2"), &[rank, c]);
-            };
-            lora("w", l.decay, true);
-            lora("a", l.rate, true);
-            if i > 0 {
-                lora("v", l.value, true);
-            }
-            lora("g", l.gate, false);
-            b("att.k_k", &[1, 1, c]);
-            b("att.k_a", &[1, 1, c]);
-            b("att.r_k", &[self.heads(), self.head_size]);
-            for m in ["receptance", "key", "value", "output"] {
-                b(&format!("att.{m}.weight"), &[c, c]);
-            }
-            b("att.ln_x.weight", &[c]);
-            b("att.ln_x.bias", &[c]);
-            b("ffn.x_k", &[1, 1, c]);
-            b("ffn.key.weight", &[h, c]);
-            b("ffn.value.weight", &[c, h]);
-        }
-        add(format!("{prefix}ln_out.weight"), &[c]);
-        add(format!("{prefix}ln_out.bias"), &[c]);
-        add(format!("{prefix}head.weight"), &[v, c]);
-        let keys = self.key_heads() * self.head_size;
-        let (attention, gate) = self.hybrid.map_or((0, false), |h| (h.layers, h.gate));
-        for j in 0..attention {
-            let mut b = |name: &str, shape: &[usize]| add(format!("moba.{j}.{name}"), shape);
-            for n in ["ln1", "ln2"] {
-                b(&format!("{n}.weight"), &[c]);
-                b(&format!("{n}.bias"), &[c]);
-            }
-            for (m, outputs) in [("receptance", c), ("key", keys), ("value", keys), ("output", c)] {
-                b(&format!("att.{m}.weight"), &[outputs, c]);
-            }
-            if gate {
-                b("att.gate.weight", &[self.heads(), c]);
-            }
-            b("ffn.x_k", &[1, 1, c]);
-            b("ffn.key.weight", &[h, c]);
-            b("ffn.value.weight", &[c, h]);
-        }
-        out
-    }
-
     /// Number of parameters the model uses.
     pub fn parameters(&self) -> usize {
         self.tensors().iter().map(|(_, shape, _)| shape.iter().product::<usize>()).sum()
@@ -418,15 +280,19 @@ impl Config {
         if self.architecture == Architecture::Rwkv7 { self.n_layer } else { 0 }
     }
 
+    /// Attention blocks of a hybrid.
+    pub fn attention_layers(&self) -> usize {
+        self.hybrid.map_or(0, |h| h.layers)
+    }
+
     /// Numbers in the recurrent state of one sequence; attention blocks have one token's shift and, per token seen, [`Config::cache_len`].
     pub fn state_len(&self) -> usize {
-        let attention = self.hybrid.map_or(0, |h| h.layers);
-        (self.recurrent_layers() * (2 + self.head_size) + attention) * self.n_embd
+        (self.recurrent_layers() * (2 + self.head_size) + self.attention_layers()) * self.n_embd
     }
 
     /// Numbers that attention blocks keep of every token: keys and values.
     pub fn cache_len(&self) -> usize {
-        2 * self.key_heads() * self.head_size * self.hybrid.map_or(0, |h| h.layers)
+        2 * self.key_heads() * self.head_size * self.attention_layers()
     }
 
     /// Floating-point operations to train on one token: 6 x (parameters - embedding), the project's convention for MFU.
@@ -472,37 +338,12 @@ mod tests {
     }
 
     #[test]
-    fn groups_are_the_official_ones() {
-        let mut c = Config::new(3, 128, 300);
-        c.lora = LoraDims { decay: 32, rate: 32, value: 32, gate: 64 };
-        let count = |g| c.tensors().iter().filter(|t| t.2 == g).count();
-        assert_eq!((count(Group::Double), count(Group::Decay), count(Group::Plain)), (3, 20, 79));
-    }
-
-    #[test]
-    fn hybrids_count_and_order_like_the_reference() {
+    fn hybrids_count_like_the_reference() {
         let hybrid = |preset, layers| Config { hybrid: Some(Hybrid::new(layers)), ..Config::preset(preset).unwrap() };
         let (small, large) = (hybrid("0.1b", 4), hybrid("2.9b", 8));
         assert_eq!((small.parameters(), large.parameters()), (219_361_536, 3_576_983_040));
         // In 16 bits 12,288 and 81,920 bytes a token.
         assert_eq!((2 * small.cache_len(), 2 * large.cache_len()), (12_288, 81_920));
-        let order = |n_layer, layers| {
-            let c = Config { hybrid: Some(Hybrid::new(layers)), ..Config::new(n_layer, 64, 8) };
-            let letter = |p: &Place| match p {
-                Place::Attention(j) => format!("a{j}"),
-                Place::Block(i) => i.to_string(),
-                Place::Outside => unreachable!(),
-            };
-            (c.order().iter().map(letter).collect::<Vec<_>>().join(" "), c.left_over())
-        };
-        assert_eq!(order(6, 2), ("0 1 2 a0 3 4 5 a1".into(), 0));
-        assert_eq!(order(5, 2), ("0 1 a0 2 3 a1 4".into(), 1));
-        assert_eq!((order(3, 1), order(3, 0)), (("0 1 2 a0".into(), 0), ("0 1 2".into(), 0)));
-        assert_eq!(order(7, 3), ("0 1 a0 2 3 a1 4 5 a2 6".into(), 1));
-        assert_eq!(place("rwkv.blocks.12.att.w0"), (Place::Block(12), "att.w0"));
-        assert_eq!(place("blocks.0.ln0.bias"), (Place::Block(0), "ln0.bias"));
-        assert_eq!(place("moba.3.ffn.x_k"), (Place::Attention(3), "ffn.x_k"));
-        assert_eq!(place("rwkv.head.weight"), (Place::Outside, "head.weight"));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Block expansion: a RWKV-7 model becomes a hybrid (RWKV-X, arXiv 2504.21463, section 3.3).
 
-use crate::config::{Place, place};
+use crate::tensors::{Place, place};
 use crate::{Config, Error, Hybrid};
 use anser_formats::{Checkpoint, Dtype, Source};
 

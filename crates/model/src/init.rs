@@ -6,12 +6,13 @@
 mod orthogonal;
 
 use self::orthogonal::orthogonal;
-use crate::config::{Place, place};
+use crate::tensors::{Place, place};
 use crate::{Architecture, Config, Error, Model};
 use anser_ops::{Param, ParamSet};
 use anser_tensor::Context;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+use std::collections::HashMap;
 use std::sync::Mutex;
 
 /// Which initialisation.
@@ -188,7 +189,7 @@ impl Model {
         });
         drop(tasks);
         params.to_device(ctx);
-        Ok(Model::assemble(config.clone(), params))
+        Ok(Model::assemble(config.clone(), params, &HashMap::new()))
     }
 }
 

@@ -4,6 +4,7 @@
 //! `time_mix` and `channel_mix` in `rwkv7.rs` read like the equations of the paper (arXiv 2503.14456, section 4).
 //! This crate opens no files: it takes named tensors ([`anser_formats::Checkpoint`]) and gives them back.
 
+mod assemble;
 mod cache;
 mod config;
 mod decode;
@@ -14,6 +15,7 @@ mod load;
 mod pasts;
 mod rwkv7;
 mod state;
+mod tensors;
 mod transformer;
 
 pub use anser_ops::ParamSpec;

@@ -57,7 +57,7 @@ impl State {
         let past = |_| config.empty_past(ctx);
         let attention = |_| AttentionState { ffn_x: zeros(c), pasts: (0..slots).map(past).collect() };
         let layers = (0..config.recurrent_layers()).map(layer).collect();
-        let attention = (0..config.hybrid.map_or(0, |h| h.layers)).map(attention).collect();
+        let attention = (0..config.attention_layers()).map(attention).collect();
         State { layers, attention, cache: None }
     }
 

@@ -271,7 +271,16 @@ impl RunConfig {
 }
 
 impl TrainConfig {
-    fn long_ce(&self) -> Option<LongCe> {
+    /// Rows of a micro-batch.
+    pub(crate) fn micro(&self) -> usize {
+        match self.micro_rows {
+            0 => self.rows,
+            n => n.min(self.rows),
+        }
+    }
+
+    /// Weights of targets, if they are wanted.
+    pub(crate) fn long_ce(&self) -> Option<LongCe> {
         let (context, stride, from) = (self.long_ce_context, self.long_ce_stride, self.long_ce_from);
         let (gamma, normalise) = (self.long_ce_gamma, self.long_ce_normalise);
         (context > 0).then_some(LongCe { context, stride, from, gamma, normalise })

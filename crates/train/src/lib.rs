@@ -2,7 +2,6 @@
 //! configuration file, with metrics, samples and a loss curve.
 
 mod config;
-mod events;
 mod long_ce;
 mod optim;
 mod plot;

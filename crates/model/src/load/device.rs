@@ -1,7 +1,7 @@
 //! The matrices of a model on their way to a GPU: which of them lie together, in which type and which way round.
 
 use super::{kept_as, packed_layout};
-use crate::config::{Place, place};
+use crate::tensors::{Place, place};
 use crate::{Config, Error};
 use anser_ops::{Weight, decode};
 use anser_tensor::{Code, CodedPlaces, Context, DType, DeviceMatrix, DisjointMut, WeightType};
@@ -150,8 +150,8 @@ pub(super) fn to_device(
         Ok(())
     };
     let (stacked, whole) = ([&STACK[..], &STACK_GATE].concat(), [&STACK[..], &STACK_DOWN, &STACK_GATE].concat());
-    let attention = config.hybrid.map_or(0, |h| h.layers);
-    for block in (0..config.n_layer).map(|i| config.block(i)).chain((0..attention).map(|j| format!("moba.{j}."))) {
+    let blocks = (0..config.n_layer).map(Place::Block).chain((0..config.attention_layers()).map(Place::Attention));
+    for block in blocks.map(|place| config.prefix(place)) {
         let there = |parts: &[&str]| -> Vec<String> {
             let all = parts.iter().map(|m| format!("{block}{m}"));
             all.filter(|name| shapes.contains_key(name.as_str())).collect()
