@@ -396,6 +396,20 @@ mod tests {
     }
 
     #[test]
+    fn the_document_at_the_border_is_cut_there() {
+        // One document, and two of which the second is longer than what is held out.
+        for tokens in [(1..1001).collect(), [(1..300).collect::<Vec<u32>>(), vec![0], (300..1000).collect()].concat()] {
+            let s = Dataset::new(Tokens::Memory(tokens), options(Order::Packed)).unwrap();
+            let mut seen = Vec::new();
+            for step in 0..s.samples() {
+                seen.extend(s.train(step, 1).targets.into_iter().filter(|&y| y > 0));
+            }
+            seen.sort_unstable();
+            assert!(seen.len() >= 798 && seen.iter().all(|&y| y <= 800), "{} {:?}", seen.len(), seen.last());
+        }
+    }
+
+    #[test]
     fn resets_are_at_document_ends() {
         let tokens: Vec<u32> = (0..500).map(|i| i % 5).collect();
         let s = Dataset::new(Tokens::Memory(tokens), Options { resets: true, ..options(Order::Official) }).unwrap();

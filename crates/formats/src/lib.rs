@@ -282,7 +282,10 @@ impl Checkpoint {
         match self.members.iter().find(|(file, member)| !member.is_whole(&self.maps[*file])) {
             Some((_, member)) => {
                 let name = &member.name;
-                Err(malformed(&self.path, format!("{name} in it is damaged, by its checksum: copy or download the file again")))
+                Err(malformed(
+                    &self.path,
+                    format!("{name} in it is damaged, by its checksum: copy or download the file again"),
+                ))
             }
             None => Ok(()),
         }
@@ -385,4 +388,3 @@ fn format(bytes: &[u8]) -> Format {
         _ => Format::Safetensors,
     }
 }
-

@@ -49,6 +49,7 @@ impl Model {
             Load::Inference(kept) => kept.bytes_of(config.parameters()),
         };
         check_memory(needed as u64, memory::available())?;
+        ckpt.verify()?;
         let model = build(ctx, config, ckpt, load)?;
         ctx.check()?;
         Ok(model)
@@ -60,7 +61,9 @@ impl Model {
     /// When work on a GPU failed before, or its memory runs out.
     pub fn packed(&self, ctx: &Context, kept: impl Into<WeightType>) -> Model {
         let ranges: HashMap<&str, _> = self.params.specs().iter().map(|s| (s.name.as_str(), s.range.clone())).collect();
-        let values = |name: &str, _: &[usize]| Cow::Borrowed(&self.params.values()[ranges[name].clone()]);
+        // In training on a GPU the values are there.
+        let current = self.params.current();
+        let values = |name: &str, _: &[usize]| Cow::Borrowed(&current[ranges[name].clone()]);
         build(ctx, self.config.clone(), &Values(values), Load::Inference(kept.into())).unwrap_or_else(|e| panic!("{e}"))
     }
 }

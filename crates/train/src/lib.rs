@@ -27,9 +27,7 @@ pub enum Error {
     #[error(transparent)]
     Device(#[from] anser_tensor::Error),
     /// A loss or gradient that is not a number.
-    #[error(
-        "step {step}: {what} is not finite; the last checkpoint is good: lower the learning rate and resume from it"
-    )]
+    #[error("step {step}: {what} is not finite: lower the learning rate; a checkpoint before is good to go on from")]
     NotFinite {
         /// The step.
         step: u64,

@@ -139,6 +139,10 @@ fn go_on(settings: Settings) {
     run(&mut t, 20, |_, i| rest.push(i));
     assert_eq!(rest, losses[9..]);
     assert!(Trainer::resume(&ctx, Path::new("no/such/folder"), settings, |_| {}).unwrap().is_none());
+    // Where none is whole, a run doesn't begin anew over them.
+    std::fs::write(folder.0.join("step-000000009.safetensors"), b"x").unwrap();
+    let e = Trainer::resume(&ctx, &folder.0, settings, |_| {}).err().unwrap().to_string();
+    assert!(e.contains("2 of 2 are damaged"), "{e}");
 }
 
 #[test]
@@ -208,7 +212,11 @@ fn a_folder_belongs_to_one_run_and_memory_is_forecast() {
     let lock = Trainer::lock(&folder.0).unwrap();
     assert!(matches!(Trainer::lock(&folder.0), Err(Error::Locked(_))));
     drop(lock);
+    std::fs::write(folder.0.join("step-000000007.safetensors.12345.tmp"), b"half").unwrap();
+    std::fs::write(folder.0.join("notes.tmp"), b"mine").unwrap();
     Trainer::lock(&folder.0).unwrap();
+    let left = std::fs::read_dir(&folder.0).unwrap().map(|f| f.unwrap().file_name()).collect::<Vec<_>>();
+    assert!(left.len() == 2 && left.contains(&"notes.tmp".into()), "{left:?}");
 
     let ctx = Context::cpu(2);
     let mut t = fresh(&ctx);

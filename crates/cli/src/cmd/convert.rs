@@ -34,6 +34,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let same = std::fs::canonicalize(&args.input).ok() == std::fs::canonicalize(&args.out).ok();
     ensure!(!(same && args.out.exists()), "{}: input and output are the same file; name another", args.out.display());
     let ckpt = Checkpoint::open(&args.input)?;
+    ckpt.verify()?;
     let config = args.chunks.apply(Config::from_checkpoint(&ckpt)?)?;
     let ctx = global.exact_context()?;
     let text = args.text.as_deref();

@@ -30,6 +30,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let same = std::fs::canonicalize(&args.input).ok() == std::fs::canonicalize(&args.out).ok();
     ensure!(!(same && args.out.exists()), "{}: input and output are the same file; name another", args.out.display());
     let ckpt = Checkpoint::open(&args.input)?;
+    ckpt.verify()?;
     let blocks = anser_model::Config::from_checkpoint(&ckpt)?.n_layer;
     let hybrid = args.chunks.of(args.blocks.hybrid(args.layers.unwrap_or((blocks / 4).max(1))));
     let how = if args.init == "copy" { Expansion::Copy } else { Expansion::Identity };

@@ -22,7 +22,7 @@ pub fn write_text(
     }
     let options = EngineOptions { slots: 1, cache_bytes: 0, ..EngineOptions::default() };
     let engine = Engine::start(ctx.clone(), model, options)?;
-    let sampling = Sampling { top_p: 0.7, ..Sampling::default() };
+    let sampling = Sampling::default();
     let stop_tokens = vec![tokenizer.end_of_document()];
     // Without an answer the prompt's state is all that comes of it.
     let keep_state = count == 0;

@@ -14,7 +14,7 @@ const STEP: &str = "anser.step";
 const FORMAT: &str = "anser.checkpoint";
 
 impl Trainer {
-    /// Makes `folder` and locks it for this run, for as long as the file lives.
+    /// Makes `folder` and locks it for this run, for as long as the file lives; what a run that was killed had written half is removed.
     ///
     /// # Errors
     /// When another run has it, or it cannot be made.
@@ -23,7 +23,13 @@ impl Trainer {
         fs::create_dir_all(folder).map_err(io)?;
         let file = File::create(folder.join("lock")).map_err(io)?;
         match file.try_lock() {
-            Ok(()) => Ok(file),
+            Ok(()) => {
+                let half = |p: &PathBuf| {
+                    p.to_string_lossy().ends_with(".tmp") && p.to_string_lossy().contains(".safetensors.")
+                };
+                files(folder, half).iter().for_each(|p| drop(fs::remove_file(p)));
+                Ok(file)
+            }
             Err(TryLockError::WouldBlock) => Err(Error::Locked(folder.display().to_string())),
             Err(TryLockError::Error(e)) => Err(io(e)),
         }
@@ -84,18 +90,28 @@ impl Trainer {
     /// Goes on from the newest checkpoint of `folder` that is whole; `None` if there is none. Damaged ones are named to `warn`.
     ///
     /// # Errors
-    /// When the checkpoint is of another version.
+    /// When the checkpoint is of another version, or all are damaged.
     pub fn resume(
         ctx: &Context, folder: &Path, settings: Settings, mut warn: impl FnMut(String),
     ) -> Result<Option<Trainer>, Error> {
-        for path in checkpoints(folder).iter().rev() {
+        let all = checkpoints(folder);
+        for path in all.iter().rev() {
             match Trainer::load(ctx, path, settings) {
                 Ok(t) => return Ok(Some(t)),
                 Err(e @ Error::Checkpoint(_)) => return Err(e),
                 Err(e) => warn(format!("skipping a damaged checkpoint: {e}")),
             }
         }
-        Ok(None)
+        match &all[..] {
+            [] => Ok(None),
+            all => {
+                let (folder, n) = (folder.display(), all.len());
+                let advice = "remove them to begin anew, or name another folder";
+                Err(Error::Checkpoint(format!(
+                    "{folder}: none of its checkpoints is whole ({n} of {n} are damaged): {advice}"
+                )))
+            }
+        }
     }
 
     fn load(ctx: &Context, path: &Path, settings: Settings) -> Result<Trainer, Error> {
@@ -126,8 +142,13 @@ fn checkpoints(folder: &Path) -> Vec<PathBuf> {
         let name = p.file_name().and_then(|n| n.to_str()).unwrap_or_default();
         name.starts_with("step-") && name.ends_with(".safetensors")
     };
+    files(folder, named)
+}
+
+/// Files of a folder, sorted.
+fn files(folder: &Path, which: impl FnMut(&PathBuf) -> bool) -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> =
-        fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path()).filter(named).collect();
+        fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path()).filter(which).collect();
     found.sort();
     found
 }
