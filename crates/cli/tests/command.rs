@@ -564,7 +564,7 @@ fn weights_of_8_and_4_bits_predict_nearly_as_well() {
     };
     let loss = |model: &str, dtype: &str| {
         let v = json(&["eval", "text", "--model", model, "--dtype", dtype, "text.txt"]);
-        v[0]["prediction"]["loss"].as_f64().unwrap()
+        v["files"][0]["prediction"]["loss"].as_f64().unwrap()
     };
     let (exact, int8, q4) = (loss(&model, "f32"), loss(&model, "int8"), loss(&model, "q4"));
     assert!(int8 != exact && (int8 - exact).abs() < 0.003 * exact, "int8 {int8}, f32 {exact}");
@@ -579,7 +579,10 @@ fn weights_of_8_and_4_bits_predict_nearly_as_well() {
         let values = loss(&file, "f32");
         assert!((values - coded).abs() < 0.002 * coded && values != coded, "{dtype}: {values}, in its type {coded}");
         let text = &v["report"]["text"];
-        assert_eq!(text["tokens"], json(&["eval", "text", "--model", &model, "text.txt"])[0]["prediction"]["tokens"]);
+        assert_eq!(
+            text["tokens"],
+            json(&["eval", "text", "--model", &model, "text.txt"])["files"][0]["prediction"]["tokens"]
+        );
         let most = if dtype == "q4" { 0.1 } else { 1e-3 };
         let kl = ["kl_mean", "kl_p99", "kl_max"].map(|k| text[k].as_f64().unwrap());
         assert!(0.0 < kl[0] && kl[0] < most && kl[0] < kl[1] && kl[1] <= kl[2], "{dtype}: {kl:?}");
