@@ -418,6 +418,8 @@ impl Runner<'_> {
             return Ok(());
         };
         if s.request.keep_state {
+            // Where the answer is cut before its last token there was no step that told of it.
+            s.tell();
             let (tokens, bound) = (s.tokens[..].into(), shared.store.form().empty.cache);
             let _ = s.to.try_send(Event::State(SavedState { snapshot: snapshot.clone(), tokens, bound }));
         }

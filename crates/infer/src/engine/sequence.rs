@@ -194,11 +194,16 @@ impl Sequence {
         }
     }
 
-    pub fn end(mut self, end: End) {
-        let last = self.said.take();
-        for event in last.into_iter().chain([Event::End(end)]) {
+    /// Tells the client of the last token, if it doesn't know of it yet.
+    pub fn tell(&mut self) {
+        if let Some(event) = self.said.take() {
             let _ = self.to.try_send(event);
         }
+    }
+
+    pub fn end(mut self, end: End) {
+        self.tell();
+        let _ = self.to.try_send(Event::End(end));
     }
 }
 
