@@ -334,6 +334,27 @@ fn log_probabilities_and_hidden_vectors() {
     assert_eq!((nothing.prompt, nothing.hidden, nothing.end), (a.prompt, a.hidden, Some(End::Length)));
 }
 
+#[test]
+fn a_prompt_with_log_probabilities_is_read_in_small_pieces() {
+    let of = plain();
+    let read = |prefill_piece, prompt_logprobs| {
+        let engine =
+            engine(&of, EngineOptions { prefill_piece, stride: 0, cache_bytes: 0, ..EngineOptions::default() });
+        let r = |seed| Request { prompt_logprobs, ..request(prompt(seed, 1100), 1) };
+        // One alone, then two, the second of which goes on where the first leaves no room.
+        let first = answer(engine.submit(r(3)).unwrap());
+        let steps = engine.stats().steps;
+        let two = [r(5), r(7)].map(|r| engine.submit(r).unwrap()).map(answer);
+        assert!(engine.stats().steps - steps >= steps);
+        (steps, std::iter::once(first).chain(two).collect::<Vec<_>>())
+    };
+    // Logits of every row would be gigabytes with a large vocabulary.
+    let (steps, large) = read(4096, Some(1));
+    assert_eq!((steps, read(4096, None).0), (3, 1));
+    assert_eq!(large.iter().map(|a| a.prompt.len()).collect::<Vec<_>>(), [1099; 3]);
+    assert_eq!(large, read(100, Some(1)).1);
+}
+
 /// Only even tokens, four of them.
 struct Even(usize);
 
