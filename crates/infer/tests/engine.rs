@@ -390,6 +390,42 @@ impl Constraint for Nothing {
     }
 }
 
+/// Panics where nobody expects it.
+struct Fatal;
+
+impl Constraint for Fatal {
+    fn mask(&mut self, _: &mut [f32]) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn accept(&mut self, _: u32) -> Result<Next, String> {
+        Ok(Next::End)
+    }
+}
+
+impl Drop for Fatal {
+    fn drop(&mut self) {
+        panic!("this constraint ends the engine, as a test");
+    }
+}
+
+#[test]
+fn an_engine_says_that_it_has_failed() {
+    let engine = engine(&plain(), EngineOptions::default());
+    assert_eq!(engine.failure(), None);
+    let r = Request { constraint: Some(Box::new(Fatal)), ..request(prompt(1, 9), 1) };
+    let mut stream = engine.submit(r).unwrap();
+    while stream.recv().is_some() {}
+    // It says so to whoever asks for more, and nobody waits for it.
+    while engine.failure().is_none() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    engine.drain();
+    let why = engine.failure().unwrap();
+    assert!(why.contains("panicked"), "{why}");
+    assert_eq!(engine.submit(request(prompt(1, 9), 1)).err(), Some(Refused::Failed(why)));
+}
+
 #[test]
 fn constraints_and_stop_tokens_end_answers() {
     let engine = engine(&plain(), EngineOptions::default());

@@ -149,7 +149,8 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         let mut interrupted = false;
         let stop = async { interrupted = stop().await };
         tokio::spawn(reload(tls.clone()));
-        anser_serve::serve(app, listener, tls, stop, grace).await;
+        let served = anser_serve::serve(app, listener, tls, stop, grace).await;
+        served.map_err(|why| anyhow!("the engine has failed and must be started again: {why}"))?;
         global.note("stopped");
         if interrupted { Err(Interrupted.into()) } else { Ok(()) }
     })

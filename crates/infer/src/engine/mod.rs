@@ -216,7 +216,7 @@ impl Engine {
     /// Queues a request. Dropping the stream cancels it. To go on from a named state waits for where names are; otherwise it returns at once.
     ///
     /// # Errors
-    /// When it makes no sense, too many wait, the engine is ending, or names cannot be reached.
+    /// When it makes no sense, too many wait, the engine is ending or has failed, or names cannot be reached.
     pub fn submit(&self, request: Request) -> Result<Stream, Refused> {
         let shared = &self.handle.shared;
         let sampler = shared.check(&request)?;
@@ -251,6 +251,18 @@ impl Engine {
     /// The states that it keeps.
     pub fn states(&self) -> &StateStore {
         &self.handle.shared.store
+    }
+
+    /// Why it can answer nothing any more, if it is so: its device has failed, which is for good, or its thread has ended.
+    pub fn failure(&self) -> Option<String> {
+        self.handle.shared.failure()
+    }
+
+    /// Waits until it can answer nothing any more: why.
+    pub async fn failed(&self) -> String {
+        let mut failure = self.handle.shared.failure.subscribe();
+        let why = failure.wait_for(Option::is_some).await.ok().and_then(|why| why.clone());
+        why.unwrap_or_default()
     }
 
     /// Refuses new requests and returns when those that it has taken, running and waiting, have ended.

@@ -31,6 +31,9 @@ pub(super) fn run(
     struct Close<'a>(&'a Shared);
     impl Drop for Close<'_> {
         fn drop(&mut self) {
+            if std::thread::panicking() {
+                self.0.fail("its thread panicked".into());
+            }
             self.0.close();
         }
     }
@@ -56,6 +59,12 @@ pub(super) fn run(
         Runner { ctx, shared, batch, prefill_piece, alone_piece, apart, strides, running, loading, turn: 0, done };
     while runner.admit() {
         runner.step();
+        // A device's first failure is for good: nothing would come of other requests.
+        if let Err(e) = ctx.check() {
+            shared.fail(e.to_string());
+            runner.fail(&e.into());
+            break;
+        }
     }
     runner.running.drain(..).for_each(|s| s.end(End::Cancelled));
 }

@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::sync::mpsc::Sender;
+use tokio::sync::watch;
 
 /// What clients and the thread share.
 pub(super) struct Shared {
@@ -21,6 +22,8 @@ pub(super) struct Shared {
     pub unread: usize,
     most_waiting: usize,
     front: Arc<Front>,
+    /// Why nothing can be answered any more, if it is so.
+    pub failure: watch::Sender<Option<String>>,
 }
 
 /// Where requests are until they run.
@@ -175,6 +178,7 @@ impl Shared {
             unread: options.unread,
             most_waiting: options.waiting,
             front: Arc::new(Front { inner: Mutex::new(inner), changed: Condvar::new() }),
+            failure: watch::Sender::new(None),
         }
     }
 
@@ -212,6 +216,9 @@ impl Shared {
                 "the request may need {needed} bytes of memory and {most} are set apart: ask for fewer tokens"
             )));
         }
+        if let Some(why) = self.failure() {
+            return Err(Refused::Failed(why));
+        }
         let mut inner = self.inner();
         if inner.draining || inner.closed {
             return Err(Refused::Draining);
@@ -242,6 +249,16 @@ impl Shared {
         }
         drop(inner);
         self.store.flush();
+    }
+
+    /// Why nothing can be answered any more, if it is so. The first reason is the one that counts.
+    pub fn failure(&self) -> Option<String> {
+        self.failure.borrow().clone()
+    }
+
+    /// Notes that nothing can be answered any more.
+    pub fn fail(&self, why: String) {
+        self.failure.send_if_modified(|failure| failure.is_none().then(|| *failure = Some(why)).is_some());
     }
 
     /// Takes no more requests, and cancels those that are there.
