@@ -86,7 +86,7 @@ pub struct EngineOptions {
     /// Bytes of states kept in memory to go on from: cached prefixes and, unless there is a folder, named states.
     pub cache_bytes: usize,
     /// Bytes that the states of running sequences may take; 0: no bound. What a hybrid's attention keeps is counted before a request starts, for all tokens that
-    /// it may have.
+    /// it may have, with the room that doubles as it grows.
     pub memory: usize,
     /// Tokens that may wait for a client to read them; the answer to one that lets more wait fails.
     pub unread: usize,
