@@ -6,7 +6,7 @@ use super::kept::Kept;
 use super::snapshot::{Form, Snapshot};
 use super::store::{Found, Hit, Key, Prefix, Search, StateError, StateInfo, check_name, hex};
 use super::tier::{Guarded, Item, Named, Names};
-use crate::InitialState;
+use crate::{Error, InitialState};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicUsize;
@@ -173,7 +173,8 @@ impl Storage {
         if self.kept().entries.get(&key).is_none_or(|e| e.disk.is_some()) {
             return;
         }
-        let (bytes, logits) = (snapshot.encode(), !snapshot.logits.is_empty());
+        let Ok(bytes) = snapshot.encode(&self.form) else { return self.kept().leave_disk(&key) };
+        let logits = !snapshot.logits.is_empty();
         // Named states may have taken all of it.
         let dropped = self.kept().make_room(bytes.len(), self.most_on_disk, None);
         let written = dropped.is_some_and(|dropped| {
@@ -191,7 +192,7 @@ impl Storage {
     /// Writes a prefix to where other servers find it.
     pub fn share(&self, owner: &str, key: Key, len: usize, snapshot: &Snapshot) {
         let Some(redis) = self.redis.as_ref().filter(|r| r.is_open()) else { return };
-        let bytes = snapshot.encode();
+        let Ok(bytes) = snapshot.encode(&self.form) else { return };
         // Who fails is down, which is said elsewhere; nothing else is lost.
         let _ = redis.call(|t| t.put(&Item { owner, key, len, logits: !snapshot.logits.is_empty(), bytes: &bytes }));
     }
@@ -212,7 +213,7 @@ impl Storage {
     fn save_shared(
         &self, (owner, name): (&str, &str), named: &Named, old: Option<Named>, snapshot: &Snapshot,
     ) -> Result<(), StateError> {
-        let bytes = snapshot.encode();
+        let bytes = snapshot.encode(&self.form).map_err(failed)?;
         let item = Item { owner, key: named.key, len: named.tokens.len(), logits: true, bytes: &bytes };
         self.home().call(|t| t.put(&item).and_then(|()| t.put_name(owner, name, named)))?;
         if let (Some(redis), Some(_)) = (&self.redis, &self.objects) {
@@ -231,7 +232,7 @@ impl Storage {
         let written = kept.entries.get(&key).is_some_and(|e| e.disk.is_some());
         let last = old.filter(|old| *old != key && kept.has_one_name(old));
         drop(kept);
-        let bytes = if written { Vec::new() } else { snapshot.encode() };
+        let bytes = if written { Vec::new() } else { snapshot.encode(&self.form).map_err(failed)? };
         let dropped =
             self.kept().make_room(bytes.len(), self.most_on_disk, last).ok_or_else(|| no_room(name, named))?;
         // In this order nothing is lost whenever it ends.
@@ -307,6 +308,10 @@ impl Storage {
         }
         self.kept().forget(&old.key);
     }
+}
+
+fn failed(e: Error) -> StateError {
+    StateError::Refused(e.to_string())
 }
 
 fn no_room(name: &str, named: &Named) -> StateError {
