@@ -16,6 +16,9 @@ use url::Url;
 /// For a request with its repetitions.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Bytes of an object at most: what a network of 1 Gbit/s takes in that time, and some.
+const MOST: usize = 1 << 30;
+
 /// Heads of names that are read at the same time.
 const AT_ONCE: usize = 16;
 
@@ -90,6 +93,10 @@ impl Drop for Objects {
 }
 
 impl Tier for Objects {
+    fn most(&self) -> usize {
+        MOST
+    }
+
     fn get(&self, key: &Key) -> Result<Option<Vec<u8>>, String> {
         self.read(&self.at(key))
     }

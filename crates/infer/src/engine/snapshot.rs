@@ -84,12 +84,22 @@ impl Snapshot {
         (self.values.len() + self.logits.len()) * 4 + self.pasts.iter().map(Past::bytes).sum::<usize>()
     }
 
+    /// Bytes of it in a file, where all is f32.
+    pub fn encoded_bytes(&self, form: &Form) -> usize {
+        let notes = form.empty.cache.map_or(0, |c| c.notes());
+        let past = |past: &Past| {
+            let [keys, noted] = past.channels();
+            16 + 4 * past.len() * (2 * keys + notes * noted)
+        };
+        24 + 4 * (self.values.len() + self.logits.len()) + self.pasts.iter().map(past).sum::<usize>() + 4
+    }
+
     /// For a file: the numbers of values, logits, pasts; the values, the logits; of every past its tokens, its matrices and these; a checksum.
     ///
     /// # Errors
     /// When the device has failed: what came from there since is worth nothing.
     pub fn encode(&self, form: &Form) -> Result<Vec<u8>, Error> {
-        let mut out = Vec::with_capacity(self.bytes() + 64);
+        let mut out = Vec::with_capacity(self.encoded_bytes(form));
         [self.values.len(), self.logits.len(), self.pasts.len()].iter().for_each(|&n| put_number(&mut out, n));
         put_floats(&mut out, &self.values);
         put_floats(&mut out, &self.logits);
@@ -170,7 +180,7 @@ mod tests {
             for (a, b) in back.pasts.iter().zip(&snapshot.pasts) {
                 assert!(a.len() == 30 && a.to_vecs() == b.to_vecs());
             }
-            assert!(bytes.len() <= snapshot.bytes() + 100);
+            assert_eq!(bytes.len(), snapshot.encoded_bytes(&form));
             // Damaged, cut off, with the right checksum of too much, and of another model.
             for i in (0..bytes.len()).step_by(97) {
                 let mut damaged = bytes.clone();

@@ -6,7 +6,7 @@ use super::kept::Kept;
 use super::snapshot::{Form, Snapshot};
 use super::store::{Found, Hit, Key, Prefix, Search, StateError, StateInfo, check_name, hex};
 use super::tier::{Guarded, Item, Named, Names};
-use crate::{Error, InitialState};
+use crate::InitialState;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicUsize;
@@ -167,13 +167,19 @@ impl Storage {
         None
     }
 
+    /// A snapshot as it is kept in a tier.
+    fn encoded(&self, snapshot: &Snapshot, tier: &Guarded) -> Result<Vec<u8>, StateError> {
+        tier.check_size(snapshot.encoded_bytes(&self.form))?;
+        snapshot.encode(&self.form).map_err(|e| StateError::Refused(e.to_string()))
+    }
+
     /// Writes a snapshot that memory had no room for to disk.
     pub fn spill(&self, key: Key, len: usize, snapshot: &Snapshot) {
         let Some(disk) = &self.disk else { return };
         if self.kept().entries.get(&key).is_none_or(|e| e.disk.is_some()) {
             return;
         }
-        let Ok(bytes) = snapshot.encode(&self.form) else { return self.kept().leave_disk(&key) };
+        let Ok(bytes) = self.encoded(snapshot, disk) else { return self.kept().leave_disk(&key) };
         let logits = !snapshot.logits.is_empty();
         // Named states may have taken all of it.
         let dropped = self.kept().make_room(bytes.len(), self.most_on_disk, None);
@@ -192,7 +198,7 @@ impl Storage {
     /// Writes a prefix to where other servers find it.
     pub fn share(&self, owner: &str, key: Key, len: usize, snapshot: &Snapshot) {
         let Some(redis) = self.redis.as_ref().filter(|r| r.is_open()) else { return };
-        let Ok(bytes) = snapshot.encode(&self.form) else { return };
+        let Ok(bytes) = self.encoded(snapshot, redis) else { return };
         // Who fails is down, which is said elsewhere; nothing else is lost.
         let _ = redis.call(|t| t.put(&Item { owner, key, len, logits: !snapshot.logits.is_empty(), bytes: &bytes }));
     }
@@ -213,12 +219,12 @@ impl Storage {
     fn save_shared(
         &self, (owner, name): (&str, &str), named: &Named, old: Option<Named>, snapshot: &Snapshot,
     ) -> Result<(), StateError> {
-        let bytes = snapshot.encode(&self.form).map_err(failed)?;
+        let bytes = self.encoded(snapshot, self.home()).map_err(|e| of_state(name, e))?;
         let item = Item { owner, key: named.key, len: named.tokens.len(), logits: true, bytes: &bytes };
         self.home().call(|t| t.put(&item).and_then(|()| t.put_name(owner, name, named)))?;
         if let (Some(redis), Some(_)) = (&self.redis, &self.objects) {
-            // The other servers get it sooner from there.
-            let _ = redis.call(|t| t.put(&item));
+            // The other servers get it sooner from there, if it takes it.
+            let _ = redis.check_size(bytes.len()).and_then(|()| redis.call(|t| t.put(&item)));
         }
         old.filter(|old| old.key != named.key).iter().for_each(|old| self.unshare(old));
         Ok(())
@@ -232,7 +238,10 @@ impl Storage {
         let written = kept.entries.get(&key).is_some_and(|e| e.disk.is_some());
         let last = old.filter(|old| *old != key && kept.has_one_name(old));
         drop(kept);
-        let bytes = if written { Vec::new() } else { snapshot.encode(&self.form).map_err(failed)? };
+        let bytes = match written {
+            true => Vec::new(),
+            false => self.encoded(snapshot, disk).map_err(|e| of_state(name, e))?,
+        };
         let dropped =
             self.kept().make_room(bytes.len(), self.most_on_disk, last).ok_or_else(|| no_room(name, named))?;
         // In this order nothing is lost whenever it ends.
@@ -310,10 +319,60 @@ impl Storage {
     }
 }
 
-fn failed(e: Error) -> StateError {
-    StateError::Refused(e.to_string())
+fn of_state(name: &str, e: StateError) -> StateError {
+    StateError::Refused(format!("state {name}: {e}"))
 }
 
 fn no_room(name: &str, named: &Named) -> StateError {
     StateError::Refused(format!("state {name}: there is no room for its {} bytes; delete others", named.bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Session;
+    use anser_model::{Config, Init, Model};
+    use anser_tensor::Context;
+    use std::time::Duration;
+
+    /// A store of a small model, and a state of it after three tokens.
+    fn store(options: &EngineOptions) -> (Storage, Arc<Snapshot>) {
+        let (ctx, config) = (Context::cpu(1), Config::new(1, 64, 20));
+        let model = Model::init(&ctx, &config, Init::Current, 1).unwrap();
+        let mut session = Session::new(&ctx, &model);
+        session.feed(&[1, 2, 3]).unwrap();
+        let snapshot = Snapshot::new(&session.state().unwrap(), session.logits().unwrap().to_vec());
+        let form = Form::new(&ctx, &config, None).unwrap();
+        (Storage::open(form, "test".into(), options).unwrap(), Arc::new(snapshot))
+    }
+
+    /// What a name would stand for.
+    fn named(key: u8, snapshot: &Snapshot) -> Named {
+        let (key, bytes, created) = ([key; 32], snapshot.bytes(), SystemTime::UNIX_EPOCH + Duration::from_secs(1));
+        Named { key, bytes, created, tokens: [1, 2, 3].into(), branched: false, initial: None }
+    }
+
+    #[test]
+    fn what_is_too_large_for_a_tier_is_left_out_and_the_tier_stays_up() {
+        let folder = std::env::temp_dir().join(format!("anser-too-large-{}", std::process::id()));
+        let (mut store, snapshot) = store(&EngineOptions { folder: Some(folder.clone()), ..EngineOptions::default() });
+        let size = snapshot.encoded_bytes(&store.form);
+        let disk = store.disk.as_mut().unwrap();
+        disk.most = size - 1;
+        let Err(StateError::Refused(why)) = store.save("a", "x", named(1, &snapshot), &snapshot) else { panic!() };
+        assert!(why.contains("state x") && why.contains(&size.to_string()) && why.contains("disk"), "{why}");
+        // A prefix goes without a word.
+        store.kept().insert([2; 32], 3, snapshot.clone());
+        let out = store.kept().shrink(0);
+        out.iter().for_each(|(key, len, snapshot)| store.spill(*key, *len, snapshot));
+        assert!(out.len() == 1 && store.kept().entries.is_empty());
+        let stats = store.disk.as_ref().unwrap().stats();
+        assert!(stats.up && (stats.errors, stats.too_large) == (0, 2), "{stats:?}");
+        // As large as may be.
+        store.disk.as_mut().unwrap().most = size;
+        store.save("a", "x", named(1, &snapshot), &snapshot).unwrap();
+        assert_eq!(store.named("a", "x").unwrap().key, [1; 32]);
+        drop(store);
+        std::fs::remove_dir_all(folder).unwrap();
+    }
 }
