@@ -45,6 +45,11 @@ impl Keys {
         self.0.is_empty()
     }
 
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// Adds others.
     pub fn extend(&mut self, other: Keys) {
         self.0.extend(other.0);

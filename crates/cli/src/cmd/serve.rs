@@ -55,6 +55,9 @@ pub struct Args {
     /// Folder of named states [default: they are lost at the end]
     #[arg(long, value_name = "FOLDER")]
     states: Option<PathBuf>,
+    /// Percent of --cache-memory, or of the folder of states, that named states of one API key may take where there are several keys
+    #[arg(long, default_value_t = 25, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
+    key_share: u8,
     /// Redis in which servers share states and prefixes, such as redis://:PASSWORD@HOST:6379/0, or rediss:// for TLS
     #[arg(long, value_name = "URL", env = "ANSER_REDIS", hide_env_values = true)]
     redis: Option<String>,
@@ -146,6 +149,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         memory: memory(args.memory, &ctx),
         cache_bytes: args.cache_memory << 20,
         folder: args.states.clone(),
+        owner_share: if options.keys.len() > 1 { args.key_share.into() } else { 100 },
         redis: args.redis.clone(),
         redis_expiry: Duration::from_secs(u64::from(args.redis_expiry) * 3600),
         object_store: args.object_store.clone(),

@@ -105,6 +105,9 @@ pub struct EngineOptions {
     pub folder: Option<PathBuf>,
     /// Bytes of states in the folder at most.
     pub disk_bytes: usize,
+    /// Percent of the memory for cached states, or of the folder if there is one, that named states of one owner may take, so that there is room for others';
+    /// where names are shared nothing is counted.
+    pub owner_share: usize,
     /// URL of a Redis in which servers share states and prefixes; it may be down at any time. See [`StateStore`].
     pub redis: Option<String>,
     /// How long Redis keeps what nobody uses.
@@ -131,6 +134,7 @@ impl Default for EngineOptions {
             stride: 512,
             folder: None,
             disk_bytes: 16 << 30,
+            owner_share: 100,
             redis: None,
             redis_expiry: Duration::from_secs(7 * 24 * 3600),
             object_store: None,

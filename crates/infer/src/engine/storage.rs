@@ -19,6 +19,8 @@ pub(super) struct Storage {
     pub model: String,
     pub most: usize,
     most_on_disk: usize,
+    /// Percent of either that named states of one owner may take.
+    owner_share: usize,
     /// Tuned initial states, and since when they are here.
     pub initial: BTreeMap<String, Arc<InitialState>>,
     started: SystemTime,
@@ -78,6 +80,7 @@ impl Storage {
             started: SystemTime::now(),
             most: options.cache_bytes,
             most_on_disk: options.disk_bytes,
+            owner_share: options.owner_share,
             names: Guarded::new("memory", Names::default()),
             disk: disk.map(|d| Guarded::new("disk", d)),
             redis: redis(options, &space)?,
@@ -209,6 +212,7 @@ impl Storage {
         if self.is_shared() {
             return self.save_shared((owner, name), &named, old, snapshot);
         }
+        self.check_share(owner, name, &named)?;
         let old = old.map(|old| old.key);
         match &self.disk {
             Some(disk) => self.save_on_disk(disk, (owner, name), &named, old, snapshot),
@@ -228,6 +232,26 @@ impl Storage {
         }
         old.filter(|old| old.key != named.key).iter().for_each(|old| self.unshare(old));
         Ok(())
+    }
+
+    /// Whether a state that is to have a name leaves room for those of other owners. States with several names count once.
+    fn check_share(&self, owner: &str, name: &str, named: &Named) -> Result<(), StateError> {
+        if self.owner_share >= 100 {
+            return Ok(());
+        }
+        let all = if self.disk.is_some() { self.most_on_disk } else { self.most };
+        let most = all / 100 * self.owner_share;
+        let mut keys = BTreeSet::from([named.key]);
+        let mut names = self.home().call(|t| t.names(owner))?;
+        names.retain(|(other, head)| other != name && keys.insert(head.key));
+        let taken: usize = names.iter().map(|(_, head)| head.bytes).sum();
+        if taken + named.bytes <= most {
+            return Ok(());
+        }
+        Err(StateError::Refused(format!(
+            "state {name}: of the {most} bytes that one API key's states may take {taken} are taken, and it needs {}; delete others",
+            named.bytes
+        )))
     }
 
     fn save_on_disk(
@@ -373,6 +397,30 @@ mod tests {
         store.save("a", "x", named(1, &snapshot), &snapshot).unwrap();
         assert_eq!(store.named("a", "x").unwrap().key, [1; 32]);
         drop(store);
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn an_owner_leaves_room_for_others() {
+        let folder = std::env::temp_dir().join(format!("anser-share-{}", std::process::id()));
+        let bytes = store(&EngineOptions::default()).1.bytes();
+        for folder in [None, Some(folder.clone())] {
+            // Ten states, of which an owner may have four.
+            let (cache_bytes, disk_bytes) = (10 * bytes + 1000, 10 * bytes + 1000);
+            let options =
+                EngineOptions { cache_bytes, disk_bytes, owner_share: 40, folder, ..EngineOptions::default() };
+            let (store, snapshot) = store(&options);
+            let save = |owner: &str, name: &str, key| store.save(owner, name, named(key, &snapshot), &snapshot);
+            (1..=4).for_each(|i| save("a", &i.to_string(), i).unwrap());
+            let Err(StateError::Refused(why)) = save("a", "5", 5) else { panic!("it is one too many") };
+            assert!(why.contains("state 5") && why.contains("delete"), "{why}");
+            // Another name of the same takes nothing, nor does another state under an old name; and others have room.
+            store.branch("a", "1", "again").unwrap();
+            save("a", "4", 6).unwrap();
+            (11..=14).for_each(|i| save("b", &i.to_string(), i).unwrap());
+            store.delete("a", "2").unwrap();
+            save("a", "5", 5).unwrap();
+        }
         std::fs::remove_dir_all(folder).unwrap();
     }
 }
