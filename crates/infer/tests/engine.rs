@@ -334,6 +334,27 @@ fn log_probabilities_and_hidden_vectors() {
     assert_eq!((nothing.prompt, nothing.hidden, nothing.end), (a.prompt, a.hidden, Some(End::Length)));
 }
 
+#[test]
+fn a_prompt_with_log_probabilities_is_read_in_small_pieces() {
+    let of = plain();
+    let read = |prefill_piece, prompt_logprobs| {
+        let engine =
+            engine(&of, EngineOptions { prefill_piece, stride: 0, cache_bytes: 0, ..EngineOptions::default() });
+        let r = |seed| Request { prompt_logprobs, ..request(prompt(seed, 1100), 1) };
+        // One alone, then two, the second of which goes on where the first leaves no room.
+        let first = answer(engine.submit(r(3)).unwrap());
+        let steps = engine.stats().steps;
+        let two = [r(5), r(7)].map(|r| engine.submit(r).unwrap()).map(answer);
+        assert!(engine.stats().steps - steps >= steps);
+        (steps, std::iter::once(first).chain(two).collect::<Vec<_>>())
+    };
+    // Logits of every row would be gigabytes with a large vocabulary.
+    let (steps, large) = read(4096, Some(1));
+    assert_eq!((steps, read(4096, None).0), (3, 1));
+    assert_eq!(large.iter().map(|a| a.prompt.len()).collect::<Vec<_>>(), [1099; 3]);
+    assert_eq!(large, read(100, Some(1)).1);
+}
+
 /// Only even tokens, four of them.
 struct Even(usize);
 
@@ -367,6 +388,42 @@ impl Constraint for Nothing {
     fn accept(&mut self, _: u32) -> Result<Next, String> {
         Ok(Next::End)
     }
+}
+
+/// Panics where nobody expects it.
+struct Fatal;
+
+impl Constraint for Fatal {
+    fn mask(&mut self, _: &mut [f32]) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn accept(&mut self, _: u32) -> Result<Next, String> {
+        Ok(Next::End)
+    }
+}
+
+impl Drop for Fatal {
+    fn drop(&mut self) {
+        panic!("this constraint ends the engine, as a test");
+    }
+}
+
+#[test]
+fn an_engine_says_that_it_has_failed() {
+    let engine = engine(&plain(), EngineOptions::default());
+    assert_eq!(engine.failure(), None);
+    let r = Request { constraint: Some(Box::new(Fatal)), ..request(prompt(1, 9), 1) };
+    let mut stream = engine.submit(r).unwrap();
+    while stream.recv().is_some() {}
+    // It says so to whoever asks for more, and nobody waits for it.
+    while engine.failure().is_none() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    engine.drain();
+    let why = engine.failure().unwrap();
+    assert!(why.contains("panicked"), "{why}");
+    assert_eq!(engine.submit(request(prompt(1, 9), 1)).err(), Some(Refused::Failed(why)));
 }
 
 #[test]

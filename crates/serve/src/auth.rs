@@ -19,22 +19,35 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 pub struct Keys(Vec<[u8; 32]>);
 
 impl Keys {
-    /// From keys one a line or separated by commas; lines that begin with # are remarks.
+    /// From keys one a line or separated by commas; `#` at the beginning of a line or after white space begins a remark.
     ///
     /// # Errors
-    /// When a key is shorter than 8 characters.
+    /// When a key has white space in it or is shorter than 8 characters: in which line, but not the key.
     pub fn parse(text: &str) -> Result<Keys, String> {
-        let keys = text.lines().filter(|l| !l.trim_start().starts_with('#')).flat_map(|l| l.split(','));
-        let keys: Vec<&str> = keys.map(str::trim).filter(|k| !k.is_empty()).collect();
-        match keys.iter().any(|k| k.len() < 8) {
-            true => Err("an API key must have at least 8 characters".into()),
-            false => Ok(Keys(keys.iter().map(|k| Sha256::digest(k).into()).collect())),
+        let mut keys = Vec::new();
+        for (i, line) in text.lines().enumerate() {
+            for key in line[..remark(line)].split(',').map(str::trim).filter(|k| !k.is_empty()) {
+                let wrong = |what: &str| Err(format!("line {}: {what}", i + 1));
+                if key.contains(char::is_whitespace) {
+                    return wrong("an API key has white space in it: put a comma between keys, and # before a remark");
+                }
+                if key.len() < 8 {
+                    return wrong("an API key must have at least 8 characters");
+                }
+                keys.push(Sha256::digest(key).into());
+            }
         }
+        Ok(Keys(keys))
     }
 
     /// Whether none is asked for.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
     }
 
     /// Adds others.
@@ -48,6 +61,12 @@ impl Keys {
         let known = self.0.iter().fold(subtle::Choice::from(0), |any, k| any | k.ct_eq(&hash));
         bool::from(known).then(|| hash.iter().map(|b| format!("{b:02x}")).collect())
     }
+}
+
+/// Where the remark of a line begins, or the line ends. A key may have a `#` in it.
+fn remark(line: &str) -> usize {
+    let begins = |at: &usize| line[..*at].chars().next_back().is_none_or(char::is_whitespace);
+    line.match_indices('#').map(|(at, _)| at).find(begins).unwrap_or(line.len())
 }
 
 /// Whose request it is: the hash of the key, or nobody's where no keys are asked for.
@@ -115,5 +134,17 @@ mod tests {
         assert!(keys.owner("secret-two").is_some() && keys.owner("secret-four").is_none() && keys.owner("").is_none());
         assert_ne!(keys.owner("secret-one"), keys.owner("secret-two"));
         assert!(Keys::parse("short").is_err() && Keys::parse("# none").unwrap().is_empty());
+    }
+
+    #[test]
+    fn remarks_are_no_keys() {
+        let keys =
+            Keys::parse("k3y-of-alice # Alice, marketing\nk3y#of-bob,\t# Bob, research\n  # secret-key").unwrap();
+        assert_eq!(keys.0.len(), 2);
+        assert!(keys.owner("k3y-of-alice").is_some() && keys.owner("k3y#of-bob").is_some());
+        assert!(keys.owner("marketing").is_none() && keys.owner("research").is_none());
+        let e = Keys::parse("secret-one\nsecret-two secret-three").err().unwrap();
+        assert!(e.contains("line 2") && e.contains("white space") && !e.contains("secret"), "{e}");
+        assert!(Keys::parse("secret-one, short").err().unwrap().contains("line 1"));
     }
 }

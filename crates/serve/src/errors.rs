@@ -94,7 +94,7 @@ impl From<Refused> for ApiError {
                 retry_after: Some(retry_after.as_secs().max(1)),
                 ..ApiError::new(StatusCode::TOO_MANY_REQUESTS, message)
             },
-            Refused::Draining => {
+            Refused::Draining | Refused::Failed(_) => {
                 ApiError { retry_after: Some(1), ..ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message) }
             }
             Refused::Invalid(_) => ApiError::new(StatusCode::BAD_REQUEST, message),

@@ -189,7 +189,33 @@ async fn no_method(method: Method, uri: Uri) -> ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use anser_infer::EngineOptions;
+    use anser_model::{Config, Init, Model};
+    use anser_tensor::Context;
     use std::collections::BTreeSet;
+
+    /// A server's state, over a small model that knows nothing.
+    pub fn app() -> App {
+        let (ctx, tokenizer) = (Context::cpu(1), Tokenizer::world_4096());
+        let model = Model::init(&ctx, &Config::new(1, 64, tokenizer.vocab_size()), Init::Current, 7).unwrap();
+        let second = Duration::from_secs(1);
+        let options = Options {
+            model: "test".into(),
+            keys: Keys::default(),
+            template: Template::Rwkv,
+            think: Think::Off,
+            max_tokens: 100,
+            max_prompt: 100,
+            max_body: 1 << 16,
+            timeout: second,
+            read_timeout: second,
+            write_timeout: second,
+            connections: 1,
+            per_key: 1,
+            cors: Vec::new(),
+        };
+        Shared::new(Engine::start(ctx, Arc::new(model), EngineOptions::default()).unwrap(), tokenizer, options)
+    }
 
     #[test]
     fn the_document_has_the_routes() {

@@ -19,13 +19,18 @@ use tokio_io_timeout::TimeoutStream;
 const LINGER: Duration = Duration::from_secs(2);
 
 /// Serves, over TLS or plainly, until `stop` is ready, then lets running requests end, for `grace` at most.
-pub async fn serve(app: App, listener: TcpListener, tls: Option<Tls>, stop: impl Future<Output = ()>, grace: Duration) {
+///
+/// # Errors
+/// When the engine fails, which ends it, too: why. Whoever started the server has to start it again.
+pub async fn serve(
+    app: App, listener: TcpListener, tls: Option<Tls>, stop: impl Future<Output = ()>, grace: Duration,
+) -> Result<(), String> {
     let service = router(app.clone());
     let (ending, ends) = watch::channel(()); // told that the server ends; closed when no connection is left
     let room = Arc::new(Semaphore::new(app.options.connections));
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(app.options.read_timeout).max_headers(100);
-    let mut stop = pin!(stop);
+    let (mut stop, mut failed) = (pin!(stop), pin!(app.engine.failed()));
     loop {
         let accept = async {
             // Beyond the limit connections wait in the listener's queue.
@@ -34,6 +39,7 @@ pub async fn serve(app: App, listener: TcpListener, tls: Option<Tls>, stop: impl
         };
         let (place, connection) = tokio::select! {
             () = &mut stop => break,
+            _ = &mut failed => break,
             both = accept => both,
         };
         let Ok((stream, _)) = connection else {
@@ -71,6 +77,7 @@ pub async fn serve(app: App, listener: TcpListener, tls: Option<Tls>, stop: impl
         let _ = drained.await;
     })
     .await;
+    app.engine.failure().map_or(Ok(()), Err)
 }
 
 /// Answers all requests of a connection, after `ends` only those that have begun, and ends it so that the client can

@@ -101,6 +101,11 @@ impl Collector for OfEngine {
         for t in &tiers {
             ConstCounter::new(t.errors).encode(errors.encode_family(&[("tier", t.tier)])?)?;
         }
+        let help = "States that it was not given, as they are larger than what it takes";
+        let mut too_large = encoder.encode_descriptor("state_tier_too_large", help, None, MetricType::Counter)?;
+        for t in &tiers {
+            ConstCounter::new(t.too_large).encode(too_large.encode_family(&[("tier", t.tier)])?)?;
+        }
         Ok(())
     }
 }

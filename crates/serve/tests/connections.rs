@@ -189,3 +189,14 @@ fn ten_thousand_idle_connections_keep_nobody_out() {
     drop(child.stdin.take());
     assert!(child.wait().unwrap().success());
 }
+
+#[test]
+fn a_server_whose_engine_has_failed_ends() {
+    let server = start(options(), None);
+    assert!(health(server.connect()).unwrap().contains("200 OK"));
+    let mut stream = server.engine.submit(common::fatal()).unwrap();
+    while stream.recv().is_some() {}
+    let (address, ended) = (server.address, server.ended());
+    assert!(ended.is_err_and(|why| why.contains("panicked")));
+    assert!(TcpStream::connect(address).is_err());
+}

@@ -13,6 +13,9 @@ pub struct GrowingRows {
     store: Arc<RwLock<Store>>,
 }
 
+/// Elements that are copied at a time.
+const PART: usize = 1 << 20;
+
 struct Store {
     /// Room for more rows than are there.
     buf: Buf,
@@ -53,9 +56,15 @@ impl GrowingRows {
         Guard(self.store.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// A copy of the values as f32, wherever they are; waits for the device.
+    /// A copy of the values as f32, wherever they are; waits for the device. Who appends meanwhile hardly waits: of a part at a time there is a copy on the
+    /// device, and only while that is asked for is the memory held.
     pub fn to_vec(&self) -> Vec<f32> {
-        self.read().part(0, self.len * self.cols).to_vec()
+        let (all, mut values) = (self.len * self.cols, Vec::new());
+        for start in (0..all).step_by(PART) {
+            let part = self.read().part(start, PART.min(all - start));
+            values.extend(part.to_vec());
+        }
+        values
     }
 
     /// These rows and then `count` rows of `from`, from its row `first` on.
@@ -117,6 +126,10 @@ mod tests {
         assert_eq!(three.to_vec(), [1.0, -1.0, 2.0, -2.0, 3.0, -3.0]);
         assert_eq!((&four.to_vec()[6..], &other.to_vec()[6..]), (&[4.0, -4.0][..], &[5.0, -5.0][..]));
         assert_eq!(four.bytes(), 4 * 2 * 4);
+        // Copies are of any number of parts.
+        let wide = GrowingRows::new(&ctx, 3, DType::F32);
+        let values: Vec<f32> = (0..PART + 2).map(|i| i as f32).collect();
+        assert_eq!(wide.append(&ctx, &ctx.copy_of(&values), 0, values.len() / 3).to_vec(), values);
         // Once nobody has the fourth row its room is free again.
         three.reclaim();
         assert!(!Arc::ptr_eq(&three.store, &three.append(&ctx, &row(5.0), 0, 1).store));

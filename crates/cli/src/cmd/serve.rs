@@ -3,6 +3,9 @@ use crate::source::Source;
 use anser_infer::chat::Think;
 use anser_infer::{Engine, EngineOptions, InitialState};
 use anser_serve::{Keys, Options, Shared, Template, Tls};
+use anser_tensor::Context;
+use anser_tensor::cuda::Cuda;
+use anser_tensor::memory::available;
 use anyhow::{Context as _, anyhow, ensure};
 use serde_json::json;
 use std::path::PathBuf;
@@ -42,12 +45,19 @@ pub struct Args {
     /// request alone is slower, and no prefixes are kept
     #[arg(long)]
     deterministic: bool,
+    /// MiB that states of running requests may take, those of a hybrid with all tokens that each may have; more requests wait [default: half of
+    /// what is free, on the GPU if there is one, once the model is loaded]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    memory: Option<u32>,
     /// MiB of states kept in memory, to go on from prompts that begin alike
     #[arg(long, default_value_t = 1024, value_name = "MIB")]
     cache_memory: usize,
     /// Folder of named states [default: they are lost at the end]
     #[arg(long, value_name = "FOLDER")]
     states: Option<PathBuf>,
+    /// Percent of --cache-memory, or of the folder of states, that named states of one API key may take where there are several keys
+    #[arg(long, default_value_t = 25, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
+    key_share: u8,
     /// Redis in which servers share states and prefixes, such as redis://:PASSWORD@HOST:6379/0, or rediss:// for TLS
     #[arg(long, value_name = "URL", env = "ANSER_REDIS", hide_env_values = true)]
     redis: Option<String>,
@@ -104,6 +114,13 @@ pub(super) fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()
 }
 
+/// Bytes that states of running requests may take: what is asked for, or half of what is free where the model is. The rest is for cached states
+/// and for the work itself. No bound (0) where nothing says what is free.
+pub(super) fn memory(mib: Option<u32>, ctx: &Context) -> usize {
+    let free = || ctx.cuda().map_or_else(|| available().map_or(0, |b| b as usize), Cuda::free_memory);
+    mib.map_or_else(|| free() / 2, |mib| (mib as usize) << 20)
+}
+
 /// Runs the subcommand.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let options = args.options()?;
@@ -129,8 +146,10 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         initial: args.initial_state.iter().map(initial).collect::<Result<_, _>>()?,
         slots: args.slots.into(),
         waiting: args.waiting,
+        memory: memory(args.memory, &ctx),
         cache_bytes: args.cache_memory << 20,
         folder: args.states.clone(),
+        owner_share: if options.keys.len() > 1 { args.key_share.into() } else { 100 },
         redis: args.redis.clone(),
         redis_expiry: Duration::from_secs(u64::from(args.redis_expiry) * 3600),
         object_store: args.object_store.clone(),
@@ -149,7 +168,8 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         let mut interrupted = false;
         let stop = async { interrupted = stop().await };
         tokio::spawn(reload(tls.clone()));
-        anser_serve::serve(app, listener, tls, stop, grace).await;
+        let served = anser_serve::serve(app, listener, tls, stop, grace).await;
+        served.map_err(|why| anyhow!("the engine has failed and must be started again: {why}"))?;
         global.note("stopped");
         if interrupted { Err(Interrupted.into()) } else { Ok(()) }
     })
@@ -237,5 +257,18 @@ async fn stop() -> bool {
     tokio::select! {
         () = ctrl_c => true,
         () = terminated => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_get_what_is_asked_for_or_half_of_what_is_free() {
+        let ctx = Context::cpu(1);
+        assert_eq!(memory(Some(3), &ctx), 3 << 20);
+        let all = available().map_or(0, |b| b as usize);
+        assert!(memory(None, &ctx) < all || all == 0);
     }
 }

@@ -13,6 +13,9 @@ const INDEX: TableDefinition<'_, &[u8], (u64, u64, bool, u64)> = TableDefinition
 /// By model, owner and name: the key of a state, and the tokens that led to it.
 const NAMES: TableDefinition<'_, (&str, &str, &str), &[u8]> = TableDefinition::new("names");
 
+/// Bytes of a value at most.
+const MOST: usize = 3 << 30;
+
 /// Memory for pages of the file.
 const PAGES: usize = 64 << 20;
 
@@ -92,6 +95,10 @@ impl Disk {
 }
 
 impl Tier for Disk {
+    fn most(&self) -> usize {
+        MOST
+    }
+
     fn get(&self, key: &Key) -> Result<Option<Vec<u8>>, String> {
         self.read(|t| Ok(t.open_table(SNAPSHOTS)?.get(&key[..])?.map(|bytes| bytes.value().to_vec())))
     }

@@ -86,7 +86,7 @@ pub struct EngineOptions {
     /// Bytes of states kept in memory to go on from: cached prefixes and, unless there is a folder, named states.
     pub cache_bytes: usize,
     /// Bytes that the states of running sequences may take; 0: no bound. What a hybrid's attention keeps is counted before a request starts, for all tokens that
-    /// it may have.
+    /// it may have, with the room that doubles as it grows.
     pub memory: usize,
     /// Tokens that may wait for a client to read them; the answer to one that lets more wait fails.
     pub unread: usize,
@@ -105,6 +105,9 @@ pub struct EngineOptions {
     pub folder: Option<PathBuf>,
     /// Bytes of states in the folder at most.
     pub disk_bytes: usize,
+    /// Percent of the memory for cached states, or of the folder if there is one, that named states of one owner may take, so that there is room for others';
+    /// where names are shared nothing is counted.
+    pub owner_share: usize,
     /// URL of a Redis in which servers share states and prefixes; it may be down at any time. See [`StateStore`].
     pub redis: Option<String>,
     /// How long Redis keeps what nobody uses.
@@ -131,6 +134,7 @@ impl Default for EngineOptions {
             stride: 512,
             folder: None,
             disk_bytes: 16 << 30,
+            owner_share: 100,
             redis: None,
             redis_expiry: Duration::from_secs(7 * 24 * 3600),
             object_store: None,
@@ -216,7 +220,7 @@ impl Engine {
     /// Queues a request. Dropping the stream cancels it. To go on from a named state waits for where names are; otherwise it returns at once.
     ///
     /// # Errors
-    /// When it makes no sense, too many wait, the engine is ending, or names cannot be reached.
+    /// When it makes no sense, too many wait, the engine is ending or has failed, or names cannot be reached.
     pub fn submit(&self, request: Request) -> Result<Stream, Refused> {
         let shared = &self.handle.shared;
         let sampler = shared.check(&request)?;
@@ -251,6 +255,18 @@ impl Engine {
     /// The states that it keeps.
     pub fn states(&self) -> &StateStore {
         &self.handle.shared.store
+    }
+
+    /// Why it can answer nothing any more, if it is so: its device has failed, which is for good, or its thread has ended.
+    pub fn failure(&self) -> Option<String> {
+        self.handle.shared.failure()
+    }
+
+    /// Waits until it can answer nothing any more: why.
+    pub async fn failed(&self) -> String {
+        let mut failure = self.handle.shared.failure.subscribe();
+        let why = failure.wait_for(Option::is_some).await.ok().and_then(|why| why.clone());
+        why.unwrap_or_default()
     }
 
     /// Refuses new requests and returns when those that it has taken, running and waiting, have ended.

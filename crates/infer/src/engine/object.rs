@@ -8,12 +8,16 @@ use futures_util::TryStreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{Error, ObjectStore, ObjectStoreExt};
+use std::ffi::OsString;
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 use url::Url;
 
 /// For a request with its repetitions.
 const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Bytes of an object at most: what a network of 1 Gbit/s takes in that time, and some.
+const MOST: usize = 1 << 30;
 
 /// Heads of names that are read at the same time.
 const AT_ONCE: usize = 16;
@@ -25,13 +29,20 @@ pub(super) struct Objects {
     runtime: Option<Runtime>,
 }
 
+/// The variables that set up a store. Others may have any name and value: the store would take `TOKEN` or `REGION` for its own, too.
+fn settings(variables: impl Iterator<Item = (OsString, OsString)>) -> impl Iterator<Item = (String, String)> {
+    let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+    variables.filter_map(text).filter(|(name, _)| name.starts_with("AWS_"))
+}
+
 impl Objects {
     /// For a URL such as `s3://BUCKET/FOLDER`, with keys and settings from environment variables `AWS_*`, or `file:///FOLDER`.
     pub fn new(url: &str, model: &str) -> Result<Objects, String> {
         super::install_crypto();
         let failed = |e: &dyn std::fmt::Display| format!("object store {url}: {e}; it must be like s3://BUCKET/FOLDER");
         let parsed = Url::parse(url).map_err(|e| failed(&e))?;
-        let (store, root) = object_store::parse_url_opts(&parsed, std::env::vars()).map_err(|e| failed(&e))?;
+        let (store, root) =
+            object_store::parse_url_opts(&parsed, settings(std::env::vars_os())).map_err(|e| failed(&e))?;
         let store = match parsed.scheme() {
             "file" => Box::new(LocalFileSystem::new().with_fsync(true)),
             _ => store,
@@ -82,6 +93,10 @@ impl Drop for Objects {
 }
 
 impl Tier for Objects {
+    fn most(&self) -> usize {
+        MOST
+    }
+
     fn get(&self, key: &Key) -> Result<Option<Vec<u8>>, String> {
         self.read(&self.at(key))
     }
@@ -122,5 +137,25 @@ impl Tier for Objects {
 
     fn remove_name(&self, owner: &str, name: &str) -> Result<(), String> {
         self.delete(&self.of(owner).join(name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_variables_of_the_store_are_settings() {
+        let variables = ["AWS_REGION", "TOKEN", "REGION", "bucket", "ENDPOINT", "AWS_ENDPOINT"];
+        let all = variables.map(|name| (OsString::from(name), OsString::from(format!("of {name}"))));
+        let kept = |name: &str| (name.to_string(), format!("of {name}"));
+        assert_eq!(settings(all.into_iter()).collect::<Vec<_>>(), [kept("AWS_REGION"), kept("AWS_ENDPOINT")]);
+        #[cfg(unix)]
+        {
+            use std::os::unix::ffi::OsStringExt;
+            let bytes = || OsString::from_vec(vec![b'A', b'W', b'S', b'_', 0xff]);
+            let odd = [(bytes(), "x".into()), ("AWS_REGION".into(), bytes()), ("LS_COLORS".into(), bytes())];
+            assert_eq!(settings(odd.into_iter()).count(), 0);
+        }
     }
 }

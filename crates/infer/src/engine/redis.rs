@@ -14,6 +14,9 @@ use std::time::{Duration, SystemTime};
 /// For a connection, and for a value on its way.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
+/// Bytes of a value at most, of which Redis says 512 MB, and some of it is not ours.
+const MOST: usize = (512 << 20) - (1 << 10);
+
 /// Lengths of an owner that are kept.
 const LENGTHS: isize = 4096;
 
@@ -106,6 +109,10 @@ impl Redis {
 }
 
 impl Tier for Redis {
+    fn most(&self) -> usize {
+        MOST
+    }
+
     fn get(&self, key: &Key) -> Result<Option<Vec<u8>>, String> {
         self.one(&self.read(self.at(key)))
     }

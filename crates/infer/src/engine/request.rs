@@ -232,6 +232,9 @@ pub enum Refused {
     /// The engine is ending.
     #[error("the server is shutting down")]
     Draining,
+    /// The engine has failed for good ([`Engine::failure`](super::Engine::failure)).
+    #[error("the engine has failed and must be started again: {0}")]
+    Failed(String),
     /// What is asked for makes no sense.
     #[error("{0}")]
     Invalid(String),

@@ -20,6 +20,9 @@ use std::time::Instant;
 /// Tokens of prompts that a step reads at most where others wait for it.
 const TOGETHER: usize = 4096;
 
+/// Tokens of prompts at most of which a step predicts every one: each is a row of logits, 256 KiB with a vocabulary of 65,536.
+const PREDICTED: usize = 512;
+
 /// The thread: until the last handle is gone. Says whether it could start.
 pub(super) fn run(
     ctx: &Context, model: &Model, options: &EngineOptions, shared: &Shared, ready: &Sender<Result<(), Error>>,
@@ -28,6 +31,9 @@ pub(super) fn run(
     struct Close<'a>(&'a Shared);
     impl Drop for Close<'_> {
         fn drop(&mut self) {
+            if std::thread::panicking() {
+                self.0.fail("its thread panicked".into());
+            }
             self.0.close();
         }
     }
@@ -53,6 +59,12 @@ pub(super) fn run(
         Runner { ctx, shared, batch, prefill_piece, alone_piece, apart, strides, running, loading, turn: 0, done };
     while runner.admit() {
         runner.step();
+        // A device's first failure is for good: nothing would come of other requests.
+        if let Err(e) = ctx.check() {
+            shared.fail(e.to_string());
+            runner.fail(&e.into());
+            break;
+        }
     }
     runner.running.drain(..).for_each(|s| s.end(End::Cancelled));
 }
@@ -289,19 +301,22 @@ impl Runner<'_> {
         let mut reading: Vec<usize> = (0..lengths.len()).filter(|&i| self.running[i].left() > 1 && !waits[i]).collect();
         reading.sort_by_key(|&i| self.running[i].turn);
         let mut piece = if lengths.len() == 1 { self.alone_piece } else { self.prefill_piece };
+        let mut predicted = PREDICTED;
         for slot in reading {
             let s = &mut self.running[slot];
             let stride = self.strides.next(s.read) - s.read;
             let bounds = [s.prompt.start, s.prompt.end];
             let bound = bounds.into_iter().find(|&b| b > s.read).map_or(usize::MAX, |b| b - s.read);
-            let most = [s.left(), bound, self.batch.room(slot)].into_iter().min().unwrap_or(0);
+            let (most_rows, rows) = if s.predicts() { (PREDICTED, predicted) } else { (usize::MAX, usize::MAX) };
+            let most = [s.left(), bound, self.batch.room(slot), most_rows].into_iter().min().unwrap_or(0);
             lengths[slot] = if self.apart {
                 // A whole piece or none.
-                Some(most.min(self.prefill_piece)).filter(|&n| n <= piece).unwrap_or(0)
+                Some(most.min(self.prefill_piece)).filter(|&n| n <= piece.min(rows)).unwrap_or(0)
             } else {
-                most.min(piece).min(stride)
+                [most, piece, stride, rows].into_iter().min().unwrap_or(0)
             };
             piece -= lengths[slot];
+            predicted -= if s.predicts() { lengths[slot] } else { 0 };
             if lengths[slot] > 0 {
                 self.turn += 1;
                 s.turn = self.turn;
@@ -418,6 +433,8 @@ impl Runner<'_> {
             return Ok(());
         };
         if s.request.keep_state {
+            // Where the answer is cut before its last token there was no step that told of it.
+            s.tell();
             let (tokens, bound) = (s.tokens[..].into(), shared.store.form().empty.cache);
             let _ = s.to.try_send(Event::State(SavedState { snapshot: snapshot.clone(), tokens, bound }));
         }

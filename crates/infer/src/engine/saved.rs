@@ -2,6 +2,7 @@ use super::snapshot::{Form, Snapshot};
 use crate::{Error, InitialState, state_file};
 use anser_model::{Cache, Model, State};
 use anser_tensor::Context;
+use anser_tensor::cuda::Cuda;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -22,6 +23,7 @@ impl SavedState {
     pub fn beginning(
         ctx: &Context, model: &Model, bound: Option<Cache>, initial: Option<&InitialState>,
     ) -> Result<SavedState, Error> {
+        let _aside = ctx.cuda().map(Cuda::aside);
         let mut state = Form::new(ctx, model.config(), bound)?.empty;
         initial.iter().for_each(|initial| initial.begin(ctx, &mut state));
         SavedState::new(ctx, &state, Vec::new())
@@ -32,6 +34,7 @@ impl SavedState {
     /// # Errors
     /// When the file is no state file, or of another version or model.
     pub fn open(ctx: &Context, model: &Model, path: &Path) -> Result<SavedState, Error> {
+        let _aside = ctx.cuda().map(Cuda::aside);
         let (state, logits) = state_file::open(ctx, model, path)?;
         SavedState::new(ctx, &state, logits)
     }
@@ -47,6 +50,7 @@ impl SavedState {
     /// # Errors
     /// When writing fails.
     pub fn save(&self, ctx: &Context, model: &Model, path: &Path) -> Result<(), Error> {
+        let _aside = ctx.cuda().map(Cuda::aside);
         let state = self.snapshot.state(&Form::new(ctx, model.config(), self.bound)?);
         state_file::write(ctx, model, state, &self.snapshot.logits, path)
     }

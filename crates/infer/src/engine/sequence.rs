@@ -76,12 +76,17 @@ impl Sequence {
             && self.tokens == other.tokens
     }
 
+    /// Whether logits are wanted of every token that it reads next.
+    pub fn predicts(&self) -> bool {
+        self.request.prompt_logprobs.is_some() && self.prompt.contains(&self.read)
+    }
+
     /// Reading the next `count` tokens, and with `choosing` choosing the one after them.
     pub fn work(&mut self, slot: usize, count: usize, choosing: bool) -> Work<'_> {
         let end = self.read + count;
         let in_prompt = self.read < self.prompt.end;
         let logits = match self.request.prompt_logprobs {
-            Some(_) if in_prompt && self.read >= self.prompt.start => Rows::All,
+            Some(_) if self.predicts() => Rows::All,
             Some(_) if end == self.prompt.start => Rows::Last,
             _ if end == self.tokens.len() => Rows::Last,
             _ => Rows::None,
@@ -194,11 +199,16 @@ impl Sequence {
         }
     }
 
-    pub fn end(mut self, end: End) {
-        let last = self.said.take();
-        for event in last.into_iter().chain([Event::End(end)]) {
+    /// Tells the client of the last token, if it doesn't know of it yet.
+    pub fn tell(&mut self) {
+        if let Some(event) = self.said.take() {
             let _ = self.to.try_send(event);
         }
+    }
+
+    pub fn end(mut self, end: End) {
+        self.tell();
+        let _ = self.to.try_send(Event::End(end));
     }
 }
 

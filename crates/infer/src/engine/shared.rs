@@ -1,14 +1,17 @@
 //! What clients and the engine's thread share: who waits, and what was done.
 
-use super::snapshot::Snapshot;
+use super::snapshot::{Form, Snapshot};
 use super::store::{Begin, Found, Search, StateStore};
 use super::{End, EngineOptions, Event, Refused, Request, Stats};
 use crate::{InitialState, Sampler};
-use anser_model::{Config, Model};
+use anser_model::Model;
+use anser_ops::attention::Past;
+use anser_tensor::DType;
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::sync::mpsc::Sender;
+use tokio::sync::watch;
 
 /// What clients and the thread share.
 pub(super) struct Shared {
@@ -21,6 +24,8 @@ pub(super) struct Shared {
     pub unread: usize,
     most_waiting: usize,
     front: Arc<Front>,
+    /// Why nothing can be answered any more, if it is so.
+    pub failure: watch::Sender<Option<String>>,
 }
 
 /// Where requests are until they run.
@@ -53,14 +58,19 @@ pub(super) struct Size {
 }
 
 impl Size {
-    fn new(config: &Config, options: &EngineOptions) -> Size {
-        let c = config.n_embd;
-        let attention = config.hybrid.map_or(0, |h| h.layers);
-        let kept = 2 + options.bound.map_or(0, |b| b.notes());
+    /// Of states of a form: keys and values, notes, and the mean keys of chunks.
+    fn new(form: &Form) -> Size {
+        let bound = form.empty.cache;
+        let chunk = form.chunks.map_or(1, |c| c.size);
+        let token = |past: &Past| {
+            let [keys, noted] = past.channels();
+            let rows = 2 * keys + bound.map_or(0, |b| b.notes()) * noted;
+            rows * form.ctx.dtype().size() + (keys * DType::F32.size()).div_ceil(chunk)
+        };
         Size {
-            fixed: 4 * c * (config.recurrent_layers() * (2 + config.head_size) + attention),
-            token: 4 * c * attention * kept,
-            most: options.bound.map_or(usize::MAX, |b| b.most),
+            fixed: form.empty.vars().map(|v| v.buf().bytes()).sum(),
+            token: form.empty.attention.iter().map(|a| token(&a.pasts[0])).sum(),
+            most: bound.map_or(usize::MAX, |b| b.most),
         }
     }
 
@@ -168,13 +178,14 @@ impl Shared {
         };
         Shared {
             vocab: model.config().vocab_size,
+            size: Size::new(store.form()),
             store,
-            size: Size::new(model.config(), options),
             memory: (options.memory > 0).then_some(options.memory),
             slots: options.slots,
             unread: options.unread,
             most_waiting: options.waiting,
             front: Arc::new(Front { inner: Mutex::new(inner), changed: Condvar::new() }),
+            failure: watch::Sender::new(None),
         }
     }
 
@@ -212,6 +223,9 @@ impl Shared {
                 "the request may need {needed} bytes of memory and {most} are set apart: ask for fewer tokens"
             )));
         }
+        if let Some(why) = self.failure() {
+            return Err(Refused::Failed(why));
+        }
         let mut inner = self.inner();
         if inner.draining || inner.closed {
             return Err(Refused::Draining);
@@ -244,6 +258,16 @@ impl Shared {
         self.store.flush();
     }
 
+    /// Why nothing can be answered any more, if it is so. The first reason is the one that counts.
+    pub fn failure(&self) -> Option<String> {
+        self.failure.borrow().clone()
+    }
+
+    /// Notes that nothing can be answered any more.
+    pub fn fail(&self, why: String) {
+        self.failure.send_if_modified(|failure| failure.is_none().then(|| *failure = Some(why)).is_some());
+    }
+
     /// Takes no more requests, and cancels those that are there.
     pub fn close(&self) {
         let mut inner = self.inner();
@@ -253,5 +277,44 @@ impl Shared {
             let _ = job.to.try_send(Event::End(End::Cancelled));
         }
         self.notify();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Session;
+    use anser_model::{Cache, Config, Eviction, Hybrid, Init};
+    use anser_tensor::Context;
+
+    #[test]
+    fn a_sequence_takes_what_is_set_apart_for_it() {
+        let plain = Config { head_size: 16, ..Config::new(2, 64, 20) };
+        let hybrid = |key_heads| Config {
+            hybrid: Some(Hybrid { chunk: 8, topk: 2, key_heads, ..Hybrid::new(2) }),
+            ..plain.clone()
+        };
+        let bound = |by| Some(Cache::new(64, by, true));
+        for (config, bound) in [
+            (plain.clone(), None),
+            (hybrid(None), None),
+            (hybrid(Some(1)), None),
+            (hybrid(Some(1)), bound(Eviction::Attention)),
+            (hybrid(Some(2)), bound(Eviction::Error)),
+        ] {
+            let ctx = Context::cpu(1);
+            let model = Model::init(&ctx, &config, Init::Current, 1).unwrap();
+            let size = Size::new(&Form::new(&ctx, &config, bound).unwrap());
+            let mut session = Session::new(&ctx, &model);
+            if let Some(bound) = bound {
+                session = session.bounded(bound).unwrap();
+            }
+            for tokens in 1..=60 {
+                session.feed(&[tokens as u32 % 20]).unwrap();
+                let (set_apart, taken) = (size.of(tokens), session.bytes());
+                assert!(taken <= set_apart, "{tokens} tokens take {taken} bytes, not {set_apart}");
+                assert!(set_apart <= taken + taken / 8, "{tokens} tokens take {taken} bytes, far from {set_apart}");
+            }
+        }
     }
 }

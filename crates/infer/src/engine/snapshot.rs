@@ -5,6 +5,7 @@ use anser_model::{Cache, Config, State};
 use anser_ops::Var;
 use anser_ops::attention::{Chunks, Past};
 use anser_tensor::Context;
+use anser_tensor::cuda::Cuda;
 
 /// A sequence's state and prediction, in host memory but for what attention keeps, which is shared with whoever goes on from it.
 pub(super) struct Snapshot {
@@ -83,20 +84,38 @@ impl Snapshot {
         (self.values.len() + self.logits.len()) * 4 + self.pasts.iter().map(Past::bytes).sum::<usize>()
     }
 
+    /// Bytes of it in a file, where all is f32.
+    pub fn encoded_bytes(&self, form: &Form) -> usize {
+        let notes = form.empty.cache.map_or(0, |c| c.notes());
+        let past = |past: &Past| {
+            let [keys, noted] = past.channels();
+            16 + 4 * past.len() * (2 * keys + notes * noted)
+        };
+        24 + 4 * (self.values.len() + self.logits.len()) + self.pasts.iter().map(past).sum::<usize>() + 4
+    }
+
     /// For a file: the numbers of values, logits, pasts; the values, the logits; of every past its tokens, its matrices and these; a checksum.
-    pub fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(self.bytes() + 64);
+    ///
+    /// # Errors
+    /// When the device has failed: what came from there since is worth nothing.
+    pub fn encode(&self, form: &Form) -> Result<Vec<u8>, Error> {
+        let mut out = Vec::with_capacity(self.encoded_bytes(form));
         [self.values.len(), self.logits.len(), self.pasts.len()].iter().for_each(|&n| put_number(&mut out, n));
         put_floats(&mut out, &self.values);
         put_floats(&mut out, &self.logits);
         for past in &self.pasts {
-            let matrices = past.to_vecs();
+            let matrices = {
+                // The engine's thread may be about to record a step.
+                let _aside = form.ctx.cuda().map(Cuda::aside);
+                past.to_vecs()
+            };
             put_number(&mut out, past.len());
             put_number(&mut out, matrices.len());
             matrices.iter().for_each(|m| put_floats(&mut out, m));
         }
+        form.ctx.check()?;
         seal(&mut out);
-        out
+        Ok(out)
     }
 
     /// From a file; nothing if it is damaged or not of such a state.
@@ -108,6 +127,8 @@ impl Snapshot {
             return None;
         }
         let (values, logits) = (from.floats(values)?, from.floats(logits)?);
+        // As when it was encoded.
+        let _aside = form.ctx.cuda().map(Cuda::aside);
         let past = |empty: &State| {
             let (tokens, matrices) = (from.number()?, from.number()?);
             if matrices != 2 + empty.cache.map_or(0, |c| c.notes()) {
@@ -153,13 +174,13 @@ mod tests {
             }
             session.feed(&(0..30).map(|i| i * 7 % 20).collect::<Vec<_>>()).unwrap();
             let snapshot = Snapshot::new(&session.state().unwrap(), session.logits().unwrap().to_vec());
-            let bytes = snapshot.encode();
+            let bytes = snapshot.encode(&form).unwrap();
             let back = Snapshot::decode(&form, &bytes).unwrap();
             assert!(back.values == snapshot.values && back.logits == snapshot.logits);
             for (a, b) in back.pasts.iter().zip(&snapshot.pasts) {
                 assert!(a.len() == 30 && a.to_vecs() == b.to_vecs());
             }
-            assert!(bytes.len() <= snapshot.bytes() + 100);
+            assert_eq!(bytes.len(), snapshot.encoded_bytes(&form));
             // Damaged, cut off, with the right checksum of too much, and of another model.
             for i in (0..bytes.len()).step_by(97) {
                 let mut damaged = bytes.clone();

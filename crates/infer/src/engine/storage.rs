@@ -19,6 +19,8 @@ pub(super) struct Storage {
     pub model: String,
     pub most: usize,
     most_on_disk: usize,
+    /// Percent of either that named states of one owner may take.
+    owner_share: usize,
     /// Tuned initial states, and since when they are here.
     pub initial: BTreeMap<String, Arc<InitialState>>,
     started: SystemTime,
@@ -78,6 +80,7 @@ impl Storage {
             started: SystemTime::now(),
             most: options.cache_bytes,
             most_on_disk: options.disk_bytes,
+            owner_share: options.owner_share,
             names: Guarded::new("memory", Names::default()),
             disk: disk.map(|d| Guarded::new("disk", d)),
             redis: redis(options, &space)?,
@@ -167,13 +170,20 @@ impl Storage {
         None
     }
 
+    /// A snapshot as it is kept in a tier.
+    fn encoded(&self, snapshot: &Snapshot, tier: &Guarded) -> Result<Vec<u8>, StateError> {
+        tier.check_size(snapshot.encoded_bytes(&self.form))?;
+        snapshot.encode(&self.form).map_err(|e| StateError::Refused(e.to_string()))
+    }
+
     /// Writes a snapshot that memory had no room for to disk.
     pub fn spill(&self, key: Key, len: usize, snapshot: &Snapshot) {
         let Some(disk) = &self.disk else { return };
         if self.kept().entries.get(&key).is_none_or(|e| e.disk.is_some()) {
             return;
         }
-        let (bytes, logits) = (snapshot.encode(), !snapshot.logits.is_empty());
+        let Ok(bytes) = self.encoded(snapshot, disk) else { return self.kept().leave_disk(&key) };
+        let logits = !snapshot.logits.is_empty();
         // Named states may have taken all of it.
         let dropped = self.kept().make_room(bytes.len(), self.most_on_disk, None);
         let written = dropped.is_some_and(|dropped| {
@@ -191,7 +201,7 @@ impl Storage {
     /// Writes a prefix to where other servers find it.
     pub fn share(&self, owner: &str, key: Key, len: usize, snapshot: &Snapshot) {
         let Some(redis) = self.redis.as_ref().filter(|r| r.is_open()) else { return };
-        let bytes = snapshot.encode();
+        let Ok(bytes) = self.encoded(snapshot, redis) else { return };
         // Who fails is down, which is said elsewhere; nothing else is lost.
         let _ = redis.call(|t| t.put(&Item { owner, key, len, logits: !snapshot.logits.is_empty(), bytes: &bytes }));
     }
@@ -202,6 +212,7 @@ impl Storage {
         if self.is_shared() {
             return self.save_shared((owner, name), &named, old, snapshot);
         }
+        self.check_share(owner, name, &named)?;
         let old = old.map(|old| old.key);
         match &self.disk {
             Some(disk) => self.save_on_disk(disk, (owner, name), &named, old, snapshot),
@@ -212,15 +223,35 @@ impl Storage {
     fn save_shared(
         &self, (owner, name): (&str, &str), named: &Named, old: Option<Named>, snapshot: &Snapshot,
     ) -> Result<(), StateError> {
-        let bytes = snapshot.encode();
+        let bytes = self.encoded(snapshot, self.home()).map_err(|e| of_state(name, e))?;
         let item = Item { owner, key: named.key, len: named.tokens.len(), logits: true, bytes: &bytes };
         self.home().call(|t| t.put(&item).and_then(|()| t.put_name(owner, name, named)))?;
         if let (Some(redis), Some(_)) = (&self.redis, &self.objects) {
-            // The other servers get it sooner from there.
-            let _ = redis.call(|t| t.put(&item));
+            // The other servers get it sooner from there, if it takes it.
+            let _ = redis.check_size(bytes.len()).and_then(|()| redis.call(|t| t.put(&item)));
         }
         old.filter(|old| old.key != named.key).iter().for_each(|old| self.unshare(old));
         Ok(())
+    }
+
+    /// Whether a state that is to have a name leaves room for those of other owners. States with several names count once.
+    fn check_share(&self, owner: &str, name: &str, named: &Named) -> Result<(), StateError> {
+        if self.owner_share >= 100 {
+            return Ok(());
+        }
+        let all = if self.disk.is_some() { self.most_on_disk } else { self.most };
+        let most = all / 100 * self.owner_share;
+        let mut keys = BTreeSet::from([named.key]);
+        let mut names = self.home().call(|t| t.names(owner))?;
+        names.retain(|(other, head)| other != name && keys.insert(head.key));
+        let taken: usize = names.iter().map(|(_, head)| head.bytes).sum();
+        if taken + named.bytes <= most {
+            return Ok(());
+        }
+        Err(StateError::Refused(format!(
+            "state {name}: of the {most} bytes that one API key's states may take {taken} are taken, and it needs {}; delete others",
+            named.bytes
+        )))
     }
 
     fn save_on_disk(
@@ -231,7 +262,10 @@ impl Storage {
         let written = kept.entries.get(&key).is_some_and(|e| e.disk.is_some());
         let last = old.filter(|old| *old != key && kept.has_one_name(old));
         drop(kept);
-        let bytes = if written { Vec::new() } else { snapshot.encode() };
+        let bytes = match written {
+            true => Vec::new(),
+            false => self.encoded(snapshot, disk).map_err(|e| of_state(name, e))?,
+        };
         let dropped =
             self.kept().make_room(bytes.len(), self.most_on_disk, last).ok_or_else(|| no_room(name, named))?;
         // In this order nothing is lost whenever it ends.
@@ -309,6 +343,84 @@ impl Storage {
     }
 }
 
+fn of_state(name: &str, e: StateError) -> StateError {
+    StateError::Refused(format!("state {name}: {e}"))
+}
+
 fn no_room(name: &str, named: &Named) -> StateError {
     StateError::Refused(format!("state {name}: there is no room for its {} bytes; delete others", named.bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Session;
+    use anser_model::{Config, Init, Model};
+    use anser_tensor::Context;
+    use std::time::Duration;
+
+    /// A store of a small model, and a state of it after three tokens.
+    fn store(options: &EngineOptions) -> (Storage, Arc<Snapshot>) {
+        let (ctx, config) = (Context::cpu(1), Config::new(1, 64, 20));
+        let model = Model::init(&ctx, &config, Init::Current, 1).unwrap();
+        let mut session = Session::new(&ctx, &model);
+        session.feed(&[1, 2, 3]).unwrap();
+        let snapshot = Snapshot::new(&session.state().unwrap(), session.logits().unwrap().to_vec());
+        let form = Form::new(&ctx, &config, None).unwrap();
+        (Storage::open(form, "test".into(), options).unwrap(), Arc::new(snapshot))
+    }
+
+    /// What a name would stand for.
+    fn named(key: u8, snapshot: &Snapshot) -> Named {
+        let (key, bytes, created) = ([key; 32], snapshot.bytes(), SystemTime::UNIX_EPOCH + Duration::from_secs(1));
+        Named { key, bytes, created, tokens: [1, 2, 3].into(), branched: false, initial: None }
+    }
+
+    #[test]
+    fn what_is_too_large_for_a_tier_is_left_out_and_the_tier_stays_up() {
+        let folder = std::env::temp_dir().join(format!("anser-too-large-{}", std::process::id()));
+        let (mut store, snapshot) = store(&EngineOptions { folder: Some(folder.clone()), ..EngineOptions::default() });
+        let size = snapshot.encoded_bytes(&store.form);
+        let disk = store.disk.as_mut().unwrap();
+        disk.most = size - 1;
+        let Err(StateError::Refused(why)) = store.save("a", "x", named(1, &snapshot), &snapshot) else { panic!() };
+        assert!(why.contains("state x") && why.contains(&size.to_string()) && why.contains("disk"), "{why}");
+        // A prefix goes without a word.
+        store.kept().insert([2; 32], 3, snapshot.clone());
+        let out = store.kept().shrink(0);
+        out.iter().for_each(|(key, len, snapshot)| store.spill(*key, *len, snapshot));
+        assert!(out.len() == 1 && store.kept().entries.is_empty());
+        let stats = store.disk.as_ref().unwrap().stats();
+        assert!(stats.up && (stats.errors, stats.too_large) == (0, 2), "{stats:?}");
+        // As large as may be.
+        store.disk.as_mut().unwrap().most = size;
+        store.save("a", "x", named(1, &snapshot), &snapshot).unwrap();
+        assert_eq!(store.named("a", "x").unwrap().key, [1; 32]);
+        drop(store);
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn an_owner_leaves_room_for_others() {
+        let folder = std::env::temp_dir().join(format!("anser-share-{}", std::process::id()));
+        let bytes = store(&EngineOptions::default()).1.bytes();
+        for folder in [None, Some(folder.clone())] {
+            // Ten states, of which an owner may have four.
+            let (cache_bytes, disk_bytes) = (10 * bytes + 1000, 10 * bytes + 1000);
+            let options =
+                EngineOptions { cache_bytes, disk_bytes, owner_share: 40, folder, ..EngineOptions::default() };
+            let (store, snapshot) = store(&options);
+            let save = |owner: &str, name: &str, key| store.save(owner, name, named(key, &snapshot), &snapshot);
+            (1..=4).for_each(|i| save("a", &i.to_string(), i).unwrap());
+            let Err(StateError::Refused(why)) = save("a", "5", 5) else { panic!("it is one too many") };
+            assert!(why.contains("state 5") && why.contains("delete"), "{why}");
+            // Another name of the same takes nothing, nor does another state under an old name; and others have room.
+            store.branch("a", "1", "again").unwrap();
+            save("a", "4", 6).unwrap();
+            (11..=14).for_each(|i| save("b", &i.to_string(), i).unwrap());
+            store.delete("a", "2").unwrap();
+            save("a", "5", 5).unwrap();
+        }
+        std::fs::remove_dir_all(folder).unwrap();
+    }
 }

@@ -10,6 +10,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 /// A place for snapshots and names of one model. A snapshot may go away at any time, as it can be read again from its tokens. Errors are those of the
 /// place: while there are any it is down.
 pub(super) trait Tier: Send + Sync {
+    /// Bytes of an encoded snapshot at most: one that is larger would count as a failure of the place.
+    fn most(&self) -> usize {
+        usize::MAX
+    }
+
     /// An encoded snapshot.
     fn get(&self, key: &Key) -> Result<Option<Vec<u8>>, String>;
 
@@ -135,14 +140,19 @@ pub struct TierStats {
     pub up: bool,
     /// How often it failed.
     pub errors: u64,
+    /// States that were left out as they are larger than what it takes.
+    pub too_large: u64,
 }
 
 /// A tier that may be down: then nobody waits for it, but for one who tries it again after a while.
 pub(super) struct Guarded {
     label: &'static str,
     tier: Box<dyn Tier>,
+    /// See [`Tier::most`].
+    pub most: usize,
     health: Mutex<Health>,
     errors: AtomicU64,
+    too_large: AtomicU64,
 }
 
 /// `None`: it is up.
@@ -158,7 +168,21 @@ const PAUSES: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(8
 
 impl Guarded {
     pub fn new(label: &'static str, tier: impl Tier + 'static) -> Guarded {
-        Guarded { label, tier: Box::new(tier), health: Mutex::new(None), errors: AtomicU64::new(0) }
+        let (errors, too_large) = (AtomicU64::new(0), AtomicU64::new(0));
+        Guarded { label, most: tier.most(), tier: Box::new(tier), health: Mutex::new(None), errors, too_large }
+    }
+
+    /// Checks that a snapshot of so many bytes is not larger than what the tier takes, and counts those that are.
+    ///
+    /// # Errors
+    /// That it is, for whoever wants it kept.
+    pub fn check_size(&self, bytes: usize) -> Result<(), StateError> {
+        if bytes <= self.most {
+            return Ok(());
+        }
+        self.too_large.fetch_add(1, Ordering::Relaxed);
+        let Guarded { label, most, .. } = self;
+        Err(StateError::Refused(format!("its {bytes} bytes are more than the {most} that {label} takes of a state")))
     }
 
     /// Asks the tier for something, unless it is down.
@@ -209,7 +233,8 @@ impl Guarded {
     }
 
     pub fn stats(&self) -> TierStats {
-        TierStats { tier: self.label, up: self.health().is_none(), errors: self.errors.load(Ordering::Relaxed) }
+        let [errors, too_large] = [&self.errors, &self.too_large].map(|n| n.load(Ordering::Relaxed));
+        TierStats { tier: self.label, up: self.health().is_none(), errors, too_large }
     }
 
     fn health(&self) -> MutexGuard<'_, Health> {
@@ -273,7 +298,7 @@ mod tests {
         assert!(matches!(tier.call(fails), Err(StateError::Unreachable(_))));
         // Not even one that works is asked now.
         assert!(tier.call(works).is_err() && !tier.is_open());
-        assert_eq!(tier.stats(), TierStats { tier: "test", up: false, errors: 1 });
+        assert_eq!(tier.stats(), TierStats { tier: "test", up: false, errors: 1, too_large: 0 });
         std::thread::sleep(PAUSES[0] + Duration::from_millis(20));
         assert!(tier.is_open() && tier.call(fails).is_err());
         std::thread::sleep(PAUSES[0] + Duration::from_millis(20));

@@ -66,6 +66,7 @@ pub fn answer(mut stream: Stream) -> Answer {
                 (a.read, a.cached, a.prompt, a.hidden) = (tokens, cached, logprobs, hidden);
             }
             Event::Token(t) => {
+                assert!(a.state.is_none(), "the state comes after all tokens");
                 a.tokens.push(t.token);
                 if !t.logprob.is_nan() {
                     a.logprobs.push(t);

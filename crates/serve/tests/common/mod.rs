@@ -4,6 +4,7 @@
 
 use anser_formats::Checkpoint;
 use anser_infer::chat::Think;
+use anser_infer::engine::{Constraint, Next, Request};
 use anser_infer::{Engine, EngineOptions};
 use anser_model::{Config, Init, Load, Model};
 use anser_serve::{Keys, Options, Shared, Template, Tls, serve};
@@ -20,7 +21,7 @@ pub struct Server {
     pub address: SocketAddr,
     pub engine: Engine,
     pub stop: Option<tokio::sync::oneshot::Sender<()>>,
-    thread: Option<std::thread::JoinHandle<()>>,
+    thread: Option<std::thread::JoinHandle<Result<(), String>>>,
 }
 
 /// Of most tests.
@@ -86,7 +87,7 @@ impl Server {
             let stopped = async {
                 let _ = stopped.await;
             };
-            runtime.block_on(serve(app, listener, tls, stopped, Duration::from_secs(20)));
+            runtime.block_on(serve(app, listener, tls, stopped, Duration::from_secs(20)))
         });
         Server { address, engine, stop: Some(stop), thread: Some(thread) }
     }
@@ -94,6 +95,11 @@ impl Server {
     /// The bundled model.
     pub fn plain() -> Server {
         Server::start(options(), EngineOptions::default())
+    }
+
+    /// Waits until it ends by itself: why.
+    pub fn ended(mut self) -> Result<(), String> {
+        self.thread.take().unwrap().join().unwrap()
     }
 
     /// A connection.
@@ -144,7 +150,27 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.stop.take().unwrap().send(());
-        let done = self.thread.take().unwrap().join();
-        assert!(done.is_ok() || std::thread::panicking());
+        let done = self.thread.take().map(std::thread::JoinHandle::join);
+        assert!(done.is_none_or(|done| done.is_ok()) || std::thread::panicking());
     }
+}
+
+/// A request that makes the engine's thread panic.
+pub fn fatal() -> Request {
+    struct Fatal;
+    impl Constraint for Fatal {
+        fn mask(&mut self, _: &mut [f32]) -> Result<(), String> {
+            Ok(())
+        }
+
+        fn accept(&mut self, _: u32) -> Result<Next, String> {
+            Ok(Next::End)
+        }
+    }
+    impl Drop for Fatal {
+        fn drop(&mut self) {
+            panic!("this constraint ends the engine, as a test");
+        }
+    }
+    Request { prompt: vec![1], constraint: Some(Box::new(Fatal)), ..Request::default() }
 }

@@ -4,8 +4,8 @@ use super::{Arg, Cuda, DevicePtr, Module, text};
 use crate::Error;
 use cudarc::driver::sys as cu;
 use std::ffi::c_void;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 /// How a kernel is launched.
 #[derive(Clone, Copy, Debug)]
@@ -142,13 +142,14 @@ impl Pinned {
 
 impl Cuda {
     /// Records the work that `work` enqueues instead of doing it. What it allocates must live as long as the recorded work, and its kernels must
-    /// have been launched once before, so that they are loaded.
+    /// have been launched once before, so that they are loaded. Other threads that use the device meanwhile are those that have [`Cuda::aside`], which are waited for.
     pub fn capture(self: &Arc<Self>, work: impl FnOnce()) -> Option<Graph> {
+        let _alone = self.captures.write().unwrap_or_else(PoisonError::into_inner);
         if !self.enter() {
             return None;
         }
         let mode = cu::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: the stream is not being captured: `&self` work of other threads is the caller's to hold back.
+        // SAFETY: the stream is not being captured, as the lock is held by one thread at a time; other threads' work on it is held back by the lock.
         let code = unsafe { cu::cuStreamBeginCapture_v2(self.stream, mode) };
         if !self.note(code, || "recording work".into()) {
             return None;
@@ -236,5 +237,26 @@ impl Cuda {
                 self.note(code, || format!("launching {name}"));
             },
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Info;
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn nothing_is_recorded_while_somebody_works_aside() {
+        let info = Info { name: String::new(), capability: (9, 0), multiprocessors: 1, memory: 0 };
+        let cuda = Arc::new(Cuda::dry(info));
+        std::thread::scope(|threads| {
+            let aside = [cuda.aside(), cuda.aside()];
+            let recording = threads.spawn(|| cuda.capture(|| ()));
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!recording.is_finished());
+            drop(aside);
+            assert!(recording.join().is_ok());
+        });
     }
 }

@@ -19,7 +19,7 @@ use cudarc::driver::sys as cu;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 
 /// CUDA version the kernels are built with; its driver or a later one is needed.
 const NEEDED_DRIVER: i32 = 13000;
@@ -191,6 +191,8 @@ pub struct Cuda {
     recording: AtomicBool,
     /// Whether such a copy was asked for nevertheless.
     stray: AtomicBool,
+    /// Held for writing while work is recorded, for reading by threads that work beside ([`Cuda::aside`]).
+    captures: RwLock<()>,
 }
 
 /// Where uploads wait for their turn, so that nobody waits for them: page-locked memory, filled from the front. It lives as long as the
@@ -317,6 +319,7 @@ impl Cuda {
             staging: Mutex::default(),
             recording: AtomicBool::new(false),
             stray: AtomicBool::new(false),
+            captures: RwLock::new(()),
         }
     }
 
@@ -405,6 +408,13 @@ impl Cuda {
             self.stray.store(true, Ordering::Relaxed);
         }
         recording
+    }
+
+    /// For a thread that gives the device work beside the one whose work may be recorded ([`Cuda::capture`]): while it holds this nothing is recorded. Its work goes
+    /// to the same stream, so that it would become part of the record, and to wait for it would break that off. A thread holds one at a time, and
+    /// records nothing meanwhile: it would wait for itself.
+    pub fn aside(&self) -> RwLockReadGuard<'_, ()> {
+        self.captures.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until all work is done.

@@ -37,6 +37,9 @@ pub struct Args {
     /// Has its answers be the same to the bit whatever else is asked
     #[arg(long, conflicts_with = "url")]
     deterministic: bool,
+    /// MiB that states of its running requests may take [default: half of what is free, on the GPU if there is one, once the model is loaded]
+    #[arg(long, conflicts_with = "url", value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    memory: Option<u32>,
     /// MiB of states that it keeps in memory; 0: none
     #[arg(long, default_value_t = 1024, conflicts_with = "url", value_name = "MIB")]
     cache_memory: usize,
@@ -167,6 +170,7 @@ impl Args {
         };
         let engine = EngineOptions {
             slots: self.slots.into(),
+            memory: crate::cmd::serve::memory(self.memory, ctx),
             cache_bytes: self.cache_memory << 20,
             deterministic: self.deterministic,
             bound: self.source.bound(),
