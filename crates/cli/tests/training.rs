@@ -143,6 +143,7 @@ fn what_cannot_be_trained_is_said_in_one_line() {
         anser(&f.0, &args)
     };
     let load = format!("model.load={}", fixture("rwkv7.pth"));
+    let hybrid = format!("model.load={}", fixture("rwkvx.pth"));
     for ((code, _, err), says) in [
         (anser(&f.0, &["data", "build", "latin1.txt", "--out", "x"]), "latin1.txt: not UTF-8 at byte 3"),
         (anser(&f.0, &["data", "build", "empty.txt", "--out", "x"]), "no text"),
@@ -157,6 +158,7 @@ fn what_cannot_be_trained_is_said_in_one_line() {
         (train(&["data.tokenizer=world"]), "the data set was built with \"bytes\""),
         (train(&[&load, "data.path=", "data.tokenizer=world"]), "the model has 300 tokens"),
         (train(&["data.path=", "train.ctx=2000000", "model.n_layer=6", "model.n_embd=256"]), "train.micro_rows = 1"),
+        (train(&[&hybrid, "model.gate=true", "data.path="]), "model.gate: the model loaded has others"),
         (train(&["model.n_layer=10000", "model.n_embd=8192"]), "train a smaller model"),
         (train(&["model.train_only=[\"haed*\"]"]), "no parameter is named"),
         (train(&["data.needles=0.5"]), "train.ctx: a sample of passkey has at least 253 tokens of bytes"),

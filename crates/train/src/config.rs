@@ -196,8 +196,12 @@ impl RunConfig {
         if t.rows == 0 {
             return wrong("train.rows", "it must be at least 1");
         }
-        if t.steps == 0 && t.minutes.is_nan() | (t.minutes <= 0.0) {
-            return wrong("train.steps", "give steps, or minutes above 0");
+        // Positions of a batch are numbered in 32 bits.
+        if t.rows.checked_mul(t.ctx).is_none_or(|tokens| tokens > i32::MAX as usize) {
+            return wrong("train.rows", "so many rows of ctx tokens are too many for a step");
+        }
+        if t.steps == 0 && !(t.minutes > 0.0 && t.minutes <= 1e6) {
+            return wrong("train.steps", "give steps, or minutes above 0 and up to a million");
         }
         for (name, v) in [("lr_init", t.lr_init), ("lr_final", t.lr_final), ("weight_decay", t.weight_decay)] {
             if !(v.is_finite() && v >= 0.0) {
@@ -397,6 +401,8 @@ mod tests {
         assert!(parse("", &long).is_ok());
         for (bad, says) in [
             ("train.long_ce_stride=0", "at least 1"),
+            ("train.rows=1000000000000", "too many for a step"),
+            ("train.minutes=inf", "up to a million"),
             ("train.long_ce_from=15", "at least train.long_ce_context"),
             ("train.long_ce_from=64", "no target of a row of train.ctx = 64"),
             ("train.long_ce_gamma=0", "above 0"),

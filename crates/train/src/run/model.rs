@@ -23,6 +23,14 @@ pub(super) fn first(ctx: &Context, config: &RunConfig, tokenizer: Option<&Tokeni
         let file = Checkpoint::open(&m.load)?;
         let mut dims = Config::from_checkpoint(&file)?;
         dims.hybrid = chunks(m, dims.hybrid)?;
+        if let Some(h) = dims.hybrid {
+            let other =
+                [("gate", m.gate && !h.gate), ("key_heads", m.key_heads > 0 && m.key_heads != dims.key_heads())];
+            if let Some((name, _)) = other.iter().find(|(_, other)| *other) {
+                let advice = "leave it out, or make such blocks with `anser expand`";
+                return Err(Error::Config(format!("model.{name}: the model loaded has others: {advice}")));
+            }
+        }
         fits(&dims)?;
         return Ok(Model::load_as(ctx, &file, dims, Load::Train)?);
     }
