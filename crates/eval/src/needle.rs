@@ -89,6 +89,9 @@ impl Test {
             _ if self.depths > 1 << 10 || self.count > 1 << 20 => {
                 wrong("at most 1024 depths and 1048576 samples of each are possible".into())
             }
+            _ if self.lengths.iter().any(|l| *l > 1 << 27) => {
+                wrong("lengths: a prompt may have 134217728 tokens at most".into())
+            }
             _ => match self.lengths.iter().find(|&&l| l < least) {
                 Some(l) => wrong(format!(
                     "lengths: a prompt of {} has at least {least} tokens of {}, not {l}: name a greater length",
@@ -383,6 +386,7 @@ mod tests {
         assert!(said.contains(&format!("{} tokens of bytes, not {short}", short + 1)), "{said}");
         assert!(e(Test { depths: 0, ..t.clone() }).contains("depths"));
         assert!(e(Test { count: 0, ..t.clone() }).contains("count"));
+        assert!(e(Test { lengths: vec![1000, 1 << 40], ..t.clone() }).contains("at most"));
         assert!(e(Test { lengths: vec![], ..t }).contains("lengths"));
         let needles = Needles::new(Task::Niah2, Tokenizer::bytes(), None).with_keys(50);
         let (_, t) = test(Task::Niah2, 2);
