@@ -399,10 +399,10 @@ mod tests {
         }
         let long = ["train.ctx=64", "train.long_ce_context=16", "train.long_ce_stride=8", "train.long_ce_from=32"];
         assert!(parse("", &long).is_ok());
+        assert!(e("", &["train.steps=0", "train.minutes=inf"]).contains("up to a million"));
         for (bad, says) in [
             ("train.long_ce_stride=0", "at least 1"),
             ("train.rows=1000000000000", "too many for a step"),
-            ("train.minutes=inf", "up to a million"),
             ("train.long_ce_from=15", "at least train.long_ce_context"),
             ("train.long_ce_from=64", "no target of a row of train.ctx = 64"),
             ("train.long_ce_gamma=0", "above 0"),

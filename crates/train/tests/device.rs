@@ -3,7 +3,8 @@
 //! Needs a GPU: `cargo test -p anser-train --test device -- --ignored` (the device is cuda:0).
 
 use anser_data::{Dataset, Options, Order, Tokens};
-use anser_model::{Config, Hybrid, Init, Model};
+use anser_formats::Checkpoint;
+use anser_model::{Config, Hybrid, Init, Load, Model};
 use anser_tensor::{Context, DType, Device};
 use anser_train::{Bptt, Error, Hyper, LongCe, Recompute, Schedule, Settings, StepInfo, Trainer};
 
@@ -120,6 +121,22 @@ fn a_step_is_the_cpus() {
             }
         }
     }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_model_in_training_is_packed_as_it_is_now() {
+    let ctx = gpu(DType::F32);
+    let mut t = Trainer::new(&ctx, model(), settings());
+    let print = |t: &Trainer| t.model().packed(&ctx, DType::F32).exact_fingerprint();
+    let before = print(&t);
+    t.step(&[data().train(0, 2)]).unwrap();
+    let path = std::env::temp_dir().join(format!("anser-packed-{}.safetensors", std::process::id()));
+    t.save_model(&path).unwrap();
+    let load = Load::Inference(DType::F32.into());
+    let saved = Model::load(&ctx, &Checkpoint::open(&path).unwrap(), load).unwrap().exact_fingerprint();
+    std::fs::remove_file(path).unwrap();
+    assert!(print(&t) != before && print(&t) == saved);
 }
 
 #[test]
