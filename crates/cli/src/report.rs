@@ -38,8 +38,11 @@ pub struct Reading {
 }
 
 impl Report {
-    /// What is read of a text, or of the bundled one.
-    pub fn reading(from: &Checkpoint, config: &Config, text: Option<&Path>) -> anyhow::Result<Reading> {
+    /// What is read of a text, or of the bundled one; nothing by a Transformer.
+    pub fn reading(from: &Checkpoint, config: &Config, text: Option<&Path>) -> anyhow::Result<Option<Reading>> {
+        if config.architecture == Architecture::Transformer {
+            return Ok(None);
+        }
         let documents = match text {
             Some(path) => anser_data::documents(path)?.into_iter().map(String::into_bytes).collect(),
             None => vec![anser_data::bundled::corpus().as_bytes()[..BUNDLED].to_vec()],
@@ -52,12 +55,12 @@ impl Report {
             tokenizer.vocab_size(),
             config.vocab_size
         );
-        Ok(Reading { documents, tokenizer })
+        Ok(Some(Reading { documents, tokenizer }))
     }
 
     /// Compares a file's tensors with those of the checkpoint it was made from, and what it predicts, loaded as `--dtype` says, with what the checkpoint predicts in f32.
     pub fn new(
-        ctx: &Context, from: &Checkpoint, config: &Config, file: &Path, reading: Reading, global: &Global,
+        ctx: &Context, from: &Checkpoint, config: &Config, file: &Path, reading: Option<Reading>, global: &Global,
     ) -> anyhow::Result<Report> {
         let to = Checkpoint::open(file)?;
         let mut tensors = BTreeMap::new();
@@ -68,9 +71,9 @@ impl Report {
                 tensors.insert(before.name().into(), Lost { dtype, relative_error, largest });
             }
         }
-        let text = match config.architecture {
-            Architecture::Transformer => None,
-            Architecture::Rwkv7 => {
+        let text = match reading {
+            None => None,
+            Some(reading) => {
                 let kept = match global.stored {
                     Some(Stored::Int8) => WeightType::Int8,
                     Some(Stored::Q4) => WeightType::Q4,

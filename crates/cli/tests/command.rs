@@ -2,7 +2,9 @@
 
 mod common;
 
-use anser_formats::{Dtype, Source, write_pth};
+use anser_formats::{Dtype, Source, write_pth, write_safetensors};
+use anser_model::{Config, Init, Model};
+use anser_tensor::Context;
 use common::{Folder, anser, fixture};
 use std::path::Path;
 use std::process::Stdio;
@@ -119,6 +121,26 @@ fn names_need_not_be_text() {
     let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("anser"));
     let ended = command.current_dir(&f.0).args(["convert", &fixture("rwkv7.pth")]).arg(out).output().unwrap();
     assert!(ended.status.success() && f.0.join(out).exists(), "{}", String::from_utf8_lossy(&ended.stderr));
+}
+
+#[test]
+fn reports_are_refused_before_anything_is_written_and_a_transformer_has_no_text() {
+    let f = Folder::new("reports");
+    let report = |from: &str, to: &str| anser(&f.0, &["convert", from, to, "--dtype", "f16", "--report", "--json"]);
+    // Its tokenizer, of 65,536 tokens, is that of a file that names none; the model has 300.
+    let (code, _, err) = report(&fixture("rwkv7.pth"), "x.safetensors");
+    assert!(code == 1 && err.contains("tokenizer") && !f.0.join("x.safetensors").exists(), "{err}");
+    let config = Config { head_size: 32, ..Config::new(1, 64, 20) }.control();
+    let model = Model::init(&Context::cpu(1), &config, Init::Current, 1).unwrap();
+    let values = model.params().values();
+    let sources: Vec<Source<'_>> = (model.params().specs().iter())
+        .map(|s| Source::new(s.name.as_str(), &s.shape, Dtype::F32, &values[s.range.clone()]))
+        .collect();
+    write_safetensors(&f.0.join("t.safetensors"), &sources, &[config.description()].into()).unwrap();
+    let (code, out, err) = report("t.safetensors", "half.safetensors");
+    assert_eq!(code, 0, "{err}");
+    let v: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert!(v["report"]["text"].is_null() && v["report"]["tensors"]["emb.weight"].is_object(), "{out}");
 }
 
 #[test]

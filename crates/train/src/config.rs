@@ -198,7 +198,7 @@ impl RunConfig {
         }
         // Positions of a batch are numbered in 32 bits.
         if t.rows.checked_mul(t.ctx).is_none_or(|tokens| tokens > i32::MAX as usize) {
-            return wrong("train.rows", "so many rows of ctx tokens are too many for a step");
+            return wrong("train.rows", "so many rows of ctx tokens are too many for a step; take fewer");
         }
         if t.steps == 0 && !(t.minutes > 0.0 && t.minutes <= 1e6) {
             return wrong("train.steps", "give steps, or minutes above 0 and up to a million");

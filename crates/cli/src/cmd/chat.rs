@@ -96,7 +96,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             "/new" => {
                 args.common.begin(&talk.ctx, &talk.model, None).and_then(|s| talk.go_on(s)).and_then(|()| talk.system())
             }
-            "/save" | "/load" if rest.trim().is_empty() => Err(anyhow::anyhow!("{command} FILE")),
+            "/save" | "/load" if rest.trim().is_empty() => Err(anyhow::anyhow!("name the file: {command} FILE")),
             "/save" => talk.state.save(&talk.ctx, &talk.model, Path::new(rest.trim())).map_err(Into::into),
             "/load" => {
                 // It says itself what attention keeps.
