@@ -32,7 +32,7 @@ const ORDER: usize = 1 << 12;
 
 /// The picks, and who chose each chunk, of all heads.
 pub(super) struct Choice {
-    /// i32 [rows, heads, k - 1]: past chunks in ascending order, then -1.
+    /// i32 [heads, rows, k - 1], on the CPU [rows, heads, k - 1]: past chunks in ascending order, then -1.
     pub picks: Buf,
     lists: Option<Lists>,
 }
@@ -40,6 +40,8 @@ pub(super) struct Choice {
 struct Lists {
     lists: Buf,
     entries: Buf,
+    /// Where in `entries` each pick is, which the forward pass uses up: i32 [heads, rows, k - 1].
+    places: Option<Buf>,
     /// Two for each head.
     counters: Buf,
 }
@@ -161,15 +163,17 @@ fn lists(ctx: &Context, gpu: &Cuda, plan: &Plan, picks: &Buf, counts: &Buf, coun
     let heads = plan.heads;
     let lists = ctx.alloc_f32(heads * plan.all.chunks * 4);
     let entries = ctx.alloc_f32(heads * plan.rows * plan.picks());
+    let places = plan.on_tensor_cores(ctx).then(|| ctx.alloc_f32(picks.len()));
     let counters = ctx.alloc_f32(2 * heads);
     let words = plan.words(Way::Forward, plan.all_heads());
     let head = Arg::Struct(&words);
     let [p, c, l, e] = [picks, counts, &lists, &entries].map(|b| Arg::Ptr(b.ptr()));
+    let to_places = places.as_ref().map_or(DevicePtr::NULL, Buf::ptr).into();
     let (runs, window) = ([plan.all.runs, heads, 1], plan.most_chunks.min(WINDOW));
     if !counted {
         launch(gpu, "chunk_count", runs, 256, 16 * window, &[head, p, c]);
     }
-    let lists = Lists { lists, entries, counters };
+    let lists = Lists { lists, entries, places, counters };
     if plan.most_chunks <= ORDERED && plan.most_counts <= ORDER {
         let args = [head, c, l, int(plan.tile(Way::Forward)), lists.counters.ptr().into(), int(2 * heads)];
         launch(gpu, "chunk_order", [plan.count, heads, 1], 1024, 0, &args);
@@ -178,8 +182,9 @@ fn lists(ctx: &Context, gpu: &Cuda, plan: &Plan, picks: &Buf, counts: &Buf, coun
         scan(gpu, plan, &lists, Way::Forward);
     }
     // Sets and two numbers of each chunk; entries and where they go, if these are not too many.
-    let staged = if plan.picks() <= FEW { 8 * RUN * plan.picks() } else { 0 };
-    launch(gpu, "chunk_fill", runs, 256, 24 * window + staged, &[head, p, c, l, e]);
+    let (fill, staged) =
+        if plan.picks() <= FEW { ("chunk_fill", 8 * RUN * plan.picks()) } else { ("chunk_fill_many", 0) };
+    launch(gpu, fill, runs, 256, 24 * window + staged, &[head, p, c, l, e, to_places]);
     lists
 }
 
@@ -192,7 +197,9 @@ fn scan(gpu: &Cuda, plan: &Plan, lists: &Lists, way: Way) {
 }
 
 /// y [rows, heads x N] and, if wanted, lse [rows, heads].
-pub(super) fn forward(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, choice: &Choice, y: &Buf, lse: Option<&Buf>) {
+pub(super) fn forward(
+    ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, choice: &mut Choice, y: &Buf, lse: Option<&Buf>,
+) {
     let (n, heads, slots) = (plan.n, plan.heads, plan.chunks.top);
     let lse = lse.map_or(DevicePtr::NULL, Buf::ptr);
     let [q, p, y] = [q, &choice.picks, y].map(|b| Arg::Ptr(b.ptr()));
@@ -202,25 +209,36 @@ pub(super) fn forward(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, choice: &
         let grid = [plan.all.queries, heads, 1];
         return launch(gpu, &kernel(ctx, "chunk_forward"), grid, 128, 0, &args);
     }
+    let places = choice.lists.as_mut().and_then(|l| l.places.take());
     let name = |base: &str| format!("{}_{n}", kernel(ctx, base));
     let attend = |group: Group, out: Arg<'_>, part_lse: DevicePtr| {
         let words = plan.words(Way::Forward, group);
         let tiles = plan.all.tiles[0];
         let lists = choice.addresses(plan, group, 0);
         let part_lse = part_lse.into();
+        let whole = |way: Way, which: usize, share: f64| {
+            let rows = 2 * HOPPER_TILE + 4 * 2 * HOPPER_KEYS;
+            let words = plan.words(way, group);
+            let args = [Arg::Struct(&words), q, out, part_lse, y, lse.into()];
+            let lists = choice.addresses(plan, group, which);
+            let work = plan.all.tiles[way as usize] * group.len;
+            hopper(ctx, gpu, ("chunk_hopper_attend", 512, rows), (work, share), lists, &args);
+        };
         if plan.short() {
+            if plan.dense > 0 {
+                // The next doesn't wait for it, so that its blocks start beside these.
+                whole(Way::Dense, 1, plan.dense_share);
+            }
             let steps = plan.chunks.size.div_ceil(HOPPER_KEYS);
             // Of each warpgroup queries in as many stages as keys and values, and results, whose rows are longer by an eighth.
             let stages = [3, 2][steps - 1];
             let rows = 3 * stages * 64 + stages * steps * 2 * HOPPER_KEYS + 3 * (64 + 8);
             let kernel = format!("chunk_short_{steps}");
             let args = [Arg::Struct(&words), q, out, part_lse];
-            return hopper(ctx, gpu, (&kernel, SHORT_THREADS, rows), tiles * group.len, lists, &args);
+            return hopper(ctx, gpu, (&kernel, SHORT_THREADS, rows), (tiles * group.len, 1.0), lists, &args);
         }
         if plan.hopper {
-            let rows = 2 * HOPPER_TILE + 4 * 2 * HOPPER_KEYS;
-            let args = [Arg::Struct(&words), q, out, part_lse, y, lse.into()];
-            return hopper(ctx, gpu, ("chunk_hopper_attend", 512, rows), tiles * group.len, lists, &args);
+            return whole(Way::Forward, 0, 1.0);
         }
         let [l, e, _] = lists;
         let args = [Arg::Struct(&words), q, l, e, out, part_lse];
@@ -236,16 +254,18 @@ pub(super) fn forward(ctx: &Context, gpu: &Cuda, plan: &Plan, q: &Buf, choice: &
         attend(group, parts.ptr().into(), part_lse.ptr());
         let words = plan.words(Way::Forward, group);
         let grid = [(plan.rows * group.len * n / 8).div_ceil(128), 1, 1];
-        let args = [Arg::Struct(&words), p, parts.ptr().into(), part_lse.ptr().into(), y, lse.into()];
-        launch(gpu, &name("chunk_merge"), grid, 128, 0, &args);
+        let places = places.as_ref().expect("forward comes once after a choice").ptr().into();
+        let args = [Arg::Struct(&words), places, parts.ptr().into(), part_lse.ptr().into(), y, lse.into()];
+        // Begun while the kernel before ends it would have as little first-level cache as that one leaves, which takes a tenth of all time.
+        gpu.launch_with(&KERNELS, &name("chunk_merge"), grid, [128, 1, 1], 0, &args);
     }
 }
 
-/// Launches a kernel for Hopper, so many threads a block, on `work` pieces of work: a block a multiprocessor, with `rows` rows of shared memory. The kernel
-/// takes the lists and a counter of pieces first.
+/// Launches a kernel for Hopper, so many threads a block, on `work` pieces of work: a block on each of a share of the multiprocessors, with `rows` rows of
+/// shared memory. The kernel takes the lists and a counter of pieces first.
 fn hopper(
-    ctx: &Context, gpu: &Cuda, (name, threads, rows): (&str, usize, usize), work: usize, [l, e, mut c]: [Arg<'_>; 3],
-    args: &[Arg<'_>],
+    ctx: &Context, gpu: &Cuda, (name, threads, rows): (&str, usize, usize), (work, share): (usize, f64),
+    [l, e, mut c]: [Arg<'_>; 3], args: &[Arg<'_>],
 ) {
     let counter = ctx.alloc_f32(1);
     if matches!(c, Arg::Ptr(DevicePtr::NULL)) {
@@ -253,7 +273,8 @@ fn hopper(
         c = counter.ptr().into();
     }
     let args = [&[l, e, c], args].concat();
-    let grid = [work.min(gpu.info().multiprocessors as usize), 1, 1];
+    let most = (f64::from(gpu.info().multiprocessors) * share).ceil() as usize;
+    let grid = [work.min(most), 1, 1];
     launch(gpu, &kernel(ctx, name), grid, threads, shared(rows, 64), &args);
 }
 
@@ -321,11 +342,11 @@ fn each_head_back(
             let rows = 2 * 2 * HOPPER_TILE + 6 * 2 * 64;
             let lists = choice.addresses(plan, group, 0);
             let args = [&back[..], &[out, dq]].concat();
-            hopper(ctx, gpu, ("chunk_hopper_dq", 512, rows), tiles * group.len, lists, &args);
+            hopper(ctx, gpu, ("chunk_hopper_dq", 512, rows), (tiles * group.len, 1.0), lists, &args);
             let lists = choice.addresses(plan, group, 1);
             let args = [&back[..], &to_keys].concat();
             let rows = 2 * 2 * HOPPER_KEYS + 8 * 2 * 64;
-            hopper(ctx, gpu, ("chunk_hopper_dkv", 384, rows), plan.all.pieces * group.len, lists, &args);
+            hopper(ctx, gpu, ("chunk_hopper_dkv", 384, rows), (plan.all.pieces * group.len, 1.0), lists, &args);
         } else {
             let [l, e, _] = choice.addresses(plan, group, 0);
             let bytes = shared(2 * tile(n) + 4 * step(n), n);

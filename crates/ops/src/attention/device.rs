@@ -97,9 +97,9 @@ fn run(ctx: &Context, case: &Case<'_>) -> Out {
     let chunks = Chunks { sink, window, ..Chunks::new(case.size, case.top) };
     let heads = [case.heads, case.heads / case.share];
     let plan = Plan::within(ctx, rows, heads, case.n, chunks, &list, case.between);
-    let choice = cuda::choose(ctx, gpu, &plan, &q);
+    let mut choice = cuda::choose(ctx, gpu, &plan, &q);
     let (y, lse) = (ctx.alloc(rows * c), ctx.alloc_f32(rows * case.heads));
-    cuda::forward(ctx, gpu, &plan, &q, &choice, &y, Some(&lse));
+    cuda::forward(ctx, gpu, &plan, &q, &mut choice, &y, Some(&lse));
     let mut values = vec![wide(&y), wide(&lse)];
     if rows == keys {
         let grads = [c, kc, kc].map(|cols| ctx.alloc(rows * cols));
@@ -124,7 +124,7 @@ fn reference(case: &Case<'_>, out: &Out) -> Vec<Vec<f64>> {
             let (row, t) = ((first_row + i) * heads + h, past + i);
             let at = |key: usize| ((first_key + key) * heads / case.share + h / case.share) * n;
             let (query, own) = (&q[row * n..][..n], t / size);
-            let picks = &out.picks[row * slots..][..slots];
+            let picks = &out.picks[(h * (q.len() / c) + first_row + i) * slots..][..slots];
             let count = slots.min(own);
             assert!(picks[count..].iter().all(|p| *p == -1), "{picks:?} of {own}");
             let picks: Vec<usize> = picks[..count].iter().map(|p| *p as usize).collect();

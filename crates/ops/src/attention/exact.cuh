@@ -47,7 +47,7 @@ template <class F> __device__ __forceinline__ void each_key(const Plan& p, const
     for (int slot = 0; slot < p.slots; slot++) {
         int from = position / p.size * p.size, to = position + 1;
         if (slot < p.slots - 1) {
-            const int c = picks[(size_t(row) * p.heads + blockIdx.y) * (p.slots - 1) + slot];
+            const int c = picks[(size_t(blockIdx.y) * p.rows + row) * (p.slots - 1) + slot];
             if (c < 0) continue;
             from = c * p.size;
             to = from + p.size;

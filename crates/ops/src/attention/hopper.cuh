@@ -280,7 +280,7 @@ template <int KEYS> struct Span {
 
 template <class T> using Forward = Queries<T, 3, 1, 128, 2, 4>;
 
-// out [rows, group, slots, 64]; lse [rows, group, slots], may be null; y [rows, heads, 64] and y_lse [rows, heads], may be null, of dense rows.
+// out [rows, group, slots, 64]; lse as `Tile::log_of` says, may be null; y [rows, heads, 64] and y_lse [rows, heads], may be null, of dense rows.
 template <class T>
 __device__ __forceinline__ void attend(const Plan& p, const T* q, const List* lists, const int* entries, int* counter, T* out, float* lse, T* y, float* y_lse) {
     using Work = Forward<T>;
@@ -289,7 +289,8 @@ __device__ __forceinline__ void attend(const Plan& p, const T* q, const List* li
     __shared__ Work work;
     T *heads = aligned<T>(memory), *stages = heads + Work::HeadPlace::COUNT * Work::HEAD;
     const typename Work::Signals signals(work.barriers);
-    begin_kernel();
+    wait_for_previous(); // so that what starts next, which may not wait, sees all before
+    let_next_start();
     if (threadIdx.x >= Work::Team::COMPUTING) {
         fewer_registers<32>();
         const T* const sides[1] = {q};
@@ -426,14 +427,13 @@ __device__ __forceinline__ void attend(const Plan& p, const T* q, const List* li
                 sum += __shfl_xor_sync(~0u, sum, 1);
                 sum += __shfl_xor_sync(~0u, sum, 2);
                 factor[half] = reciprocal(sum);
-                const int e = work.entry[0][head.at][row_of(0, half)];
+                const int r = row_of(0, half), e = work.entry[0][head.at][r];
                 if (e >= 0 && lane % 4 == 0) {
-                    const int row = row_in(p, e), slot = slot_in(p, e);
                     const float value = (base[half] + log2f(sum)) * (1.f / LOG2E);
-                    if (slot == p.slots) {
-                        if (y_lse) y_lse[size_t(row) * p.heads + p.first + t.y] = value;
+                    if (slot_in(p, e) == p.slots) {
+                        if (y_lse) y_lse[size_t(row_in(p, e)) * p.heads + p.first + t.y] = value;
                     } else if (lse) {
-                        lse[(size_t(row) * p.group + t.y) * p.slots + slot] = value;
+                        lse[t.log_of(p, entries, r)] = value;
                     }
                 }
             }

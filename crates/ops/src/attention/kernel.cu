@@ -4,6 +4,8 @@
 // may spill: chunk_(forward|dq|select)_[bf]+\d+\s
 // What copying warps with 32 registers need once a tile, a few words:
 // may spill: chunk_(hopper_attend|short_2)_
+// The same of nested loops in a kernel that memory holds up:
+// may spill: chunk_fill\s
 #include "forgotten.cuh"
 #include "exact.cuh"
 #include "select.cuh"
@@ -31,10 +33,15 @@ extern "C" __global__ void __launch_bounds__(1024) chunk_order(Plan p, int* coun
     begin_kernel();
     order(p, counts, lists, tile, counters, n);
 }
-extern "C" __global__ void __launch_bounds__(256) chunk_fill(Plan p, const int* picks, const int* counts, const List* lists, int* entries) {
+extern "C" __global__ void __launch_bounds__(256, 5) chunk_fill(Plan p, const int* picks, const int* counts, const List* lists, int* entries, int* places) {
     DYNAMIC_SHARED(memory);
     begin_kernel();
-    fill(p, picks, counts, lists, entries, memory);
+    fill<true>(p, picks, counts, lists, entries, places, memory);
+}
+extern "C" __global__ void __launch_bounds__(256) chunk_fill_many(Plan p, const int* picks, const int* counts, const List* lists, int* entries, int* places) {
+    DYNAMIC_SHARED(memory);
+    begin_kernel();
+    fill<false>(p, picks, counts, lists, entries, places, memory);
 }
 
 #define EXACT(T, name)                                                                                                              \
@@ -94,9 +101,9 @@ FOR_EACH_TYPE(EXACT)
         attend<T, N>(p, q, lists, entries, out, lse);                                                                               \
     }                                                                                                                               \
     extern "C" __global__ void __launch_bounds__(128)                                                                               \
-        chunk_merge_##name##_##N(Plan p, const int* picks, const T* parts, const float* part_lse, T* y, float* lse) {               \
+        chunk_merge_##name##_##N(Plan p, const int* places, const T* parts, const float* part_lse, T* y, float* lse) {              \
         begin_kernel();                                                                                                             \
-        merge<T, N>(p, picks, parts, part_lse, y, lse);                                                                             \
+        merge<T, N>(p, places, parts, part_lse, y, lse);                                                                            \
     }                                                                                                                               \
     extern "C" __global__ void __launch_bounds__(128) chunk_merge_dq_##name##_##N(Plan p, const int* picks, const T* parts, T* dq) {\
         begin_kernel();                                                                                                             \

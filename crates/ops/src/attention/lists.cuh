@@ -1,4 +1,4 @@
-// Who chose a chunk: picks [rows, heads, slots - 1] turned round into a list for each head and chunk, by a counting sort in ascending order of rows.
+// Who chose a chunk: picks [heads, rows, slots - 1] turned round into a list for each head and chunk, by a counting sort in ascending order of rows.
 //
 // Rows go in runs of 128. For each chunk a run has a set of its rows, a bit each: their number is the run's count, and a row's place among them is that of its
 // entry. The counts before a run, and the chunks before a chunk, say where a run's entries go.
@@ -21,8 +21,8 @@ __device__ __forceinline__ Run run_of(const Plan& p) {
 __device__ __forceinline__ int* counts_of(const Plan& p, const Sequence& s, int* counts, int run) {
     return counts + size_t(blockIdx.y) * p.counts + s.count_base + size_t(run) * s.chunks;
 }
-__device__ __forceinline__ const int* picks_of(const Plan& p, const int* picks, int row) {
-    return picks + (size_t(row) * p.heads + p.first + blockIdx.y) * (p.slots - 1);
+template <class Int> __device__ __forceinline__ Int* picks_of(const Plan& p, Int* picks, int row) {
+    return picks + (size_t(p.first + blockIdx.y) * p.rows + row) * (p.slots - 1);
 }
 
 // Rows of a run that chose a chunk.
@@ -166,62 +166,98 @@ __device__ void order(const Plan& p, int* counts, List* lists, int tile, int* co
     if (threadIdx.x < 256) sum_up(p, s, all, tile);
 }
 
-// Entries of a run are put into order in shared memory first, if there are not too many, so that those of a chunk are written together: by a block of 256 threads.
-constexpr int STAGED = 16; // picks of a row
-__device__ void fill(const Plan& p, const int* picks, const int* counts, const List* lists, int* entries, unsigned char* memory) {
+// Writes the entries of a run and, if so wanted, where each pick's is in `places` [heads, rows, slots - 1], -1 of a pick that isn't there: by a block of 256 threads.
+// STAGES: entries are put into order in shared memory first, so that those of a chunk are written together.
+constexpr int STAGED = 16; // picks of a row at most for that
+template <bool STAGES> __device__ void fill(const Plan& p, const int* picks, const int* counts, const List* lists, int* entries, int* places, unsigned char* memory) {
     __shared__ int sums[8];
     const Run r = run_of(p);
+    // Picks of a slot of every 16th row, which are fetched while other things are, -2 where there is none; `number` is that of the first row among the run's.
+    const int slot = threadIdx.x % STAGED, number = threadIdx.x / STAGED;
+    const size_t at = (size_t(p.first + blockIdx.y) * p.rows + r.first + number) * (p.slots - 1) + slot;
+    const int step = 16 * (p.slots - 1);
+    int mine[STAGED / 2];
+#pragma unroll
+    for (int i = 0; i < STAGED / 2; i++) {
+        const int row = r.first + number + 16 * i;
+        mine[i] = STAGES && slot < p.slots - 1 && row >= r.from && row < r.to ? picks[at + i * step] : -2;
+    }
     const List* all = lists_of(p, r.s, lists, blockIdx.y);
     const int* before = counts_of(p, r.s, const_cast<int*>(counts), r.number);
     const int window = min(WINDOW, r.s.chunks), lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int* to = entries_of(p, r.s, entries, blockIdx.y);
+    int* of_head = entries + size_t(blockIdx.y) * p.rows * (p.slots - 1);
+    const int base = int(entries_of(p, r.s, entries, blockIdx.y) - of_head);
     Set* sets = reinterpret_cast<Set*>(memory);
-    int *first = reinterpret_cast<int*>(sets + window), *here = first + window; // where a chunk's entries begin: in `to`, and in `staged`
+    int *first = reinterpret_cast<int*>(sets + window), *here = first + window; // where a chunk's entries begin: in `of_head`, and in `staged`
     int2* staged = reinterpret_cast<int2*>(memory + 24 * window); // an entry and where it goes
-    const bool stages = p.slots - 1 <= STAGED;
     for (int low = 0; low < r.s.chunks; low += WINDOW) {
         const int n = min(WINDOW, r.s.chunks - low);
         __syncthreads();
-        for (int c = threadIdx.x; c < n; c += blockDim.x) first[c] = all[low + c].first + before[low + c];
-        sets_of(p, r, picks, low, n, sets);
-        int sizes[WINDOW / 256], sum = 0;
-        if (stages) {
-#pragma unroll
-            for (int i = 0; i < WINDOW / 256; i++) {
-                const int c = threadIdx.x * (WINDOW / 256) + i;
-                sizes[i] = sum;
-                if (c < n) sum += size_of(sets[c]);
-            }
-            int x = sum;
-            for (int by = 1; by < 32; by *= 2) {
-                const int y = __shfl_up_sync(~0u, x, by);
-                if (lane >= by) x += y;
-            }
-            if (lane == 31) sums[warp] = x;
-            __syncthreads();
-            x -= sum;
-            sum = 0;
-            for (int w = 0; w < 8; w++) {
-                if (w < warp) x += sums[w];
-                sum += sums[w];
-            }
-#pragma unroll
-            for (int i = 0; i < WINDOW / 256; i++) {
-                const int c = threadIdx.x * (WINDOW / 256) + i;
-                if (c < n) here[c] = x + sizes[i];
-            }
-            __syncthreads();
+        for (int c = threadIdx.x; c < n; c += blockDim.x) first[c] = base + all[low + c].first + before[low + c];
+        if constexpr (!STAGES) {
+            sets_of(p, r, picks, low, n, sets);
+            each_pick(p, r, [&](int row, int slot) {
+                const int pick = picks_of(p, picks, row)[slot], c = pick - low;
+                if (pick >= 0 && (c < 0 || c >= n)) return;
+                const int place = pick < 0 ? -1 : first[c] + before_in(sets, c, row - r.first);
+                if (place >= 0) of_head[place] = entry_of(p, row, slot);
+                if (places) picks_of(p, places, row)[slot] = place;
+            });
+            continue;
         }
-        each_pick(p, r, [&](int row, int slot) {
-            const int c = picks_of(p, picks, row)[slot] - low;
-            if (c < 0 || c >= n) return;
-            const int at = before_in(sets, c, row - r.first), entry = entry_of(p, row, slot);
-            if (stages) staged[here[c] + at] = make_int2(entry, first[c] + at);
-            else to[first[c] + at] = entry;
-        });
-        if (!stages) continue;
+        for (int c = threadIdx.x; c < n; c += blockDim.x) sets[c] = make_uint4(0, 0, 0, 0);
         __syncthreads();
-        for (int i = threadIdx.x; i < sum; i += blockDim.x) to[staged[i].y] = staged[i].x;
+#pragma unroll
+        for (int i = 0; i < STAGED / 2; i++) {
+            const unsigned c = mine[i] - low;
+            if (c < n) atomicOr(&sets[c].x + i / 2, 1u << (number + i % 2 * 16));
+        }
+        __syncthreads();
+        // A warp has an eighth of the chunks.
+        int x[WINDOW / 256], before_warp = 0, sum = 0;
+#pragma unroll
+        for (int i = 0; i < WINDOW / 256; i++) {
+            const int c = warp * (WINDOW / 8) + 32 * i + lane, size = c < n ? size_of(sets[c]) : 0;
+            int up_to = size;
+            for (int by = 1; by < 32; by *= 2) {
+                const int y = __shfl_up_sync(~0u, up_to, by);
+                if (lane >= by) up_to += y;
+            }
+            x[i] = sum + up_to - size;
+            sum += __shfl_sync(~0u, up_to, 31);
+        }
+        if (lane == 0) sums[warp] = sum;
+        __syncthreads();
+        sum = 0;
+        for (int w = 0; w < 8; w++) {
+            if (w < warp) before_warp += sums[w];
+            sum += sums[w];
+        }
+#pragma unroll
+        for (int i = 0; i < WINDOW / 256; i++) {
+            const int c = warp * (WINDOW / 8) + 32 * i + lane;
+            if (c < n) here[c] = before_warp + x[i];
+        }
+        __syncthreads();
+        int* to = places + at;
+        int entry = entry_of(p, r.first + number, slot);
+#pragma unroll
+        for (int i = 0; i < STAGED / 2; i++, to += step, entry += 16) {
+            const unsigned c = mine[i] - low;
+            int place = -1;
+            if (c < n) {
+                const Set set = sets[c];
+                const unsigned words[4] = {set.x, set.y, set.z, set.w};
+                int before = __popc(words[i / 2] & ((1u << (number + i % 2 * 16)) - 1));
+#pragma unroll
+                for (int w = 0; w < i / 2; w++) before += __popc(words[w]);
+                place = first[c] + before;
+                staged[here[c] + before] = make_int2(entry, place);
+            }
+            if (places && (c < n || mine[i] == -1)) *to = place;
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < sum; i += blockDim.x) of_head[staged[i].y] = staged[i].x;
     }
 }
 

@@ -149,9 +149,10 @@ impl<'p> Tape<'p> {
         assert!(!needs || segments.iter().all(|s| s.state_in.is_none()), "no gradient flows to a past");
         let (seen, pasts) = Past::advance(&ctx, pasts, [k, v], segments, [heads, key_heads], chunks);
         let longest = segments.iter().zip(&seen).map(|(s, p)| p.as_ref().map_or(s.len, Past::len)).max().unwrap_or(0);
-        // No more than there is.
-        let slots = (chunks.top - 1).min(longest.saturating_sub(1) / chunks.size);
-        let size = chunks.size.min(longest.max(1));
+        // No more than there is. On a GPU all that is seen is one chunk then; on a CPU sums go by chunks all the same, so that cuts of a text don't change a bit.
+        let whole = ctx.cuda().is_some() && longest.div_ceil(chunks.size) <= chunks.top;
+        let size = if whole { longest } else { chunks.size.min(longest) }.max(1);
+        let slots = (chunks.top - 1).min(longest.saturating_sub(1) / size);
         let chunks = Chunks { size, top: slots + 1, sink: chunks.sink.min(slots), window: chunks.window.min(slots) };
         let of = Shape { heads, key_heads, n, chunks, slots };
 
@@ -163,8 +164,8 @@ impl<'p> Tape<'p> {
         let mut choice = match ctx.cuda() {
             Some(gpu) => {
                 let plan = plan(&ctx, segments, &held, [q, k, v], new_means.ptr(), of);
-                let choice = cuda::choose(&ctx, gpu, &plan, q.buf());
-                cuda::forward(&ctx, gpu, &plan, q.buf(), &choice, &y, lse.as_ref());
+                let mut choice = cuda::choose(&ctx, gpu, &plan, q.buf());
+                cuda::forward(&ctx, gpu, &plan, q.buf(), &mut choice, &y, lse.as_ref());
                 choice
             }
             None => cuda::Choice::of(ctx.alloc_f32(rows * heads * slots)),

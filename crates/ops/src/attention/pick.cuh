@@ -4,6 +4,7 @@
 // chunks are computed twice, for which tensor cores have the time: sorting is what takes long. First each of the four lanes of a row notes the greatest score of every
 // eighth of its columns. The k-th greatest of these 32 is a bound that k scores reach, and seldom more than 20 do. Then what reaches it is kept, by each lane in ascending
 // order of chunks, and of that the k best are taken, of equal ones the first. A lane that has kept 16 drops the worst, after which it wants more than the worst that is left.
+// Up to 64 chunks all scores are there at once, and what is chosen is known when the k-th greatest is.
 #pragma once
 #include "hopper.cuh"
 #include "select.cuh"
@@ -122,7 +123,17 @@ template <class T> struct Pick {
     }
 };
 
-// picks [rows, heads, slots - 1] and, if counts is given, the runs' counts (see lists.cuh), from means in two parts.
+// What the four lanes of a row have of it together.
+__device__ __forceinline__ uint64_t of_row(unsigned low, unsigned high) {
+#pragma unroll
+    for (int by = 1; by < 4; by *= 2) {
+        low |= __shfl_xor_sync(~0u, low, by);
+        high |= __shfl_xor_sync(~0u, high, by);
+    }
+    return uint64_t(high) << 32 | low;
+}
+
+// picks [heads, rows, slots - 1] and, if counts is given, the runs' counts (see lists.cuh), from means in two parts.
 template <class T> __device__ __forceinline__ void pick(const Plan& p, const T* q, const T* parts, int* picks, int* counts) {
     using Work = Pick<T>;
     using Kept = typename Work::Kept;
@@ -139,25 +150,24 @@ template <class T> __device__ __forceinline__ void pick(const Plan& p, const T* 
     const Sequence& s = sequence_of<&Sequence::query_base>(p, block);
     const int run = block - s.query_base, first = run * QUERIES, rows = min(QUERIES, s.len - first), want = p.slots - 1;
     const int end = (s.past + first + rows - 1) / p.size;
-    int* const to = picks + (size_t(s.first_row + first) * p.heads + head) * want;
+    const int listed = sets ? max(0, p.dense - s.past - first) : QUERIES; // the first row whose picks are
+    int* const to = picks + (size_t(head) * p.rows + s.first_row + first) * want;
     const auto clear = [&] {
-        for (int c = threadIdx.x; sets && c < s.chunks; c += blockDim.x) sets[c] = make_uint4(0, 0, 0, 0);
+        for (int c = threadIdx.x; sets && c < end; c += blockDim.x) sets[c] = make_uint4(0, 0, 0, 0);
         __syncthreads();
-    };
-    // Row r picks c, or nothing.
-    const auto note = [&](int r, int slot, int c) {
-        to[size_t(r) * p.heads * want + slot] = c;
-        if (sets && c >= 0 && s.past + first + r >= p.dense) put(sets, c, r);
     };
     const auto count_up = [&] {
         __syncthreads();
-        for (int c = threadIdx.x; sets && c < s.chunks; c += blockDim.x)
-            counts[size_t(head) * p.counts + s.count_base + size_t(run) * s.chunks + c] = size_of(sets[c]);
+        int* const of = counts + size_t(head) * p.counts + s.count_base + size_t(run) * s.chunks;
+        for (int c = threadIdx.x; sets && c < s.chunks; c += blockDim.x) of[c] = c < end ? size_of(sets[c]) : 0;
     };
     if (end <= want) { // all that is past
         clear();
         const int r = threadIdx.x, own = (s.past + first + r) / p.size;
-        for (int j = 0; r < rows && j < want; j++) note(r, j, j < own ? j : -1);
+        for (int j = 0; r < rows && j < want; j++) {
+            to[r * want + j] = j < own ? j : -1;
+            if (j < own && r >= listed) put(sets, j, r);
+        }
         return count_up();
     }
 
@@ -182,7 +192,7 @@ template <class T> __device__ __forceinline__ void pick(const Plan& p, const T* 
     Place<STAGES> at;
     if (threadIdx.x >= THREADS) {
         const T* from = parts + size_t(tile_of_means(p, s, 0, head / p.share)) * Work::STAGE;
-        for (int pass = 0; pass < 2; pass++)
+        for (int pass = 0; pass < (end <= AT_ONCE ? 1 : 2); pass++)
             for (int low = 0; low < end; low += AT_ONCE, at.next()) {
                 barrier_wait(empty(at.at), at.parity ^ 1);
                 if (lane == 0) copy_together(address_of(stages + at.at * Work::STAGE), from + size_t(low) * (2 * 64), 2 * Work::STAGE, full(at.at));
@@ -225,114 +235,167 @@ template <class T> __device__ __forceinline__ void pick(const Plan& p, const T* 
             f(low);
         }
     };
-    float greatest[2][8], limit[2];
+    int(*const mine)[Work::WIDE] = chosen + threadIdx.x / 32 * 16; // picks of the warp's rows, in order
+    // Where all scores are there at once, a row's picks are two words of bits.
+    const auto among_few = [&] {
+        float all[2][16], x[2][16], least_taken[2];
+        each([&](int) {
 #pragma unroll
-    for (int i = 0; i < 16; i++) greatest[i / 8][i % 8] = -INFINITY;
-    each([&](int) {
+            for (int i = 0; i < AT_ONCE / 2; i++) x[i % 4 / 2][i / 4 * 2 + i % 2] = score[i / 4][i % 4];
+        });
 #pragma unroll
-        for (int i = 0; i < AT_ONCE / 2; i++) {
-            float& x = greatest[i % 4 / 2][i / 4 % 4 * 2 + i % 2];
-            x = fmaxf(x, score[i / 4][i % 4]);
+        for (int i = 0; i < 32; i++) all[i / 16][i % 16] = x[i / 16][i % 16];
+        find_greatest(all, want, least_taken);
+        uint64_t taken[2];
+        const int column = lane % 4 * 2; // the lane has this one and the next of every eight
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const auto words = [&](auto in) {
+                unsigned bits[2] = {0, 0};
+#pragma unroll
+                for (int i = 0; i < 16; i++)
+                    if (in(x[half][i])) bits[i / 8] |= 1u << (i % 8 / 2 * 8 + i % 2);
+                return of_row(bits[0] << column, bits[1] << column);
+            };
+            const float least = least_taken[half];
+            taken[half] = words([&](float x) { return x >= least && x > -INFINITY; });
+            if (__any_sync(~0u, __popcll(taken[half]) > want)) { // of those that equal the least one the first
+                const uint64_t greater = words([&](float x) { return x > least; });
+                uint64_t equal = taken[half] & ~greater;
+                for (int missing = want - __popcll(greater); __popcll(equal) > missing;) equal &= ~(uint64_t(1) << (63 - __clzll(int64_t(equal))));
+                taken[half] = greater | equal;
+            }
         }
-    });
-    find_greatest(greatest, want, limit);
+        __syncthreads(); // nobody reads means and queries any more
+        clear();
 #pragma unroll
-    for (int half = 0; half < 2; half++) limit[half] = own[half] ? nextafterf(limit[half], -INFINITY) : INFINITY;
+        for (int half = 0; half < 2; half++) {
+            int* const of = mine[lane / 4 + 8 * half];
+            for (uint64_t left = taken[half] & uint64_t(0x0303030303030303) << column; left; left &= left - 1) {
+                const uint64_t before = (left & -left) - 1;
+                of[__popcll(taken[half] & before)] = __popcll(before);
+            }
+            for (int j = __popcll(taken[half]) + lane % 4; j < want; j += 4) of[j] = -1;
+        }
+        __syncwarp();
+    };
+    const auto among_many = [&] {
+        float greatest[2][8], limit[2];
+#pragma unroll
+        for (int i = 0; i < 16; i++) greatest[i / 8][i % 8] = -INFINITY;
+        each([&](int) {
+#pragma unroll
+            for (int i = 0; i < AT_ONCE / 2; i++) {
+                float& x = greatest[i % 4 / 2][i / 4 % 4 * 2 + i % 2];
+                x = fmaxf(x, score[i / 4][i % 4]);
+            }
+        });
+        find_greatest(greatest, want, limit);
+#pragma unroll
+        for (int half = 0; half < 2; half++) limit[half] = own[half] ? nextafterf(limit[half], -INFINITY) : INFINITY;
 
-    // Where the next one of each row goes.
-    constexpr int NEXT = THREADS * sizeof(float), FULL = Work::MOST * NEXT, OTHER = Work::KEPT * NEXT;
-    const Address begin = chunks::kept(address_of(kept.score[0][0] + threadIdx.x));
-    Address next[2] = {begin, begin};
-    each([&](int low) {
-        const int mine = low + lane % 4 * 2;
+        // Where the next one of each row goes.
+        constexpr int NEXT = THREADS * sizeof(float), FULL = Work::MOST * NEXT, OTHER = Work::KEPT * NEXT;
+        const Address begin = chunks::kept(address_of(kept.score[0][0] + threadIdx.x));
+        Address next[2] = {begin, begin};
+        each([&](int low) {
+            const int mine = low + lane % 4 * 2;
 #pragma unroll
-        for (int i = 0; i < AT_ONCE / 2; i++) {
-            const int c = mine + i / 4 * 8 + i % 2;
-            if (i % 4 < 2) keep_greater<0, 2 * OTHER, NEXT>(next[0], score[i / 4][i % 4], limit[0], c);
-            else keep_greater<OTHER, 2 * OTHER + 2, NEXT>(next[1], score[i / 4][i % 4], limit[1], c);
-            if (i % 8 == 7 && max(next[0], next[1]) > begin + FULL) {
+            for (int i = 0; i < AT_ONCE / 2; i++) {
+                const int c = mine + i / 4 * 8 + i % 2;
+                if (i % 4 < 2) keep_greater<0, 2 * OTHER, NEXT>(next[0], score[i / 4][i % 4], limit[0], c);
+                else keep_greater<OTHER, 2 * OTHER + 2, NEXT>(next[1], score[i / 4][i % 4], limit[1], c);
+                if (i % 8 == 7 && max(next[0], next[1]) > begin + FULL) {
 #pragma unroll
-                for (int h = 0; h < 2; h++)
-                    if (next[h] > begin + FULL) {
-                        const typename Work::Left left = Work::drop(kept, h, int(next[h] - begin) / NEXT, want);
-                        next[h] = begin + left.count * NEXT;
-                        limit[h] = left.limit;
-                    }
+                    for (int h = 0; h < 2; h++)
+                        if (next[h] > begin + FULL) {
+                            const typename Work::Left left = Work::drop(kept, h, int(next[h] - begin) / NEXT, want);
+                            next[h] = begin + left.count * NEXT;
+                            limit[h] = left.limit;
+                        }
+                }
+            }
+        });
+        const int count[2] = {int(next[0] - begin) / NEXT, int(next[1] - begin) / NEXT};
+        float all[2][Work::MOST], x[2][Work::MOST], least_taken[2];
+#pragma unroll
+        for (int i = 0; i < 32; i++) all[i / 16][i % 16] = x[i / 16][i % 16] = i % 16 < count[i / 16] ? kept.score[i / 16][i % 16][threadIdx.x] : -INFINITY;
+        find_greatest(all, want, least_taken);
+        __syncthreads(); // nobody reads means and queries any more
+        clear();
+        // Of those that equal the least one the first.
+        unsigned taken[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            unsigned greater = 0, equal = 0;
+#pragma unroll
+            for (int i = 0; i < Work::MOST; i++) {
+                if (x[half][i] > least_taken[half]) greater |= 1u << i;
+                if (x[half][i] == least_taken[half] && x[half][i] > -INFINITY) equal |= 1u << i;
+            }
+            taken[half] = greater | equal;
+            int both = __popc(taken[half]) << 8 | __popc(greater);
+            both += __shfl_xor_sync(~0u, both, 1);
+            both += __shfl_xor_sync(~0u, both, 2);
+            const int missing = want - (both & 255); // of those that equal it
+            if (__any_sync(~0u, both >> 8 > want)) {
+                int counts_of[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) counts_of[i] = __shfl_sync(~0u, count[half], i, 4);
+                for (int i = 0; i < count[half]; i++) {
+                    if (!(equal >> i & 1)) continue;
+                    const int c = kept.chunk[i][threadIdx.x][half];
+                    int before = 0;
+                    for (int l = 0; l < 4; l++)
+                        for (int j = 0; j < counts_of[l]; j++) {
+                            const int t = threadIdx.x - lane % 4 + l;
+                            before += kept.score[half][j][t] == least_taken[half] && kept.chunk[j][t][half] < c;
+                        }
+                    if (before >= missing) taken[half] &= ~(1u << i);
+                }
             }
         }
-    });
-    const int count[2] = {int(next[0] - begin) / NEXT, int(next[1] - begin) / NEXT};
-    float all[2][Work::MOST], least_taken[2];
+        // A row's picks come together, and into order.
 #pragma unroll
-    for (int i = 0; i < 32; i++) all[i / 16][i % 16] = i % 16 < count[i / 16] ? kept.score[i / 16][i % 16][threadIdx.x] : -INFINITY;
-    find_greatest(all, want, least_taken);
-    __syncthreads(); // nobody reads means and queries any more
-    clear();
-    // Of those that equal the least one the first.
-    unsigned taken[2];
+        for (int i = 0; i < 8; i++) mine[2 * i + lane / 16][lane % 16] = 0x7fffffff;
+        __syncwarp();
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const unsigned real = (1u << count[half]) - 1;
-        unsigned greater = 0, equal = 0;
+        for (int half = 0; half < 2; half++) {
+            int to_place = __popc(taken[half]);
 #pragma unroll
-        for (int i = 0; i < Work::MOST; i++) {
-            const float x = kept.score[half][i][threadIdx.x];
-            if (x > least_taken[half]) greater |= 1u << i;
-            if (x == least_taken[half]) equal |= 1u << i;
-        }
-        greater &= real;
-        equal &= real;
-        taken[half] = greater | equal;
-        int both = __popc(taken[half]) << 8 | __popc(greater);
-        both += __shfl_xor_sync(~0u, both, 1);
-        both += __shfl_xor_sync(~0u, both, 2);
-        const int missing = want - (both & 255); // of those that equal it
-        if (__any_sync(~0u, both >> 8 > want)) {
-            int counts_of[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) counts_of[i] = __shfl_sync(~0u, count[half], i, 4);
-            for (int i = 0; i < count[half]; i++) {
-                if (!(equal >> i & 1)) continue;
-                const int c = kept.chunk[i][threadIdx.x][half];
-                int before = 0;
-                for (int l = 0; l < 4; l++)
-                    for (int j = 0; j < counts_of[l]; j++) {
-                        const int t = threadIdx.x - lane % 4 + l;
-                        before += kept.score[half][j][t] == least_taken[half] && kept.chunk[j][t][half] < c;
-                    }
-                if (before >= missing) taken[half] &= ~(1u << i);
+            for (int by = 1; by < 4; by *= 2) {
+                const int before = __shfl_up_sync(~0u, to_place, by, 4);
+                if (lane % 4 >= by) to_place += before;
             }
+            for (unsigned left = taken[half]; left; left &= left - 1) mine[lane / 4 + 8 * half][--to_place] = kept.chunk[__ffs(int(left)) - 1][threadIdx.x][half];
         }
-    }
-    // A row's picks come together, and into order.
-    int(*const mine)[Work::WIDE] = chosen + threadIdx.x / 32 * 16;
+        __syncwarp();
+        if (lane < 16) {
+            int c[16];
 #pragma unroll
-    for (int i = 0; i < 8; i++) mine[2 * i + lane / 16][lane % 16] = 0x7fffffff;
-    __syncwarp();
+            for (int i = 0; i < 16; i++) c[i] = ~mine[lane][i];
+            sort(c);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int to_place = __popc(taken[half]);
-#pragma unroll
-        for (int by = 1; by < 4; by *= 2) {
-            const int before = __shfl_up_sync(~0u, to_place, by, 4);
-            if (lane % 4 >= by) to_place += before;
+            for (int i = 0; i < 16; i++) mine[lane][i] = c[i] == ~0x7fffffff ? -1 : ~c[i];
         }
-        for (unsigned left = taken[half]; left; left &= left - 1) mine[lane / 4 + 8 * half][--to_place] = kept.chunk[__ffs(int(left)) - 1][threadIdx.x][half];
-    }
-    __syncwarp();
-    if (lane < 16) {
-        int c[16];
+        __syncwarp();
+    };
+    if (end <= AT_ONCE) among_few();
+    else among_many();
+    // Each half warp a row.
+    const int slot = lane % 16;
+    if (slot < want) {
+        const int r0 = threadIdx.x / 32 * 16 + lane / 16;
+        const int* from = mine[lane / 16] + slot;
+        int* at = to + r0 * want + slot;
+        unsigned* const word = reinterpret_cast<unsigned*>(sets) + r0 / 32; // of the rows in a set
+        unsigned bit = 1u << r0 % 32;
 #pragma unroll
-        for (int i = 0; i < 16; i++) c[i] = ~mine[lane][i];
-        sort(c);
-#pragma unroll
-        for (int i = 0; i < 16; i++) mine[lane][i] = c[i] == ~0x7fffffff ? -1 : ~c[i];
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const int r = threadIdx.x / 32 * 16 + 2 * i + lane / 16, slot = lane % 16;
-        if (slot < want && r < rows) note(r, slot, mine[2 * i + lane / 16][slot]);
+        for (int i = 0; i < 8; i++, at += 2 * want, bit <<= 2) {
+            const int c = from[2 * i * Work::WIDE];
+            if (r0 + 2 * i < rows) *at = c;
+            if (r0 + 2 * i < rows && r0 + 2 * i >= listed && c >= 0) atomicOr(word + 4 * c, bit);
+        }
     }
     count_up();
 }

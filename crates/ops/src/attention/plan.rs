@@ -21,6 +21,8 @@ const PIECE: usize = 2048;
 /// On Hopper, where blocks take pieces as they can: as many times tiles of keys are enough, within these bounds.
 const HOPPER_PIECES: usize = 528;
 const HOPPER_PIECE: Range<usize> = 512..4096;
+/// Of short chunks, least part of all pairs of queries and keys for which those who see all before them are worth a kernel of their own.
+const DENSE_SHARE: f64 = 0.05;
 /// Bytes between kernels that a group of heads may take: one head may take more.
 pub const BETWEEN: usize = 1 << 30;
 
@@ -48,8 +50,8 @@ pub struct Plan {
     pub chunks: Chunks,
     /// Bytes between kernels that a group of heads may take.
     pub between: usize,
-    /// Going forward, and backward, which have tiles of their own.
-    pub sequences: [Buf; 2],
+    /// Each way, which have tiles of their own.
+    pub sequences: [Buf; WAYS],
     pub count: usize,
     /// Totals over the sequences: chunks, counts of a head, runs, tiles, pieces times tiles of keys, blocks of queries.
     pub all: Totals,
@@ -61,8 +63,10 @@ pub struct Plan {
     pub hopper: bool,
     /// Positions whose queries see all before them in one piece, without lists.
     pub dense: usize,
-    /// First tiles, forward and backward, that are taken before others.
-    pub ahead: [usize; 2],
+    /// How much of all pairs of queries and keys these have.
+    pub dense_share: f64,
+    /// First tiles, each way, that are taken before others.
+    pub ahead: [usize; WAYS],
 }
 
 #[derive(Clone, Copy, Default)]
@@ -70,18 +74,20 @@ pub struct Totals {
     pub chunks: usize,
     pub counts: usize,
     pub runs: usize,
-    /// Going forward and backward.
-    pub tiles: [usize; 2],
+    /// Each way.
+    pub tiles: [usize; WAYS],
     pub pieces: usize,
     pub queries: usize,
 }
 
-/// A direction.
+/// A direction; of short chunks the queries that see all before them go forward on their own.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Way {
     Forward,
     Backward,
+    Dense,
 }
+const WAYS: usize = 3;
 
 /// Heads in hand.
 #[derive(Clone, Copy)]
@@ -101,6 +107,7 @@ impl Plan {
         ctx: &Context, rows: usize, [heads, key_heads]: [usize; 2], n: usize, chunks: Chunks, list: &[Sequence],
         between: usize,
     ) -> Plan {
+        let list: Vec<Sequence> = list.iter().copied().filter(|s| s.len > 0).collect();
         let k = chunks.top - 1;
         assert!(rows * 4 * chunks.top < 1 << 31, "{rows} rows of {} chunks are too many for one call", chunks.top);
         let piece = (rows * k / 64).next_multiple_of(64).clamp(64, PIECE);
@@ -116,23 +123,33 @@ impl Plan {
         };
         let short = hopper && k > 0 && chunks.size <= SHORT;
         let ordered = list.windows(2).all(|w| w[0].first_row <= w[1].first_row);
-        let dense = if hopper && !short && k > 0 && ordered { chunks.top * chunks.size } else { 0 };
-        let ahead = match list {
+        let dense = if hopper && k > 0 && ordered { chunks.top * chunks.size } else { 0 };
+        let rows_below = |dense: usize, s: &Sequence| dense.saturating_sub(s.past).min(s.len);
+        let (mut pairs, mut dense_pairs) = (0.0, 0.0);
+        for s in &list {
+            let rows = rows_below(dense, s);
+            dense_pairs += rows as f64 * (s.past as f64 + rows as f64 / 2.0);
+            pairs += (s.len - rows) as f64 * (chunks.top as f64 - 0.5) * chunks.size as f64;
+        }
+        let dense_share = dense_pairs / (dense_pairs + pairs).max(1.0);
+        let dense = if short && dense_share < DENSE_SHARE { 0 } else { dense };
+        let dense_rows = |s: &Sequence| rows_below(dense, s);
+        let ahead = match &list[..] {
             [s] if hopper => {
-                let own = if k == 0 { s.len } else { dense.saturating_sub(s.past).min(s.len) };
-                [if short { 0 } else { own.div_ceil(HOPPER_TILE) }, own.div_ceil(HOPPER_TILE)]
+                let own = if k == 0 { s.len } else { dense_rows(s) }.div_ceil(HOPPER_TILE);
+                [if short { 0 } else { own }, own, own]
             }
-            _ => [0; 2],
+            _ => [0; WAYS],
         };
         let (mut all, mut most_chunks, mut most_counts, mut words) =
-            (Totals::default(), 0, 0, [Vec::new(), Vec::new()]);
-        for s in list {
+            (Totals::default(), 0, 0, [const { Vec::new() }; WAYS]);
+        for s in &list {
             let count = (s.past + s.len).div_ceil(chunks.size);
             let runs = s.len.div_ceil(RUN);
             for (way, words) in words.iter_mut().enumerate() {
                 let ints = [
                     s.first_row,
-                    s.len,
+                    if way == Way::Dense as usize { dense_rows(s) } else { s.len },
                     s.past,
                     count,
                     s.known,
@@ -149,18 +166,21 @@ impl Plan {
                     words.extend([p.address() as i32, (p.address() >> 32) as i32]);
                 }
             }
+            let dense_rows = dense_rows(s);
             let tiles = |tile: usize, own: usize| {
-                // A list of n queries has n.div_ceil(tile) tiles; all lists of the sequence together have at most len * k queries.
-                let lists = if k > 0 { s.len * k / tile + count } else { 0 };
+                // A list of n queries has n.div_ceil(tile) tiles; all lists of the sequence together have at most k for each query.
+                let lists = if k > 0 { (s.len - dense_rows) * k / tile + count } else { 0 };
                 own + lists
             };
             all.chunks += count;
             all.counts += runs * count;
             all.runs += runs;
             let rows = if hopper { HOPPER_TILE } else { tile(n) };
-            all.tiles[0] +=
-                if short { tiles(ITEM, count - s.past / chunks.size) } else { tiles(rows, s.len.div_ceil(rows)) };
-            all.tiles[1] += tiles(rows, s.len.div_ceil(rows));
+            let by_rows = tiles(rows, s.len.div_ceil(rows));
+            let own = count.saturating_sub(s.past.max(dense) / chunks.size);
+            all.tiles[Way::Forward as usize] += if short { tiles(ITEM, own) } else { by_rows };
+            all.tiles[Way::Backward as usize] += by_rows;
+            all.tiles[Way::Dense as usize] += dense_rows.div_ceil(rows);
             all.pieces += (count + s.len * k / piece) * chunks.size.div_ceil(keys);
             all.queries += s.len.div_ceil(QUERIES);
             most_chunks = most_chunks.max(count);
@@ -183,6 +203,7 @@ impl Plan {
             piece,
             hopper,
             dense,
+            dense_share,
             ahead,
         }
     }
@@ -198,7 +219,7 @@ impl Plan {
             pair(self.rows, self.all.chunks),
             pair(self.all.counts, RUN),
             pair(self.piece, self.pieces()),
-            pair(self.all.tiles[way as usize], self.together()),
+            pair(self.all.tiles[way as usize], if way == Way::Dense { 1 } else { self.together() }),
             pair(self.bits(), self.key_tile()),
             pair(self.chunks.sink, self.chunks.window),
             pair(self.key_heads, self.heads / self.key_heads),

@@ -27,9 +27,17 @@ __device__ __forceinline__ float log2_fast(float x) {
 __device__ __forceinline__ void store_once(void* to, const uint4& x, int row) {
     asm volatile("{.reg .pred p; setp.ge.s32 p, %5, 0; @p st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(row) : "memory");
 }
+// Sixteen bytes that are read once, or zeros. Those of one thread are asked for one after another, before what comes next.
+__device__ __forceinline__ uint4 load_if(bool there, const void* from) {
+    uint4 x;
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0; @p ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];}"
+                 : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w) : "l"(from), "r"(unsigned(there)));
+    return x;
+}
 #else
 inline float reciprocal(float x) { return 1.f / x; }
 inline float log2_fast(float x) { return log2f(x); }
+inline uint4 load_if(bool there, const void* from) { return there ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0); }
 inline void store_once(void* to, const uint4& x, int row) {
     if (row >= 0) *static_cast<uint4*>(to) = x;
 }

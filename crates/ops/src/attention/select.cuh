@@ -230,12 +230,12 @@ struct Chosen {
     }
 };
 
-// picks [rows, heads, slots - 1]: K at a time, each time those after the last one of the time before.
+// picks [heads, rows, slots - 1]: K at a time, each time those after the last one of the time before.
 template <int K, class Scores> __device__ __forceinline__ void select(const Plan& p, Scores& from, const Sequence& s, int first, int* picks, const Chosen& chosen) {
     const int want = p.slots - 1, i = first + threadIdx.x;
     const int own = i < s.len ? (s.past + i) / p.size : 0, end = (s.past + min(first + QUERIES, s.len) - 1) / p.size;
     const bool listed = chosen.lists(p, s.past + i);
-    int* to = picks + (size_t(s.first_row + i) * p.heads + blockIdx.y) * want;
+    int* to = picks + (size_t(blockIdx.y) * p.rows + s.first_row + i) * want;
     if (end <= want) { // all that is past
         for (int j = 0; i < s.len && j < want; j++) {
             to[j] = j < own ? j : -1;
@@ -303,7 +303,7 @@ __device__ __forceinline__ void select_few(const Plan& p, Scores& from, const Se
     const int want = p.slots - 1, i = first + threadIdx.x;
     const int own = i < s.len ? (s.past + i) / p.size : 0, end = (s.past + min(first + QUERIES, s.len) - 1) / p.size;
     const bool listed = chosen.lists(p, s.past + i);
-    int* to = picks + (size_t(s.first_row + i) * p.heads + blockIdx.y) * want;
+    int* to = picks + (size_t(blockIdx.y) * p.rows + s.first_row + i) * want;
     if (end <= want) { // all that is past
         chosen.begin(s);
         for (int j = 0; i < s.len && j < want; j++) {

@@ -3,6 +3,9 @@
 // A block takes one item after another from a counter: a chunk with its own queries, or with a part of its list. Each of three warpgroups takes every third 64
 // queries by itself, so that one is at its products while others are at their exponentials. Eight warps feed them: one finds items, ahead of all others, four copy
 // keys and values, one item ahead or two, and each warpgroup has one for its queries. Nothing depends on which block takes an item.
+//
+// Where queries that see all keys before them are a good part of all, they are no items: the kernel for long chunks goes over their keys in one piece (see hopper.cuh), on
+// a share of the multiprocessors, beside this one.
 #pragma once
 #include "hopper.cuh"
 
@@ -20,7 +23,7 @@ __device__ __forceinline__ void short_item(Tile& t, const Plan& p, const List* l
     t.keys = s.keys;
     t.values = s.values;
     int number = index - s.tile_base;
-    const int before = s.past / p.size, own = s.chunks - before;
+    const int before = max(s.past, p.dense) / p.size, own = max(0, s.chunks - before);
     if (number < own) {
         t.from = (before + number) * p.size;
         t.to = min(t.from + p.size, s.past + s.len);
@@ -53,6 +56,7 @@ template <class T, int STEPS> struct Short {
     Tile items[STAGES];
     // Of a tile's rows: their number in q, and the place of their result, -1: none. Row r is at `at(r)`: those that lanes have together are neighbours.
     alignas(16) int rows[GROUPS][STAGES][64], places[GROUPS][STAGES][64];
+    int logs[GROUPS][STAGES][64]; // where row r's logarithm goes
     __device__ __forceinline__ static int at(int r) { return r % 4 * 16 + r / 4; }
 
     // Each thread has the address of the barriers.
@@ -127,7 +131,7 @@ template <class T, int STEPS> struct Short {
         }
     }
     // A warp for each warpgroup: its queries.
-    __device__ __forceinline__ void queries(const Plan& p, const Signals& b, int group, const T* q, Address tiles) {
+    __device__ __forceinline__ void queries(const Plan& p, const Signals& b, int group, const T* q, const int* entries, Address tiles) {
         const int lane = threadIdx.x % 32, mask = (1 << p.bits) - 1, own = (p.slots - 1) << p.bits;
         const unsigned stride = p.heads * 64 * sizeof(T);
         const Address first = tiles + 2 * (group * STAGES * TILE + chunks::place<64>(lane / 8, lane % 8 * 8));
@@ -158,6 +162,7 @@ template <class T, int STEPS> struct Short {
                     // Where there is no row any will do.
                     const int row = entry[j] < 0 ? 0 : entry[j] & mask;
                     of[at(32 * j + lane)] = row;
+                    logs[group][mine.at][32 * j + lane] = entry[j] < 0 ? -1 : t.log_of(p, entries, 64 * i + 32 * j + lane);
                     places[group][mine.at][at(32 * j + lane)] = entry[j] < 0 ? -1 : (row * p.group + y) * p.slots + (entry[j] >> p.bits);
                 }
                 __syncwarp();
@@ -182,7 +187,7 @@ template <class T, int STEPS> struct Short {
     }
 };
 
-// out [rows, group, slots, 64]; lse [rows, group, slots].
+// out [rows, group, slots, 64]; lse as `Tile::log_of` says.
 template <class T, int STEPS>
 __device__ __forceinline__ void attend_short(const Plan& p, const T* q, const List* lists, const int* entries, int* counter, T* out, float* lse) {
     using Work = Short<T, STEPS>;
@@ -192,13 +197,16 @@ __device__ __forceinline__ void attend_short(const Plan& p, const T* q, const Li
     T *tiles = aligned<T>(memory), *stages = tiles + GROUPS * Work::STAGES * Work::TILE, *results = stages + Work::STAGES * Work::STAGE;
     const Address tiles_at = kept(address_of(tiles));
     const typename Work::Signals b = work.init();
-    begin_kernel();
+    let_next_start();
+    if (p.dense == 0) wait_for_previous(); // otherwise the kernel before has waited
     if (threadIdx.x >= 128 * GROUPS) {
         fewer_registers<Work::FEW>();
         const int warp = threadIdx.x / 32 - 4 * GROUPS;
-        if (warp < GROUPS) work.queries(p, b, warp, q, tiles_at);
-        else if (warp == GROUPS) work.find(p, b, lists, entries, counter);
-        else work.keys(p, b, warp - GROUPS - 1, stages);
+        if (warp < GROUPS) work.queries(p, b, warp, q, entries, tiles_at);
+        else if (warp == GROUPS) {
+            work.find(p, b, lists, entries, counter);
+            if (p.dense > 0) wait_for_previous(); // so that what starts next sees what it has written
+        } else work.keys(p, b, warp - GROUPS - 1, stages);
     } else {
         more_registers<Work::MANY>();
         const int lane = threadIdx.x % 32, group = __shfl_sync(~0u, int(threadIdx.x / 128), 0), row = threadIdx.x % 128 / 32 * 16 + lane / 4;
@@ -291,7 +299,7 @@ __device__ __forceinline__ void attend_short(const Plan& p, const T* q, const Li
                     sum += __shfl_xor_sync(~0u, sum, 2);
                     factor[half] = reciprocal(sum);
                 }
-                const int half = lane % 4, at = places[lane / 4 % 4 * 16 + lane / 16 + 2 * (half & 1)];
+                const int half = lane % 4, at = work.logs[group][mine.at][threadIdx.x % 128 / 32 * 16 + lane / 4 + 8 * (half & 1)];
                 const float value = (half ? top[1] : top[0]) * scale + log2_fast(half ? total[1] : total[0]);
                 if (half < 2 && at >= 0) lse[at] = value * (1.f / LOG2E);
 #pragma unroll

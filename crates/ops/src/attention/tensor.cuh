@@ -28,6 +28,10 @@ struct Tile {
     __device__ __forceinline__ int entry(const Plan& p, int r) const {
         return r >= count ? -1 : entries ? entries[r] : entry_of(p, row + r, position + r < p.dense ? p.slots : p.slots - 1);
     }
+    // Where the logarithm of the sum of row r's partial result is, so that neighbours of a list are neighbours: [rows, group] of own chunks, then [group, entries].
+    __device__ __forceinline__ int log_of(const Plan& p, const int* of_group, int r) const {
+        return entries ? p.rows * p.group + int(entries - of_group) + r : (row + r) * p.group + y;
+    }
 };
 // Makes t tile `index` of head `y` of the group; by a warp, or by a thread alone.
 template <int M, bool ALONE = false> __device__ __forceinline__ void tile_of(Tile& t, const Plan& p, const List* lists, const int* entries, int index, int y) {
@@ -160,12 +164,12 @@ __device__ __forceinline__ void each_tile(const Plan& p, const List* lists, cons
             stage ^= 1;
         }
         __syncthreads();
-        end(entry[i], stages + (stage ^ 1) * STAGE);
+        end(tiles[i], entry[i], stages + (stage ^ 1) * STAGE);
         i = following;
     }
 }
 
-// out [rows, group, slots, N]; lse [rows, group, slots], may be null. Shared memory: a tile of queries, two steps of keys and values.
+// out [rows, group, slots, N]; lse as `Tile::log_of` says, may be null. Shared memory: a tile of queries, two steps of keys and values.
 template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, const T* q, const List* lists, const int* entries, T* out, float* lse) {
     constexpr int M = TILE<N>, P = WIDTH<N>, B = BLOCKS<N>;
     DYNAMIC_SHARED(memory);
@@ -227,7 +231,7 @@ template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, 
             }
         add_product<T, N, KEYS<N>>(o, c, keys + KEYS<N> * P, 0);
     };
-    const auto end = [&](const int* entry, T* scratch) {
+    const auto end = [&](const Tile& t, const int* entry, T* scratch) {
         float factor[B][2];
 #pragma unroll
         for (int i = 0; i < 2 * B; i++) {
@@ -235,9 +239,8 @@ template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, 
             sum += __shfl_xor_sync(~0u, sum, 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
             factor[i / 2][i % 2] = 1.f / sum;
-            const int e = entry[row_of(i / 2, i % 2)];
-            if (lse && e >= 0 && lane % 4 == 0)
-                lse[(size_t(row_in(p, e)) * p.group + blockIdx.y) * p.slots + slot_in(p, e)] = (top[i / 2][i % 2] * scale + log2f(sum)) * (1.f / LOG2E);
+            const int r = row_of(i / 2, i % 2);
+            if (lse && r < t.count && lane % 4 == 0) lse[t.log_of(p, entries, r)] = (top[i / 2][i % 2] * scale + log2f(sum)) * (1.f / LOG2E);
         }
         store_slots<T, N>(p, out, scratch, entry, o, factor);
     };
@@ -246,7 +249,7 @@ template <class T, int N> __device__ __forceinline__ void attend(const Plan& p, 
 
 // A row of a head of the group, N / 8 neighbouring lanes each, 8 channels a lane.
 template <int N> struct Vector {
-    static constexpr int LANES = N / 8;
+    static constexpr int LANES = N / 8, AHEAD = 8; // parts that are fetched together
     size_t number; // among [rows, group]
     int row, head, lane;
     bool real; // not past the end, where lanes only take part in shuffles
@@ -261,37 +264,36 @@ template <int N> struct Vector {
     template <class T> __device__ __forceinline__ Vec part(const Plan& p, const T* parts, int slot) const {
         return load(parts + (number * p.slots + slot) * N + lane * 8);
     }
-    // sum += weights[i] times the part of slot first + i, for i < 4; a slot of weight zero may hold anything. The loads come first.
-    template <class T> __device__ __forceinline__ void add(const Plan& p, Vec& sum, const T* parts, int first, const float (&weights)[4]) const {
-        uint4 raw[4];
+    // The parts of slots first + i of which `used` has bit i.
+    template <class T> __device__ __forceinline__ void fetch(const Plan& p, uint4 (&raw)[AHEAD], const T* parts, int first, unsigned used) const {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            raw[i] = make_uint4(0, 0, 0, 0);
-            if (weights[i] != 0.f) raw[i] = *reinterpret_cast<const uint4*>(parts + (number * p.slots + first + i) * N + lane * 8);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const Vec part = load(reinterpret_cast<const T*>(&raw[i]));
-#pragma unroll
-            for (int j = 0; j < 8; j++) sum[j] += weights[i] * part[j];
+        for (int i = 0; i < AHEAD; i++) {
+            raw[i] = load_if(used >> i & 1, parts + (number * p.slots + first + i) * N + lane * 8);
+        __syncwarp(); // so that the compiler doesn't put off loads to save registers
         }
     }
-    // Whether a slot of a pick is in use.
-    __device__ __forceinline__ bool used(const Plan& p, const int* picks, int slot) const {
-        return slot < p.slots - 1 && picks[(size_t(row) * p.heads + head) * (p.slots - 1) + slot] >= 0;
+    // Which slots from `first` on, as many as there are lanes, a value that isn't negative is in use for.
+    __device__ __forceinline__ unsigned used(int value) const { return __ballot_sync(~0u, value >= 0) >> (threadIdx.x & 31 & ~(LANES - 1)); }
+    // What [heads, rows, slots - 1] has for a slot, -1: it isn't in use.
+    __device__ __forceinline__ int of_slot(const Plan& p, const int* all, int slot) const {
+        return slot < p.slots - 1 ? all[(size_t(head) * p.rows + row) * (p.slots - 1) + slot] : -1;
     }
 };
 
 // y [rows, heads N], lse [rows, heads] of the group's heads from their slots: the own chunk's first, then the picks', whose weights the lanes share.
-template <class T, int N> __device__ __forceinline__ void merge(const Plan& p, const int* picks, const T* parts, const float* part_lse, T* y, float* lse) {
-    constexpr int LANES = N / 8;
+template <class T, int N> __device__ __forceinline__ void merge(const Plan& p, const int* places, const T* parts, const float* part_lse, T* y, float* lse) {
+    constexpr int LANES = N / 8, AHEAD = Vector<N>::AHEAD;
     const Vector<N> v(p);
     if (dense_row(p, v.row)) return;
-    const float* l = part_lse + v.number * p.slots;
+    const float* l = part_lse + size_t(p.rows) * (p.group + (v.head - p.first) * (p.slots - 1));
     Vec sum = v.part(p, parts, p.slots - 1);
-    float top = l[p.slots - 1], total = 1.f;
+    float top = part_lse[v.number], total = 1.f;
+    uint4 raw[AHEAD];
     for (int first = 0; first < p.slots - 1; first += LANES) {
-        const float mine = v.used(p, picks, first + v.lane) ? l[first + v.lane] : -INFINITY;
+        const int place = v.of_slot(p, places, first + v.lane);
+        const unsigned used = v.used(place);
+        v.fetch(p, raw, parts, first, used);
+        const float mine = place >= 0 ? l[place] : -INFINITY;
         float most = fmaxf(top, mine);
         for (int o = LANES / 2; o; o >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
         const float keep = exp2_fast((top - most) * LOG2E), weight = exp2_fast((mine - most) * LOG2E);
@@ -300,14 +302,16 @@ template <class T, int N> __device__ __forceinline__ void merge(const Plan& p, c
 #pragma unroll
         for (int j = 0; j < 8; j++) sum[j] *= keep;
 #pragma unroll
-        for (int i = 0; i < LANES; i += 4) {
-            float w[4];
+        for (int i = 0; i < LANES; i += AHEAD) {
+            if (i > 0) v.fetch(p, raw, parts, first + i, used >> i);
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                w[j] = __shfl_sync(~0u, weight, i + j, LANES);
-                total += w[j];
+            for (int k = 0; k < AHEAD; k++) {
+                const float w = __shfl_sync(~0u, weight, i + k, LANES);
+                const Vec part = load(reinterpret_cast<const T*>(&raw[k]));
+                total += w;
+#pragma unroll
+                for (int j = 0; j < 8; j++) sum[j] += w * part[j];
             }
-            v.add(p, sum, parts, first + i, w);
         }
     }
     if (!v.real) return;
@@ -320,18 +324,22 @@ template <class T, int N> __device__ __forceinline__ void merge(const Plan& p, c
 
 // dq [rows, heads N] of the group's heads from its slots.
 template <class T, int N> __device__ __forceinline__ void merge_dq(const Plan& p, const int* picks, const T* parts, T* dq) {
-    constexpr int LANES = N / 8;
+    constexpr int LANES = N / 8, AHEAD = Vector<N>::AHEAD;
     const Vector<N> v(p);
     if (dense_row(p, v.row)) return;
     Vec sum = v.part(p, parts, p.slots - 1);
+    uint4 raw[AHEAD];
     for (int first = 0; first < p.slots - 1; first += LANES) {
-        const float weight = v.used(p, picks, first + v.lane) ? 1.f : 0.f;
+        const unsigned used = v.used(v.of_slot(p, picks, first + v.lane));
 #pragma unroll
-        for (int i = 0; i < LANES; i += 4) {
-            float w[4];
+        for (int i = 0; i < LANES; i += AHEAD) {
+            v.fetch(p, raw, parts, first + i, used >> i);
 #pragma unroll
-            for (int j = 0; j < 4; j++) w[j] = __shfl_sync(~0u, weight, i + j, LANES);
-            v.add(p, sum, parts, first + i, w);
+            for (int k = 0; k < AHEAD; k++) {
+                const Vec part = load(reinterpret_cast<const T*>(&raw[k]));
+#pragma unroll
+                for (int j = 0; j < 8; j++) sum[j] += part[j];
+            }
         }
     }
     if (v.real) store(vector_of<N>(p, dq, v.row, v.head) + v.lane * 8, sum);
@@ -384,7 +392,7 @@ __device__ __forceinline__ void back_queries(const Plan& p, const T* q, const T*
             add_product<T, N, W>(o, c, keys, j);
         }
     };
-    const auto end = [&](const int* entry, T* scratch) {
+    const auto end = [&](const Tile& t, const int* entry, T* scratch) {
         float factor[B][2];
 #pragma unroll
         for (int i = 0; i < 2 * B; i++) factor[i / 2][i % 2] = scale;

@@ -180,11 +180,10 @@ pub(super) fn forward(
         gpu.launch_with(&KERNELS, &name(ctx, what, n), grid, [2 * n, 1, 1], shared(n, false), args)
     };
     if let Some(cuts) = cuts {
-        launch("wkv7_tensor_scan", &[inputs, table, cuts.map.ptr().into(), heads, int(saved.is_some().into())]);
-        let ranges = range_table(ctx, &shape.segments, shape.heads);
-        let args =
-            [table, ranges.into(), state.buf().ptr().into(), cuts.map.ptr().into(), cuts.between.ptr().into(), heads];
-        combine(gpu, "entries", shape, n, &args);
+        let map = cuts.map.ptr().into();
+        launch("wkv7_tensor_scan", &[inputs, table, state.buf().ptr().into(), map, heads]);
+        let ranges = range_table(ctx, &shape.segments, shape.heads).into();
+        combine(gpu, "entries", shape, n, &[ranges, map, cuts.between.ptr().into(), heads]);
     }
     let kept = saved.map_or([DevicePtr::NULL; 3], Saved::pointers);
     let entry = at(cuts.map(|c| &c.between));
@@ -244,10 +243,9 @@ pub(super) fn backward(
     let exit = at(cuts.map(|c| &c.between));
     if let Some(cuts) = cuts {
         let own = ctx.alloc_f32(cuts.between.len());
-        launch("_scan", &[values, table, kept, dy.into(), own.ptr().into(), heads]);
-        let ranges = range_table(ctx, &shape.segments, shape.heads);
-        let args = [table, ranges.into(), at(dnew).into(), cuts.map.ptr().into(), own.ptr().into(), exit.into(), heads];
-        combine(gpu, "exits", shape, n, &args);
+        launch("_scan", &[values, table, kept, dy.into(), at(dnew).into(), own.ptr().into(), heads]);
+        let ranges = range_table(ctx, &shape.segments, shape.heads).into();
+        combine(gpu, "exits", shape, n, &[ranges, cuts.map.ptr().into(), own.ptr().into(), exit.into(), heads]);
     }
     launch(
         "",

@@ -212,11 +212,11 @@ FOR_EACH_TYPE(SIZES)
     extern "C" __global__ void __launch_bounds__(2 * N, blocks) wkv7_tensor_##name##_##N(                                     \
         tensor::Inputs<T> in, const tensor::Piece* pieces, const float* arena, float* arena_out, const float* entry, T* y,    \
         tensor::Saved saved, int heads) {                                                                                     \
-        tensor::forward<T, N, false>(in, pieces, arena, arena_out, entry, nullptr, y, saved, heads, 0);                       \
+        tensor::forward<T, N, false>(in, pieces, arena, arena_out, entry, nullptr, y, saved, heads);                          \
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(2 * N) wkv7_tensor_scan_##name##_##N(                                        \
-        tensor::Inputs<T> in, const tensor::Piece* pieces, float* map, int heads, int training) {                             \
-        tensor::forward<T, N, true>(in, pieces, nullptr, nullptr, nullptr, map, nullptr, {}, heads, training);                \
+        tensor::Inputs<T> in, const tensor::Piece* pieces, const float* arena, float* map, int heads) {                       \
+        tensor::forward<T, N, true>(in, pieces, arena, nullptr, nullptr, map, nullptr, {}, heads);                            \
     }
 #define TENSOR(N)                                                                                                             \
     extern "C" __global__ void __launch_bounds__(2 * N) wkv7_tensor_back_##N(tensor::Inputs<bf16> in, const tensor::Piece* pieces, \
@@ -225,16 +225,17 @@ FOR_EACH_TYPE(SIZES)
         tensor::backward<N, false>(in, pieces, saved, dy, dnew, exit, nullptr, out, add, initial, heads);                     \
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(2 * N, 192 / N) wkv7_tensor_back_scan_##N(                                         \
-        tensor::Inputs<bf16> in, const tensor::Piece* pieces, tensor::Saved saved, const bf16* dy, float* map, int heads) {   \
-        tensor::backward<N, true>(in, pieces, saved, dy, nullptr, nullptr, map, {}, 0, nullptr, heads);                          \
+        tensor::Inputs<bf16> in, const tensor::Piece* pieces, tensor::Saved saved, const bf16* dy, const float* dnew,         \
+        float* map, int heads) {                                                                                              \
+        tensor::backward<N, true>(in, pieces, saved, dy, dnew, nullptr, map, {}, 0, nullptr, heads);                          \
     }                                                                                                                         \
-    extern "C" __global__ void __launch_bounds__(256) wkv7_tensor_entries_##N(const tensor::Piece* pieces, const int2* ranges, \
-        const float* arena, const float* map, float* entry, int heads) {                                                      \
-        tensor::combine<N, false>(pieces, ranges, arena, map, nullptr, entry, heads);                                         \
+    extern "C" __global__ void __launch_bounds__(256) wkv7_tensor_entries_##N(const int2* ranges, const float* map,           \
+        float* entry, int heads) {                                                                                            \
+        tensor::combine<N, false>(ranges, map, nullptr, entry, heads);                                                        \
     }                                                                                                                         \
-    extern "C" __global__ void __launch_bounds__(256) wkv7_tensor_exits_##N(const tensor::Piece* pieces, const int2* ranges,  \
-        const float* dnew, const float* map, const float* own, float* exit, int heads) {                                      \
-        tensor::combine<N, true>(pieces, ranges, dnew, map, own, exit, heads);                                                \
+    extern "C" __global__ void __launch_bounds__(256) wkv7_tensor_exits_##N(const int2* ranges, const float* map,             \
+        const float* own, float* exit, int heads) {                                                                           \
+        tensor::combine<N, true>(ranges, map, own, exit, heads);                                                              \
     }
 TENSOR_FORWARD(bf16, bf16, 64, 4)
 TENSOR_FORWARD(bf16, bf16, 128, 1)

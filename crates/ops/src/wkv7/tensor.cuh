@@ -398,15 +398,14 @@ template <class T, int N> struct ForwardShared {
     float scratch[L * 20], sums[4 * N], whole[N], middle[N];
 };
 
-// SCAN: only how a piece changes its state, S -> S F + C with F and C [N, N]; to `map` [pieces, heads, 2, N, N].
+// SCAN: only how a piece changes its state, S -> S F + C with F and C [N, N]; to `map` [pieces, heads, 2, N, N]. Of a first piece C is the state that it leaves.
 template <class T, int N, bool SCAN>
 __device__ void forward(const Inputs<T>& in, const Piece* pieces, const float* arena, float* arena_out, const float* entry, float* map, T* y,
-                        Saved saved, int heads, int training) {
+                        Saved saved, int heads) {
     DYNAMIC_SHARED(memory);
     auto& m = *reinterpret_cast<ForwardShared<T, N>*>(memory);
     const Piece piece = pieces[blockIdx.x];
-    // Going forward nobody goes on from the last piece; going back nobody goes on from the first.
-    if (SCAN && piece.last && (piece.number == 0 || !training)) return;
+    if (SCAN && piece.last) return; // nobody goes on from it; going back what comes before it needs no F
     const int h = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31, c = heads * N, chunks = (piece.len + L - 1) / L;
     const size_t origin = size_t(piece.start) * c + h * N;
     float s[N / 8][4];
@@ -419,8 +418,9 @@ __device__ void forward(const Inputs<T>& in, const Piece* pieces, const float* a
         for (int j = 0; j < N / 8; j++)
 #pragma unroll
             for (int i = 0; i < 4; i++) f[j][i] = 16 * warp + g + 8 * (i / 2) == 8 * j + 2 * q + i % 2 ? 1.f : 0.f;
-    } else if (piece.number > 0) {
-        load_state<N>(s, entry + (size_t(blockIdx.x) * heads + h) * N * N, warp);
+    }
+    if (piece.number > 0) {
+        if (!SCAN) load_state<N>(s, entry + (size_t(blockIdx.x) * heads + h) * N * N, warp);
     } else if (piece.state_in >= 0) {
         load_state<N>(s, arena + (size_t(piece.state_in) * heads + h) * N * N, warp);
     }
@@ -558,7 +558,7 @@ __device__ __forceinline__ float sum_rows(float x) {
     return x;
 }
 
-// SCAN: only the gradient of the state before a piece, given zero for the state after it; to `map` [pieces, heads, N, N].
+// SCAN: only the gradient of the state before a piece, given zero for the state after it or, of a last piece, what it is; to `map` [pieces, heads, N, N].
 // Where `add` has the bits of R, K or V, their gradients are added to what is there.
 template <int N, bool SCAN>
 __device__ void backward(const Inputs<bf16>& in, const Piece* pieces, const Saved& saved, const bf16* dy, const float* dnew, const float* exit,
@@ -573,9 +573,10 @@ __device__ void backward(const Inputs<bf16>& in, const Piece* pieces, const Save
     const BackInputs from = {{in[R], in[W], in[K], in[V], in[A], in[B], saved.u, dy}};
     float d[N / 8][4];
     zero_state<N>(d);
-    if (!SCAN) {
-        if (!piece.last) load_state<N>(d, exit + (size_t(blockIdx.x) * heads + h) * N * N, warp);
-        else if (dnew && piece.state_out >= 0) load_state<N>(d, dnew + (size_t(piece.state_out) * heads + h) * N * N, warp);
+    if (!piece.last) {
+        if (!SCAN) load_state<N>(d, exit + (size_t(blockIdx.x) * heads + h) * N * N, warp);
+    } else if (dnew && piece.state_out >= 0) {
+        load_state<N>(d, dnew + (size_t(piece.state_out) * heads + h) * N * N, warp);
     }
     constexpr unsigned FETCHED = SCAN ? 1 << R | 1 << W | 1 << A | 1 << B | 1 << DY : 255;
     constexpr unsigned MADE = SCAN ? 1 << RT | 1 << AT | 1 << BT | 1 << BH | 1 << BL | 1 << HL : 255;
@@ -805,45 +806,61 @@ __device__ void backward(const Inputs<bf16>& in, const Piece* pieces, const Save
     else if (initial && piece.number == 0 && piece.state_in >= 0) store_state<N>(d, initial + (size_t(piece.segment) * heads + h) * N * N, warp);
 }
 
-// The states between the pieces of a sequence. Forward: entry[p + 1] = entry[p] F_p + C_p, from the arena's state or zero. Backward:
-// exit[p - 1] = exit[p] F_p^T + D_p, from the new arena's gradient or zero. 256 threads; a 64 x 64 part of the result at a time.
-// Shared: two matrices [N, N + 4].
-template <int N, bool BACK>
-__device__ void combine(const Piece* pieces, const int2* ranges, const float* from, const float* map, const float* own, float* states, int heads) {
+// The states between the pieces of a sequence. Forward: entry[p + 1] = entry[p] F_p + C_p, where the first is C_0. Backward: exit[p - 1] = exit[p] F_p^T + D_p, where
+// the first is D of the last piece. 256 threads; a 64 x 64 part of the result at a time. Shared: two matrices [N, N + 4].
+template <int N, bool BACK> __device__ void combine(const int2* ranges, const float* map, const float* own, float* states, int heads) {
     DYNAMIC_SHARED(memory);
     constexpr int P = N + 4, PARTS = N / 64;
     float* s = reinterpret_cast<float*>(memory);
     float* f = s + N * P;
     const int2 range = ranges[blockIdx.x]; // first piece, number of pieces
     const int h = blockIdx.y, row = threadIdx.x / 16 * 4, col = threadIdx.x % 16 * 4;
-    const int slot = BACK ? pieces[range.x + range.y - 1].state_out : pieces[range.x].state_in;
-    for (int i = threadIdx.x; i < N * N; i += 256) s[i / N * P + i % N] = from && slot >= 0 ? from[(size_t(slot) * heads + h) * N * N + i] : 0.f;
-    for (int n = 0; n + 1 < range.y; n++) {
-        const size_t p = size_t(range.x) + (BACK ? range.y - 1 - n : n);
-        const float* fp = map + (p * heads + h) * 2 * N * N;
-        const float* add = BACK ? own + (p * heads + h) * N * N : fp + N * N;
-        for (int i = threadIdx.x; i < N * N; i += 256) f[BACK ? i % N * P + i / N : i / N * P + i % N] = fp[i];
+    const auto piece = [&](int n) { return (size_t(range.x + (BACK ? range.y - 1 - n : n)) * heads + h) * N * N; };
+    const auto add_of = [&](int n) { return BACK ? own + piece(n) : map + 2 * piece(n) + N * N; };
+    const auto to_of = [&](int n) { return states + piece(n + 1); };
+    if (range.y < 2) return;
+    for (int i = threadIdx.x; i < N * N; i += 256) to_of(0)[i] = s[i / N * P + i % N] = add_of(0)[i];
+    float next[N * N / 256]; // of the next F
+    const auto fetch = [&](int n) {
+#pragma unroll
+        for (int i = 0; i < N * N / 256; i++) next[i] = map[2 * piece(n) + threadIdx.x + 256 * i];
+    };
+    if (range.y > 2) fetch(1);
+    for (int n = 1; n + 1 < range.y; n++) {
+        const float* add = add_of(n);
+        float* to = to_of(n);
+#pragma unroll
+        for (int j = 0; j < N * N / 256; j++) {
+            const int i = threadIdx.x + 256 * j;
+            f[BACK ? i % N * P + i / N : i / N * P + i % N] = next[j];
+        }
         __syncthreads();
+        if (n + 2 < range.y) fetch(n + 1);
         float sum[PARTS * PARTS][4][4];
 #pragma unroll
         for (int part = 0; part < PARTS * PARTS; part++) {
             const int r = row + part / PARTS * 64, k = col + part % PARTS * 64;
 #pragma unroll
             for (int i = 0; i < 16; i++) sum[part][i / 4][i % 4] = add[(r + i / 4) * N + k + i % 4];
-            for (int j = 0; j < N; j++) {
-                const float4 b = *reinterpret_cast<const float4*>(f + j * P + k);
+            for (int j = 0; j < N; j += 4) {
+                float4 a[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float a = s[(r + i) * P + j];
-                    sum[part][i][0] += a * b.x;
-                    sum[part][i][1] += a * b.y;
-                    sum[part][i][2] += a * b.z;
-                    sum[part][i][3] += a * b.w;
+                for (int i = 0; i < 4; i++) a[i] = *reinterpret_cast<const float4*>(s + (r + i) * P + j);
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float4 b = *reinterpret_cast<const float4*>(f + (j + e) * P + k);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const float x = e == 0 ? a[i].x : e == 1 ? a[i].y : e == 2 ? a[i].z : a[i].w;
+                        sum[part][i][0] += x * b.x;
+                        sum[part][i][1] += x * b.y;
+                        sum[part][i][2] += x * b.z;
+                        sum[part][i][3] += x * b.w;
+                    }
                 }
             }
         }
         __syncthreads();
-        float* to = states + ((BACK ? p - 1 : p + 1) * heads + h) * N * N;
 #pragma unroll
         for (int part = 0; part < PARTS * PARTS; part++)
 #pragma unroll
