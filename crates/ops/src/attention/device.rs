@@ -242,6 +242,8 @@ fn short_and_long_chunks() {
         check(&HALF, &Case { size, top, sequences: &[(0, 3 * size + 70), (0, 40), (0, size)], ..SHAPE });
     }
     check(&[DType::BF16], &Case { size: 130, sequences: &[(300, 260), (0, 130), (125, 12)], heads: 1, ..SHAPE });
+    // No query sees all keys before it.
+    check(&[DType::BF16], &Case { size: 128, top: 2, sequences: &[(300, 150), (700, 20)], ..SHAPE });
     check(
         &[DType::BF16],
         &Case { size: 257, top: 2, sequences: &[(300, 300), (900, 70), (20, 30)], heads: 1, ..SHAPE },

@@ -107,7 +107,6 @@ impl Plan {
         ctx: &Context, rows: usize, [heads, key_heads]: [usize; 2], n: usize, chunks: Chunks, list: &[Sequence],
         between: usize,
     ) -> Plan {
-        let list: Vec<Sequence> = list.iter().copied().filter(|s| s.len > 0).collect();
         let k = chunks.top - 1;
         assert!(rows * 4 * chunks.top < 1 << 31, "{rows} rows of {} chunks are too many for one call", chunks.top);
         let piece = (rows * k / 64).next_multiple_of(64).clamp(64, PIECE);
@@ -126,7 +125,7 @@ impl Plan {
         let dense = if hopper && k > 0 && ordered { chunks.top * chunks.size } else { 0 };
         let rows_below = |dense: usize, s: &Sequence| dense.saturating_sub(s.past).min(s.len);
         let (mut pairs, mut dense_pairs) = (0.0, 0.0);
-        for s in &list {
+        for s in list {
             let rows = rows_below(dense, s);
             dense_pairs += rows as f64 * (s.past as f64 + rows as f64 / 2.0);
             pairs += (s.len - rows) as f64 * (chunks.top as f64 - 0.5) * chunks.size as f64;
@@ -134,7 +133,7 @@ impl Plan {
         let dense_share = dense_pairs / (dense_pairs + pairs).max(1.0);
         let dense = if short && dense_share < DENSE_SHARE { 0 } else { dense };
         let dense_rows = |s: &Sequence| rows_below(dense, s);
-        let ahead = match &list[..] {
+        let ahead = match list {
             [s] if hopper => {
                 let own = if k == 0 { s.len } else { dense_rows(s) }.div_ceil(HOPPER_TILE);
                 [if short { 0 } else { own }, own, own]
@@ -143,7 +142,7 @@ impl Plan {
         };
         let (mut all, mut most_chunks, mut most_counts, mut words) =
             (Totals::default(), 0, 0, [const { Vec::new() }; WAYS]);
-        for s in &list {
+        for s in list {
             let count = (s.past + s.len).div_ceil(chunks.size);
             let runs = s.len.div_ceil(RUN);
             for (way, words) in words.iter_mut().enumerate() {
