@@ -269,7 +269,7 @@ template <int N> struct Vector {
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             raw[i] = load_if(used >> i & 1, parts + (number * p.slots + first + i) * N + lane * 8);
-        __syncwarp(); // so that the compiler doesn't put off loads to save registers
+            __syncwarp(); // so that the compiler doesn't put off loads to save registers
         }
     }
     // Which slots from `first` on, as many as there are lanes, a value that isn't negative is in use for.
